@@ -1,0 +1,53 @@
+"""The letters that array names end in, and the logical names of axes that a sharding table places.
+
+Letters, in suffixes and einsums alike (`q_TKGH` has tokens, kv heads, query heads per kv head, head dim):
+
+    T tokens of this step      D width                 V vocabulary
+    R rows of this step        K kv heads              E experts
+    S positions in the cache   G query heads per kv    F feed-forward
+    P pages                    H head dim              B pages in a row's table
+    Z slots of a page          I image tiles           N patches of a tile
+    C channels                 L stop ids, log-probabilities: a short list
+
+A row is a run of tokens of one request inside one attention chunk: see `l4jax.cache`.
+The vision tower uses the same letters for its own width, heads and feed-forward.
+
+The model says `("kv_heads", "width")`; `sharding/rules.py` says which mesh axis that is, if any.
+A name that stands in no table is an error, so a misspelt axis cannot replicate silently.
+"""
+
+# Weights of the text model.
+VOCAB = "vocab"
+WIDTH = "width"
+KV_HEADS = "kv_heads"
+QUERIES = "queries"  # query heads of one kv head
+QUERIES_KV = "queries_kv"  # those, then its key and its value: the fused projection
+HEAD_DIM = "head_dim"
+EXPERTS = "experts"
+HIDDEN = "hidden"  # inside a feed-forward block
+GATE_UP = "gate_up"  # 2: gate, up
+
+# Weights of the vision tower and its adapter.
+VISION_WIDTH = "vision_width"
+VISION_HEADS = "vision_heads"
+VISION_HEAD_DIM = "vision_head_dim"
+VISION_HIDDEN = "vision_hidden"
+QKV = "qkv"  # 3: query, key, value
+PATCH = "patch"  # channels * patch * patch
+PATCHES = "patches"  # of a tile, with the class embedding
+ADAPTER_INPUT = "adapter_input"
+ADAPTER_HIDDEN = "adapter_hidden"
+ADAPTER_WIDTH = "adapter_width"
+
+# What a step holds.
+TOKENS = "tokens"
+ROWS = "rows"
+PAGES = "pages"
+PAGE = "page"  # slots of a page
+TABLE = "table"  # pages of a row
+GROUPS = "groups"  # the chunk-local groups of layers
+TILES = "tiles"
+FEATURES = "features"  # image features of a tile
+PIXELS = "pixels"  # channels, height, width of a tile
+LIST = "list"  # stop ids of a row, log-probabilities of a token
+STEPS = "steps"  # of a device-side loop
