@@ -1,0 +1,24 @@
+"""Kernels: each is a definition in `reference.py`, and accelerations with the same signature.
+
+The model is handed a frozen bundle and does not know which it got; the engine's runner chooses.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from jax import Array
+
+from l4jax.kernels import portable, reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """What the model calls for the work that is worth a kernel. Signatures are those of `reference.py`."""
+
+    store: Callable[..., tuple[Array, Array]] = reference.store
+    attend: Callable[..., Array] = reference.attend
+    run_experts: Callable[..., Array] = reference.run_experts
+
+
+REFERENCE = Kernels()
+PORTABLE = Kernels(attend=portable.attend)

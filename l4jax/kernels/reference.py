@@ -1,0 +1,80 @@
+"""The definitions: what each kernel computes, in the plainest JAX that says it. They run everywhere.
+
+Every acceleration is tested against these. They spend memory and arithmetic freely.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def store(
+    k_PKZH: Array, v_PKZH: Array, k_TKH: Array, v_TKH: Array, table_RB: Array, row_T: Array, position_T: Array
+) -> tuple[Array, Array]:
+    """Write each token's key and value into the page that its row's table names.
+
+    Args:
+        k_PKZH, v_PKZH: the pool's arrays, returned with the writes done.
+        k_TKH, v_TKH: what to write.
+        table_RB: int32 pages of each row.
+        row_T: int32 row of each token.
+        position_T: int32 position of each token as the table counts; -1 writes nothing.
+    """
+    pages, _, page, _ = k_PKZH.shape
+    page_T = table_RB[row_T, position_T // page]
+    page_T = jnp.where(position_T >= 0, page_T, pages)  # beyond the pool, so that the write is dropped
+    slot_T = position_T % page
+    k_PKZH = k_PKZH.at[page_T, :, slot_T].set(k_TKH.astype(k_PKZH.dtype), mode="drop")
+    v_PKZH = v_PKZH.at[page_T, :, slot_T].set(v_TKH.astype(v_PKZH.dtype), mode="drop")
+    return k_PKZH, v_PKZH
+
+
+def attend(
+    q_TKGH: Array, k_PKZH: Array, v_PKZH: Array, table_RB: Array, row_T: Array, position_T: Array
+) -> Array:
+    """Causal attention of each token over the cached positions 0 .. its own of its row.
+
+    Softmax in float32 over scores scaled by head_dim ** -0.5. A token at position -1 gets zeros.
+
+    Args:
+        q_TKGH: queries, G heads to each kv head.
+        k_PKZH, v_PKZH: the pool's arrays, this step's tokens already stored.
+        table_RB, row_T, position_T: as for `store`; tokens of a row stand in a run, rows ascend.
+
+    Returns:
+        [T, K, G, H] in the dtype of the queries.
+    """
+    head_dim = q_TKGH.shape[-1]
+    k_TKSH, v_TKSH = (_gather(pages, table_RB[row_T]) for pages in (k_PKZH, v_PKZH))
+    is_visible_TS = jnp.arange(k_TKSH.shape[2]) <= position_T[:, None]
+    score_TKGS = jnp.einsum("TKGH,TKSH->TKGS", q_TKGH, k_TKSH, preferred_element_type=jnp.float32)
+    score_TKGS = jnp.where(is_visible_TS[:, None, None], score_TKGS * head_dim**-0.5, -jnp.inf)
+    # Slots beyond a row's length hold whatever their last owner left: mask the values too, since 0 * nan is nan.
+    v_TKSH = jnp.where(is_visible_TS[:, None, :, None], v_TKSH, 0)
+    weight_TKGS = jax.nn.softmax(score_TKGS, axis=-1, where=is_visible_TS[:, None, None])
+    return jnp.einsum("TKGS,TKSH->TKGH", weight_TKGS.astype(q_TKGH.dtype), v_TKSH.astype(q_TKGH.dtype))
+
+
+def _gather(pages_PKZH: Array, table_TB: Array) -> Array:
+    """The cached positions of each token's row, in order: [T, K, S, H]."""
+    _, kv_heads, page, head_dim = pages_PKZH.shape
+    tokens, width = table_TB.shape
+    found_TKBZH = pages_PKZH[table_TB].swapaxes(1, 2)
+    return found_TKBZH.reshape(tokens, kv_heads, width * page, head_dim)
+
+
+def run_experts(x_TD: Array, expert_T: Array, gate_up_EcFD: Array, down_EDF: Array) -> Array:
+    """Each token through its own expert: `down @ (silu(gate @ x) * (up @ x))`.
+
+    Args:
+        x_TD: the tokens, already scaled by their router's gate.
+        expert_T: int32 expert of each token.
+        gate_up_EcFD: gate (c = 0) and up (c = 1) matrices of all experts.
+        down_EDF: down matrices of all experts.
+    """
+    experts = jnp.arange(gate_up_EcFD.shape[0])
+    # An expert maps zeros to zeros, so what it is not asked for it does not add to.
+    x_ETD = jnp.where((experts[:, None] == expert_T)[..., None], x_TD, 0)
+    hidden_EcTF = jnp.einsum("ETD,EcFD->EcTF", x_ETD, gate_up_EcFD)
+    hidden_ETF = jax.nn.silu(hidden_EcTF[:, 0]) * hidden_EcTF[:, 1]
+    return jnp.einsum("ETF,EDF->TD", hidden_ETF, down_EDF)

@@ -1,0 +1,76 @@
+"""What the other files of the model are made of: declared weights, projections, norms, the gated MLP."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from l4jax import axes
+
+
+def declare(module: nn.Module, name: str, shape: tuple[int, ...], names: tuple[str, ...]) -> Array:
+    """A weight of a module, with the logical name of each of its axes."""
+    initialize = nn.with_logical_partitioning(nn.initializers.normal(0.02), names)
+    return module.param(name, initialize, shape)
+
+
+def project(subscripts: str, x: Array, weight: Array) -> Array:
+    """Multiply by a weight: `einsum`, in the dtype of x. Weights end in the axis that is summed over."""
+    return jnp.einsum(subscripts, x, weight)
+
+
+def constrain(x: Array, *names: str) -> Array:
+    """Say which axes these are; a sharding table, where one is in force, says where they live."""
+    return nn.with_logical_constraint(x, names, fallback=nn.spmd.RulesFallback.RAISE_ERROR)
+
+
+def norm(x_D: Array, eps: float) -> Array:
+    """Divide the last axis by its root mean square, in float32; back in the dtype of x."""
+    x32_D = x_D.astype(jnp.float32)
+    mean_square = jnp.mean(x32_D * x32_D, axis=-1, keepdims=True)
+    return (x32_D * jax.lax.rsqrt(mean_square + eps)).astype(x_D.dtype)
+
+
+class RMSNorm(nn.Module):
+    """`norm`, then a weight per channel."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x_TD: Array) -> Array:
+        scale_D = declare(self, "scale", x_TD.shape[-1:], (axes.WIDTH,))
+        return norm(x_TD, self.eps) * scale_D
+
+
+class GatedMLP(nn.Module):
+    """`down @ (silu(gate @ x) * (up @ x))`: Maverick's dense layers, and the expert that all tokens share."""
+
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x_TD: Array) -> Array:
+        width = x_TD.shape[-1]
+        gate_up_cFD = declare(
+            self, "gate_up", (2, self.hidden, width), (axes.GATE_UP, axes.HIDDEN, axes.WIDTH)
+        )
+        down_DF = declare(self, "down", (width, self.hidden), (axes.WIDTH, axes.HIDDEN))
+        gate_up_cTF = project("TD,cFD->cTF", x_TD, gate_up_cFD)
+        hidden_TF = constrain(jax.nn.silu(gate_up_cTF[0]) * gate_up_cTF[1], axes.TOKENS, axes.HIDDEN)
+        return project("TF,DF->TD", hidden_TF, down_DF)
+
+
+class LayerNorm(nn.Module):
+    """The vision tower's norm, with weight and bias, in float32; back in the dtype of x."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x_D: Array) -> Array:
+        scale_D, bias_D = (
+            declare(self, name, x_D.shape[-1:], (axes.VISION_WIDTH,)) for name in ("scale", "bias")
+        )
+        x32_D = x_D.astype(jnp.float32)
+        centered_D = x32_D - x32_D.mean(axis=-1, keepdims=True)
+        variance = jnp.mean(centered_D * centered_D, axis=-1, keepdims=True)
+        normed_D = (centered_D * jax.lax.rsqrt(variance + self.eps)).astype(x_D.dtype)
+        return normed_D * scale_D + bias_D

@@ -1,0 +1,49 @@
+"""The mixture of experts: one routed expert a token, and one that every token shares."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from l4jax import axes
+from l4jax.config import TextConfig
+from l4jax.kernels import Kernels
+from l4jax.model.layers import GatedMLP, declare, project
+
+
+class MixtureOfExperts(nn.Module):
+    """`shared(x) + expert_e(g * x)` with e the best-scored expert and g = sigmoid(score).
+
+    The expert's input is scaled, not its output, and nothing is normalized over experts: scaling the
+    output instead is 95 % off.
+    """
+
+    config: TextConfig
+    kernels: Kernels
+
+    @nn.compact
+    def __call__(self, x_TD: Array) -> Array:
+        c = self.config
+        router_ED = declare(self, "router", (c.experts, c.width), (axes.EXPERTS, axes.WIDTH))
+        gate_up_EcFD = declare(
+            self,
+            "gate_up",
+            (c.experts, 2, c.expert_width, c.width),
+            (axes.EXPERTS, axes.GATE_UP, axes.HIDDEN, axes.WIDTH),
+        )
+        down_EDF = declare(
+            self,
+            "down",
+            (c.experts, c.width, c.expert_width),
+            (axes.EXPERTS, axes.WIDTH, axes.HIDDEN),
+        )
+        expert_T, gate_T = route(project("TD,ED->TE", x_TD, router_ED))
+        scaled_TD = x_TD * gate_T[:, None].astype(x_TD.dtype)
+        y_TD = self.kernels.run_experts(scaled_TD, expert_T, gate_up_EcFD, down_EDF)
+        return GatedMLP(c.expert_width, name="shared")(x_TD) + y_TD
+
+
+def route(score_TE: Array) -> tuple[Array, Array]:
+    """The expert of each token, [T] int32, and the gate that scales its input, [T] float32."""
+    expert_T = jnp.argmax(score_TE, axis=-1).astype(jnp.int32)
+    return expert_T, jax.nn.sigmoid(score_TE.max(axis=-1).astype(jnp.float32))

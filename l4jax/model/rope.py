@@ -1,0 +1,40 @@
+"""Rotary position embedding on interleaved pairs (2i, 2i+1), in float32, as the checkpoints are laid out."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from l4jax.config import RopeScaling
+
+
+def scale_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Radians per position of each pair: [head_dim / 2] float32.
+
+    llama3 scaling keeps wavelengths below `original / high_freq_factor`, divides the frequencies of those
+    above `original / low_freq_factor` by `factor`, and blends between. Scout has both factors 1: there is
+    nothing between, and the blend would be 0 / 0.
+    """
+    frequency_H = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is not None:
+        turns_H = scaling.original_max_positions * frequency_H / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        blend_H = (turns_H - low) / (high - low) if high != low else turns_H >= low
+        kept_H = np.clip(blend_H, 0.0, 1.0)
+        frequency_H = frequency_H * (kept_H + (1 - kept_H) / scaling.factor)
+    return frequency_H.astype(np.float32)
+
+
+def find_angles(position_T: Array, frequency_H: np.ndarray) -> Array:
+    """[T, H / 2] float32 angles of positions [T]."""
+    return position_T.astype(jnp.float32)[:, None] * frequency_H
+
+
+def rotate(x_H: Array, angle_H: Array) -> Array:
+    """Turn each pair of the last axis, [..., H], by angles that broadcast to [..., H / 2]."""
+    pair_H2 = x_H.astype(jnp.float32).reshape(*x_H.shape[:-1], -1, 2)
+    cos_H, sin_H = jnp.cos(angle_H), jnp.sin(angle_H)
+    even_H, odd_H = pair_H2[..., 0], pair_H2[..., 1]
+    turned_H2 = jnp.stack([even_H * cos_H - odd_H * sin_H, even_H * sin_H + odd_H * cos_H], axis=-1)
+    return turned_H2.reshape(x_H.shape).astype(x_H.dtype)

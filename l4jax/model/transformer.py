@@ -1,0 +1,118 @@
+"""The decoder: embed, then layers of `x + attention(norm(x))` and `x + feed_forward(norm(x))`, then the head."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from l4jax import axes
+from l4jax.cache import Batch, PagePool, Tables, make_pool
+from l4jax.config import Config, TextConfig
+from l4jax.kernels import Kernels
+from l4jax.model.attention import Attention, Positions
+from l4jax.model.layers import GatedMLP, RMSNorm, constrain, declare, project
+from l4jax.model.moe import MixtureOfExperts
+from l4jax.model.vision import VisionTower
+
+Parameters = dict[str, Any]
+
+
+class Layer(nn.Module):
+    """One layer. Which kind of attention and of feed-forward block it has is told by its index."""
+
+    config: TextConfig
+    index: int
+    kernels: Kernels
+
+    @nn.compact
+    def __call__(
+        self, x_TD: Array, k_PKZH: Array, v_PKZH: Array, positions: Positions
+    ) -> tuple[Array, Array, Array]:
+        c = self.config
+        attention = Attention(c, c.is_nope(self.index), self.kernels, name="attention")
+        y_TD = RMSNorm(c.norm_eps, name="attention_norm")(x_TD)
+        y_TD, k_PKZH, v_PKZH = attention(y_TD, k_PKZH, v_PKZH, positions)
+        x_TD = constrain(x_TD + y_TD, axes.TOKENS, axes.WIDTH)
+        y_TD = RMSNorm(c.norm_eps, name="feed_forward_norm")(x_TD)
+        if c.is_moe(self.index):
+            y_TD = MixtureOfExperts(c, self.kernels, name="feed_forward")(y_TD)
+        else:
+            y_TD = GatedMLP(c.dense_width, name="feed_forward")(y_TD)
+        return constrain(x_TD + y_TD, axes.TOKENS, axes.WIDTH), k_PKZH, v_PKZH
+
+
+class Llama4(nn.Module):
+    """The text model over a flat list of tokens: prefill, decode, and any mix of them are this one call."""
+
+    config: TextConfig
+    kernels: Kernels = Kernels()
+
+    def setup(self) -> None:
+        c = self.config
+        names = (axes.VOCAB, axes.WIDTH)
+        self.embedding_VD = declare(self, "embedding", (c.vocab, c.width), names)
+        self.layers = [Layer(c, i, self.kernels, name=f"layer_{i}") for i in range(c.layers)]
+        self.norm = RMSNorm(c.norm_eps)
+        self.head_VD = declare(self, "head", (c.vocab, c.width), names)
+
+    def __call__(
+        self, batch: Batch, pool: PagePool, features_MD: Array | None = None
+    ) -> tuple[Array, PagePool]:
+        """Run the tokens of a step.
+
+        Args:
+            batch: the tokens and their tables.
+            pool: the keys and values of what came before.
+            features_MD: image features that `batch.feature_T` points into.
+
+        Returns:
+            [T, D] normed hidden states, for `find_logits`; and the pool with this step's tokens in it.
+        """
+        x_TD = constrain(self.embedding_VD[batch.token_T], axes.TOKENS, axes.WIDTH)
+        if features_MD is not None and batch.feature_T is not None:
+            is_image_T = batch.feature_T >= 0
+            x_TD = jnp.where(is_image_T[:, None], features_MD[batch.feature_T].astype(x_TD.dtype), x_TD)
+        k, v = list(pool.k), list(pool.v)
+        for i, layer in enumerate(self.layers):
+            repetition, group = divmod(i, self.config.nope_interval)
+            positions = Positions.of(batch, self.config, group)
+            x_TD, k[repetition], v[repetition] = layer(x_TD, k[repetition], v[repetition], positions)
+        return self.norm(x_TD), PagePool(tuple(k), tuple(v))
+
+    def find_logits(self, x_RD: Array) -> Array:
+        """[R, V] float32 logits of hidden states [R, D]."""
+        logits_RV = project("RD,VD->RV", x_RD, self.head_VD).astype(jnp.float32)
+        return constrain(logits_RV, axes.ROWS, axes.VOCAB)
+
+
+def declare_parameters(config: Config, dtype: Any) -> tuple[Parameters, Parameters]:
+    """Every parameter of a model, without making one.
+
+    Returns:
+        A tree of `jax.ShapeDtypeStruct` in `dtype`, and the same tree of tuples of logical axis names.
+        The top level is "text" and, where the model sees, "vision".
+    """
+    text = config.text
+
+    def initialize() -> Parameters:
+        one, page = jnp.zeros(1, jnp.int32), 1
+        tables = Tables(jnp.zeros((1, 1), jnp.int32), jnp.zeros((text.nope_interval - 1, 1, 1), jnp.int32))
+        key = jax.random.key(0)
+
+        def touch(model: Llama4) -> None:
+            x_TD, _ = model(Batch(one, one, one, tables), make_pool(text, 1, page, jnp.float32))
+            model.find_logits(x_TD)
+
+        trees = {"text": nn.init(touch, Llama4(text))(key)["params"]}
+        if config.vision is not None:
+            v = config.vision
+            pixels = jnp.zeros((1, v.channels, v.tile, v.tile), jnp.float32)
+            trees["vision"] = VisionTower(v, text.width).init(key, pixels)["params"]
+        return trees
+
+    boxed = jax.eval_shape(initialize)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), nn.unbox(boxed))
+    names = jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    return shapes, names
