@@ -1,0 +1,104 @@
+"""From logits to a token, for each row by its own settings, whatever else is in the batch."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from l4jax import axes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Controls:
+    """How each row is sampled; the meanings are those of vLLM's `SamplingParams`."""
+
+    temperature_R: Array  # float32; 0 is greedy
+    top_k_R: Array  # int32; 0 keeps all
+    top_p_R: Array  # float32; 1 keeps all
+    min_p_R: Array  # float32; 0 keeps all
+    seed_R: Array  # uint32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """A token of each row, with log-probabilities where asked for.
+
+    Log-probabilities are of the model's own distribution, before temperature and filters.
+    """
+
+    token_R: Array  # int32
+    logprob_R: Array | None = None  # float32, of that token
+    top_token_RL: Array | None = None  # int32, the likeliest first
+    top_logprob_RL: Array | None = None  # float32
+
+
+CONTROLS_AXES = Controls(*[(axes.ROWS,)] * 5)  # type: ignore[arg-type]
+
+
+def sample(logits_RV: Array, controls: Controls, position_R: Array, logprobs: int | None) -> Sampled:
+    """Draw a token for each row.
+
+    The draw depends on the row's logits, its settings, its seed and the token's position, and on nothing
+    else: the same request with the same seed gives the same tokens in any batch.
+
+    Args:
+        logits_RV: float32.
+        controls: settings of each row.
+        position_R: int32 position that the drawn token will take.
+        logprobs: how many of the likeliest tokens to report; 0 reports the drawn one only, None nothing.
+    """
+    is_greedy_R = controls.temperature_R <= 0
+    best_R = jnp.argmax(logits_RV, axis=-1)
+
+    def draw() -> Array:
+        kept_RV = lax.cond(_has_filter(controls), _filter, lambda x, _: x, _warm(logits_RV, controls), controls)
+        noise_RV = jax.vmap(_make_noise, (0, 0, None))(controls.seed_R, position_R, logits_RV.shape[1])
+        # The largest of logit + Gumbel noise is a draw from the softmax.
+        return jnp.where(is_greedy_R, best_R, jnp.argmax(kept_RV + noise_RV, axis=-1))
+
+    token_R = lax.cond(is_greedy_R.all(), lambda: best_R, draw).astype(jnp.int32)
+    if logprobs is None:
+        return Sampled(token_R)
+    logprob_RV = jax.nn.log_softmax(logits_RV, axis=-1)
+    drawn_R = jnp.take_along_axis(logprob_RV, token_R[:, None], axis=-1)[:, 0]
+    if logprobs == 0:
+        return Sampled(token_R, drawn_R)
+    top_RL, top_token_RL = lax.top_k(logprob_RV, logprobs)
+    return Sampled(token_R, drawn_R, top_token_RL.astype(jnp.int32), top_RL)
+
+
+def _has_filter(controls: Controls) -> Array:
+    return ((controls.top_k_R > 0) | (controls.top_p_R < 1) | (controls.min_p_R > 0)).any()
+
+
+def _warm(logits_RV: Array, controls: Controls) -> Array:
+    return logits_RV / jnp.where(controls.temperature_R > 0, controls.temperature_R, 1)[:, None]
+
+
+def _filter(logits_RV: Array, controls: Controls) -> Array:
+    """Keep what min-p, then top-k, then top-p keep; the rest becomes -inf. The likeliest token always stays.
+
+    Each filter is a threshold on the logit, so that tokens of equal logit stay or go together.
+    """
+    vocab = logits_RV.shape[1]
+    sorted_RV = -jnp.sort(-logits_RV, axis=-1)
+    peak_R = sorted_RV[:, 0]
+    floor_R = peak_R + jnp.log(controls.min_p_R)  # log 0 is -inf: keeps all
+    last_R = jnp.where(controls.top_k_R > 0, jnp.minimum(controls.top_k_R, vocab), vocab) - 1
+    floor_R = jnp.maximum(floor_R, jnp.take_along_axis(sorted_RV, last_R[:, None], axis=-1)[:, 0])
+    kept_RV = jnp.where(sorted_RV >= floor_R[:, None], sorted_RV, -jnp.inf)
+    probability_RV = jax.nn.softmax(kept_RV, axis=-1)
+    # In order of likelihood, a token is in the nucleus while those before it do not reach top_p.
+    before_RV = jnp.cumsum(probability_RV, axis=-1) - probability_RV
+    is_inside_RV = (before_RV < controls.top_p_R[:, None]) & (kept_RV > -jnp.inf)
+    is_inside_RV = is_inside_RV.at[:, 0].set(True)
+    floor_R = jnp.where(is_inside_RV, kept_RV, jnp.inf).min(axis=-1)
+    return jnp.where(logits_RV >= floor_R[:, None], logits_RV, -jnp.inf)
+
+
+def _make_noise(seed: Array, position: Array, vocab: int) -> Array:
+    key = jax.random.fold_in(jax.random.key(seed), position)
+    return jax.random.gumbel(key, (vocab,), jnp.float32)
