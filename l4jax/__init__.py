@@ -1,0 +1,23 @@
+"""Llama 4 in JAX, for people who serve it: `from l4jax import LLM, SamplingParams`."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from l4jax.engine.request import SamplingParams
+    from l4jax.llm import LLM
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: `--help` and a check of the version should not wait for jax.
+    if name == "LLM":
+        from l4jax.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from l4jax.engine.request import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module 'l4jax' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""The engine: requests in, tokens out. Bookkeeping (request, pages, scheduler) knows no jax; the runner does."""

@@ -1,0 +1,431 @@
+"""The offline API: `LLM(model, mesh="8")`, then `generate`, `chat` or `stream`. Names are vLLM's."""
+
+import collections
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from l4jax import checkpoint
+from l4jax.config import Config
+from l4jax.engine.engine import Engine, Update
+from l4jax.engine.request import SamplingParams, TokenLogprobs
+from l4jax.engine.runner import Capacity, Runner, keep_compilations
+from l4jax.text.chat import Prompt, PromptError, render_chat, spell_prompt
+from l4jax.text.image import ImageProcessor
+from l4jax.text.stream import Detokenizer
+from l4jax.text.tokenizer import Tokenizer
+
+Messages: TypeAlias = Sequence[dict[str, Any]]
+# Text, or {"prompt": text, "multi_modal_data": {"image": [...]}}, or {"prompt_token_ids": [...]}.
+PromptLike: TypeAlias = str | Mapping[str, Any]
+
+DTYPES = {"bfloat16": "bfloat16", "float32": "float32", "float": "float32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What a stream brings at a time. The last piece has a `finish_reason`.
+
+    Attributes:
+        text: new characters; never half of one.
+        token_ids: the tokens that came, some of whose characters may come later.
+        logprobs: of those tokens, where `SamplingParams.logprobs` asked for them.
+        finish_reason: "stop" or "length" in the last piece.
+        stop_reason: the stop string or stop token id that ended it, as in vLLM.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionOutput:
+    """One answer."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None
+    logprobs: list[TokenLogprobs] | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestOutput:
+    """A prompt and its answers."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = True
+
+
+class LLM:
+    """A Llama 4 with its tokenizer, on a mesh of devices.
+
+    Args:
+        model: a folder with a Hugging Face checkpoint or a converted one, or a name on the Hugging Face hub.
+            None is a tiny model with random weights, written on first use, whose words mean nothing.
+        mesh: "8" is eight devices that share each layer, "2x4" two groups of four, "data=2,model=4" the same.
+        tensor_parallel_size: another spelling of `mesh`, as in vLLM.
+        dtype: "auto" (that of the checkpoint), "bfloat16" or "float32".
+        max_model_len: tokens of prompt and answer together; None is as many as fit, up to the model's own.
+        max_num_seqs: requests that run together.
+        max_num_batched_tokens: tokens of a step.
+        block_size: positions of a page of the cache.
+        kv_cache_memory_bytes: for the page pool; None is what is free on an accelerator, 1 GiB on a CPU.
+        gpu_memory_utilization: share of an accelerator's memory for weights and pool.
+        limit_mm_per_prompt: `{"image": 10}` allows ten images a prompt.
+        attn_temperature_tuning: True or False overrides the model's config.
+        chat_template: Jinja, in place of the checkpoint's.
+        seed: for requests without a seed of their own.
+        load_format: "auto" reads the checkpoint's weights, "dummy" makes random ones.
+        revision: branch, tag or commit on the hub.
+        quiet: no progress bars and no notices on standard error.
+
+    Raises:
+        ValueError: for a checkpoint, a mesh or a size that cannot be had; the message says what would do.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        mesh: str | int | None = None,
+        tensor_parallel_size: int | None = None,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 2048,
+        block_size: int | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        limit_mm_per_prompt: Mapping[str, int] | None = None,
+        attn_temperature_tuning: bool | None = None,
+        chat_template: str | None = None,
+        seed: int = 0,
+        load_format: str = "auto",
+        revision: str | None = None,
+        quiet: bool = False,
+    ):
+        self._is_quiet = quiet
+        self._mail: dict[int, collections.deque[Update]] = {}
+        if mesh is not None and tensor_parallel_size is not None:
+            raise ValueError("mesh and tensor_parallel_size are two spellings of one thing: give one.")
+        if load_format not in ("auto", "dummy"):
+            raise ValueError(f"load_format is {load_format!r}: it is 'auto' or 'dummy'.")
+        max_images = _read_limit(limit_mm_per_prompt)
+        keep_compilations(find_cache_folder() / "compiled")
+        if model is None:
+            folder = find_default_model()
+            self._tell("No --model: a tiny one with random weights answers, and its words mean nothing.")
+        else:
+            folder = checkpoint.find_folder(str(model), revision=revision)
+        self.folder = folder
+        self.config = Config.from_folder(folder)
+        if attn_temperature_tuning is not None:
+            self.config = self.config.replace_text(has_temperature_tuning=attn_temperature_tuning)
+        runner = Runner(self.config, mesh or tensor_parallel_size or 1, _find_dtype(dtype, folder))
+        self._tell(runner.notice)
+        self.tokenizer = Tokenizer.from_folder(folder)
+        self.processor = _make_processor(self.config, folder)
+        self.chat_template, self.max_images = chat_template, max_images
+        self.default_params = _read_generation_config(folder)
+        if load_format == "dummy":
+            runner.initialize(seed)
+        else:
+            runner.load(folder, progress=not quiet)
+        capacity = Capacity(
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            block_size=block_size,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            gpu_memory_utilization=gpu_memory_utilization,
+            max_images=max_images,
+        )
+        self.engine = Engine(runner, runner.reserve(capacity), seed, max_images)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generation_config.json` says; used where a call gives none."""
+        return self.default_params
+
+    def generate(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Continue prompts; the answers come in the order of the prompts.
+
+        Args:
+            prompts: one or many: text, or `{"prompt": text, "multi_modal_data": {"image": [...]}}` with one
+                `<|image|>` in the text for each image, or `{"prompt_token_ids": [...]}`.
+            sampling_params: for all, or one for each; None is the checkpoint's default.
+            use_tqdm: a progress bar on standard error.
+        """
+        many = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        texts = [_find_text(prompt) for prompt in many]
+        return self._run([self._read(p) for p in many], texts, sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer conversations, each a list of OpenAI-style messages; or one such conversation."""
+        many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        prompts = [self._render(m, chat_template, add_generation_prompt, tools) for m in many]  # type: ignore[arg-type]
+        return self._run(prompts, [None] * len(prompts), sampling_params, use_tqdm)
+
+    def stream(
+        self, prompt: PromptLike | Messages, sampling_params: SamplingParams | None = None
+    ) -> Iterator[Piece]:
+        """Answer one prompt or one conversation piece by piece. Leaving the iterator cancels the request."""
+        is_prompt = isinstance(prompt, str | Mapping)
+        read = self._read(prompt) if is_prompt else self._render(prompt, None, True, None)
+        self.engine.check(read.token_ids, read.images)
+        return self._stream(read, sampling_params or self.default_params)
+
+    def _stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[Piece]:
+        answer = Answer(self.tokenizer, params)
+        request_id = self._add(prompt, params)
+        try:
+            while answer.finish_reason is None:
+                yield answer.take(self._receive(request_id))
+        finally:
+            self._drop(request_id)
+
+    def _add(self, prompt: Prompt, params: SamplingParams) -> int:
+        request_id = self.engine.add(prompt.token_ids, params, prompt.images)
+        self._mail[request_id] = collections.deque()
+        return request_id
+
+    def _receive(self, request_id: int) -> Update:
+        """The next update of a request; what comes for others meanwhile waits for them."""
+        while not self._mail[request_id]:
+            for update in self.engine.step():
+                self._mail[update.request_id].append(update)
+        return self._mail[request_id].popleft()
+
+    def _drop(self, request_id: int) -> None:
+        self.engine.cancel(request_id)
+        self._mail.pop(request_id, None)
+
+    def _run(
+        self,
+        prompts: list[Prompt],
+        texts: Sequence[str | None],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        from tqdm import tqdm
+
+        each = _spread(params or self.default_params, len(prompts))
+        answers = [Answer(self.tokenizer, its) for its in each]
+        ids: list[int] = []
+        bar = tqdm(total=len(prompts), desc="answers", unit="req", disable=not use_tqdm or self._is_quiet)
+        try:
+            for prompt in prompts:
+                self.engine.check(prompt.token_ids, prompt.images)
+            ids = [self._add(prompt, its) for prompt, its in zip(prompts, each, strict=True)]
+            for request_id, answer in zip(ids, answers, strict=True):
+                while answer.finish_reason is None:
+                    answer.take(self._receive(request_id))
+                bar.update()
+        finally:  # a bad prompt among good ones, or Ctrl-C: nothing stays behind
+            bar.close()
+            for request_id in ids:
+                self._drop(request_id)
+        return [
+            RequestOutput(str(i), text, list(prompt.token_ids), [answer.complete()])
+            for i, text, prompt, answer in zip(ids, texts, prompts, answers, strict=True)
+        ]
+
+    def _read(self, prompt: PromptLike) -> Prompt:
+        if isinstance(prompt, str):
+            return spell_prompt(self.tokenizer, self.processor, prompt)
+        unknown = set(prompt) - {"prompt", "prompt_token_ids", "multi_modal_data"}
+        if unknown or ("prompt" in prompt) == ("prompt_token_ids" in prompt):
+            raise PromptError(
+                f"prompt: it has the keys {sorted(prompt)}; give 'prompt' or 'prompt_token_ids', "
+                "and 'multi_modal_data' beside 'prompt'."
+            )
+        if "prompt_token_ids" in prompt:
+            if prompt.get("multi_modal_data"):
+                raise PromptError("prompt: images need 'prompt' as text, not 'prompt_token_ids'.")
+            return Prompt(tuple(int(token) for token in prompt["prompt_token_ids"]), ())
+        images = (prompt.get("multi_modal_data") or {}).get("image", ())
+        images = list(images) if isinstance(images, list | tuple) else [images]
+        return spell_prompt(self.tokenizer, self.processor, prompt["prompt"], images)
+
+    def _render(
+        self,
+        messages: Messages,
+        chat_template: str | None,
+        add_generation_prompt: bool,
+        tools: list[dict[str, Any]] | None,
+    ) -> Prompt:
+        return render_chat(
+            self.tokenizer,
+            self.processor,
+            messages,
+            chat_template=chat_template or self.chat_template,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            max_images=self.max_images,
+        )
+
+    def _tell(self, line: str | None) -> None:
+        if line and not self._is_quiet:
+            print(line, file=sys.stderr)
+
+
+class Answer:
+    """An answer as it grows: tokens to characters, up to a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams):
+        self._params = params
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
+        self._held = ""  # the beginning of a stop string, perhaps
+        self._text: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+
+    def take(self, update: Update) -> Piece:
+        """What an update adds to the text."""
+        text, count = self._held, 0
+        cut = None
+        for count, token in enumerate(update.token_ids, 1):  # noqa: B007
+            # Token by token, so that what comes behind a stop string is not counted.
+            text += self._detokenizer.push([token])
+            cut = self._find_stop(text)
+            if cut is not None:
+                break
+        tokens, logprobs = update.token_ids[:count], update.logprobs[:count]
+        finish_reason = update.finish_reason
+        if cut is None and finish_reason is not None:
+            text += self._detokenizer.finish()
+            cut = self._find_stop(text)
+        if cut is not None:
+            stop, at = cut
+            text = text[: at + len(stop)] if self._params.include_stop_str_in_output else text[:at]
+            finish_reason, self.stop_reason, self._held = "stop", stop, ""
+        elif finish_reason is not None:
+            self._held = ""
+            if finish_reason == "stop" and tokens[-1] in (self._params.stop_token_ids or ()):
+                self.stop_reason = tokens[-1]
+        else:
+            keep = self._count_held(text)
+            text, self._held = text[: len(text) - keep], text[len(text) - keep :]
+        self._text.append(text)
+        self._token_ids += tokens
+        self._logprobs += logprobs
+        self.finish_reason = finish_reason
+        return Piece(text, tokens, logprobs, finish_reason, self.stop_reason)
+
+    def complete(self) -> CompletionOutput:
+        """The whole answer so far."""
+        has_logprobs = self._params.logprobs is not None
+        return CompletionOutput(
+            index=0,
+            text="".join(self._text),
+            token_ids=self._token_ids,
+            cumulative_logprob=sum(x.chosen for x in self._logprobs) if has_logprobs else None,
+            logprobs=self._logprobs if has_logprobs else None,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+
+    def _find_stop(self, text: str) -> tuple[str, int] | None:
+        found = [(text.find(stop), stop) for stop in self._params.stops if stop in text]
+        return (min(found)[1], min(found)[0]) if found else None
+
+    def _count_held(self, text: str) -> int:
+        """Characters at the end that may become a stop string."""
+        lengths = (
+            n for stop in self._params.stops for n in range(1, len(stop)) if text.endswith(stop[:n])
+        )
+        return max(lengths, default=0)
+
+
+def find_cache_folder() -> Path:
+    """Where l4jax keeps what it can make again: `L4JAX_CACHE`, else l4jax in the user's cache folder."""
+    if folder := os.environ.get("L4JAX_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "l4jax"
+
+
+def find_default_model() -> Path:
+    """The tiny model with random weights, written on first use."""
+    from l4jax import __version__
+    from l4jax.testing import write_model
+
+    folder = find_cache_folder() / f"tiny-random-{__version__}"
+    if not (folder / "config.json").exists():
+        write_model(folder)
+    return folder
+
+
+def _find_dtype(dtype: str, folder: Path) -> str:
+    if dtype == "auto":
+        return checkpoint.find_dtype(folder)
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"dtype is {dtype!r}: it is auto, bfloat16 or float32 (float16 cannot hold Llama 4's range)."
+        )
+    return DTYPES[dtype]
+
+
+def _find_text(prompt: PromptLike) -> str | None:
+    return prompt if isinstance(prompt, str) else prompt.get("prompt")
+
+
+def _make_processor(config: Config, folder: Path) -> ImageProcessor | None:
+    if config.vision is None:
+        return None
+    return ImageProcessor.from_folder(
+        folder, image_size=config.vision.tile, patch_size=config.vision.patch
+    )
+
+
+def _read_limit(limits: Mapping[str, int] | None) -> int:
+    limits = dict(limits or {})
+    images = limits.pop("image", 10)
+    if limits or not isinstance(images, int) or images < 0:
+        raise ValueError('limit_mm_per_prompt is like {"image": 10}: a count of images and nothing else.')
+    return images
+
+
+def _read_generation_config(folder: Path) -> SamplingParams:
+    """Defaults of the checkpoint; greedy where it says not to sample."""
+    path = folder / "generation_config.json"
+    raw = json.loads(path.read_text()) if path.exists() else {}
+    if raw.get("do_sample") is False:
+        return SamplingParams(temperature=0.0)
+    known = ("temperature", "top_p", "top_k", "min_p")
+    return SamplingParams(**{key: raw[key] for key in known if raw.get(key) is not None})
+
+
+def _spread(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+    each = [params] * count if isinstance(params, SamplingParams) else list(params)
+    if len(each) != count:
+        raise ValueError(f"there are {len(each)} sampling_params for {count} prompts.")
+    return each
