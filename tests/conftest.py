@@ -1,0 +1,63 @@
+"""The ground that all tests stand on: eight CPU devices, no network, no cache of programs."""
+
+import importlib.util
+import os
+
+import pytest
+
+# Set before jax starts, and in the environment so that the processes that tests start have it too.
+os.environ.setdefault("NPROC", "16")  # XLA's threads: with as few as cores, collectives deadlock
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A law that counts compilations must not depend on what an earlier run left behind.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+DEVICES = 8
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+
+collect_ignore = [] if HAS_TORCH else ["reference"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not _wants_gpu(config):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+    import jax
+
+    if not _wants_gpu(config):
+        jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    import jax
+
+    lines = [f"jax {jax.__version__}, {DEVICES} CPU devices"]
+    if _wants_gpu(config) and not _has_gpu():
+        lines.append("gpu tests: deselected, jax finds no GPU")
+    if not HAS_TORCH:
+        lines.append("tests/reference: left out, torch is not installed (the goldens remain)")
+    return lines
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _wants_gpu(config) and _has_gpu():
+        return
+    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if needs_gpu:
+        config.hook.pytest_deselected(items=needs_gpu)
+        items[:] = [item for item in items if item not in needs_gpu]
+
+
+def _wants_gpu(config: pytest.Config) -> bool:
+    expression = config.getoption("markexpr") or ""
+    return "gpu" in expression and "not gpu" not in expression
+
+
+def _has_gpu() -> bool:
+    import jax
+
+    try:
+        return bool(jax.devices("gpu"))
+    except RuntimeError:
+        return False
