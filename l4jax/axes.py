@@ -1,6 +1,7 @@
 """The letters that array names end in, and the logical names of axes that a sharding table places.
 
-Letters, in suffixes and einsums alike (`q_TKGH` has tokens, kv heads, query heads per kv head, head dim):
+Letters, in suffixes and einsums alike (`q_TKGH` has tokens, kv heads, query heads per kv head, head
+dim):
 
     T tokens of this step      D width                 V vocabulary
     R rows of this step        K kv heads              E experts
@@ -48,6 +49,7 @@ TABLE = "table"  # pages of a row
 GROUPS = "groups"  # the chunk-local groups of layers
 TILES = "tiles"
 FEATURES = "features"  # image features of a tile
-PIXELS = "pixels"  # channels, height, width of a tile
+CHANNELS = "channels"  # of a tile of pixels, as its rows and columns below
+PIXELS_Y = "pixels_y"
+PIXELS_X = "pixels_x"
 LIST = "list"  # stop ids of a row, log-probabilities of a token
-STEPS = "steps"  # of a device-side loop

@@ -1,17 +1,18 @@
 """The page pool, its tables, and the tokens of a step: pytrees that the caller owns.
 
-Llama 4 repeats a pattern of `nope_interval` layers (four: three chunk-local, one global). Group g holds
-the layers i with `i % 4 == g`, and the keys and values of layers 4j .. 4j+3 share array j of the pool, so a
-page id means the same in every array. A request owns pages for its global group over its whole length, and
-for each local group only over its current chunk; the engine gives those back at the chunk's end. Nobody has
-to guess a split of memory between kinds of layers.
+Llama 4 repeats a pattern of `nope_interval` layers (four: three chunk-local, one global). Group g
+holds the layers i with `i % 4 == g`, and the keys and values of layers 4j .. 4j+3 share array j of
+the pool, so a page id means the same in every array. A request owns pages for its global group over
+its whole length, and for each local group only over its current chunk; the engine gives those back
+at the chunk's end. Nobody has to guess a split of memory between kinds of layers.
 
-The step sees rows: a row is a run of tokens of one request inside one chunk. A local layer therefore needs
-nothing but the position within the chunk, for RoPE, for its table and for its mask; a prompt that crosses a
-boundary within one step is two rows with the same global pages.
+The step sees rows: a row is a run of tokens of one request inside one chunk. A local layer
+therefore needs nothing but the position within the chunk, for RoPE, for its table and for its mask;
+a prompt that crosses a boundary within one step is two rows with the same global pages.
 """
 
 import dataclasses
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +21,18 @@ from jax import Array
 from l4jax import axes
 from l4jax.config import TextConfig
 
+# One tree has many leaves: numpy where the engine fills it, arrays or tracers in a step, the names
+# of an array's axes where it says how to place them.
+Leaf: TypeAlias = Any
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PagePool:
     """Keys and values, preallocated: `k[j]` and `v[j]` are [pages, kv_heads, page, head_dim].
 
-    Array j is shared by the layers of one repetition of the pattern. Donate it and use what comes back.
+    Array j is shared by the layers of one repetition of the pattern. Donate it and use what comes
+    back.
     """
 
     k: tuple[Array, ...]
@@ -46,13 +52,13 @@ class PagePool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """The pages of each row. Entries beyond a row's length are never read as visible; write 0 there.
+    """The pages of each row. Entries beyond a row's length are never seen; write 0 there.
 
     Ids and rows count within a data shard: a sharded step never looks at its neighbor's pages.
     """
 
-    whole_RB: Array  # int32: page of positions b * page .. of the request, for the global layers
-    chunk_GRB: Array  # int32: page of positions b * page .. of the row's chunk, one table a local group
+    whole_RB: Leaf  # int32: page of positions b * page .. of the request, for the global layers
+    chunk_GRB: Leaf  # int32: the same within the row's chunk, one table for each local group
 
 
 @jax.tree_util.register_dataclass
@@ -63,23 +69,26 @@ class Batch:
     A token with position -1 is padding: it writes nothing and nothing of it is used.
     """
 
-    token_T: Array  # int32
-    position_T: Array  # int32, counted from the start of the request
-    row_T: Array  # int32, within the data shard
+    token_T: Leaf  # int32
+    position_T: Leaf  # int32, counted from the start of the request
+    row_T: Leaf  # int32, within the data shard
     tables: Tables
-    feature_T: Array | None = None  # int32 index into the image features, -1 where the token is text
+    feature_T: Leaf = None  # int32 index into the image features, -1 for text; None without images
 
 
 POOL_AXES = (axes.PAGES, axes.KV_HEADS, axes.PAGE, axes.HEAD_DIM)
-BATCH_AXES = Batch(
-    token_T=(axes.TOKENS,),  # type: ignore[arg-type]
-    position_T=(axes.TOKENS,),  # type: ignore[arg-type]
-    row_T=(axes.TOKENS,),  # type: ignore[arg-type]
-    tables=Tables(
-        whole_RB=(axes.ROWS, axes.TABLE),  # type: ignore[arg-type]
-        chunk_GRB=(axes.GROUPS, axes.ROWS, axes.TABLE),  # type: ignore[arg-type]
-    ),
-)
+
+
+def add_features(batch: Batch, feature_T: Leaf) -> Batch:
+    """The same tokens, some of which are image features."""
+    return dataclasses.replace(batch, feature_T=feature_T)
+
+
+def name_axes(*, has_features: bool = False) -> Batch:
+    """The logical names of the axes of a batch."""
+    tokens = (axes.TOKENS,)
+    tables = Tables((axes.ROWS, axes.TABLE), (axes.GROUPS, axes.ROWS, axes.TABLE))
+    return Batch(tokens, tokens, tokens, tables, tokens if has_features else None)
 
 
 def count_arrays(config: TextConfig) -> int:
@@ -94,7 +103,9 @@ def count_page_bytes(config: TextConfig, page: int, dtype: jnp.dtype) -> int:
 
 
 def make_pool(config: TextConfig, pages: int, page: int, dtype: jnp.dtype) -> PagePool:
-    """A pool of `pages` pages of `page` positions, all zeros. Trace it under jit with shardings to place it."""
+    """A pool of `pages` pages of `page` positions, all zeros. Trace it under jit with shardings to
+    place it.
+    """
     shape = (pages, config.kv_heads, page, config.head_dim)
     arrays = range(count_arrays(config))
     return PagePool(

@@ -1,7 +1,8 @@
 """What the model is: frozen, and strict about the `config.json` it is read from.
 
-`Config.from_hf` accounts for every key of the file: a key is read, or has to hold the one value that
-this code computes, or is known to change nothing when serving. Any other key is an error that names it.
+`Config.from_hf` accounts for every key of the file: a key is read, or has to hold the one value
+that this code computes, or is known to change nothing when serving. Any other key is an error that
+names it.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """llama3 frequency scaling: low frequencies are divided by `factor`, high ones are left alone."""
+    """llama3 scaling: low frequencies are divided by `factor`, high ones are left alone."""
 
     factor: float
     low_freq_factor: float
@@ -60,7 +61,7 @@ class TextConfig:
         return (layer + 1) % self.nope_interval == 0
 
     def is_moe(self, layer: int) -> bool:
-        """Whether a layer's feed-forward block is a mixture of experts (every second in Maverick)."""
+        """Whether a layer has a mixture of experts (every second one of Maverick's)."""
         return (layer + 1) % self.moe_interval == 0
 
 
@@ -98,7 +99,9 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A Llama 4: text, perhaps vision, the ids that have a meaning, and how its weights are quantised."""
+    """A Llama 4: text, perhaps vision, the ids that have a meaning, and how its weights are
+    quantised.
+    """
 
     text: TextConfig
     vision: VisionConfig | None
@@ -116,14 +119,15 @@ class Config:
             return cls.from_hf(json.loads(path.read_text()))
         except FileNotFoundError:
             raise ConfigError(
-                f"{path} does not exist: give a folder that holds a Hugging Face Llama 4 checkpoint."
+                f"{path} does not exist: give the folder of a Hugging Face Llama 4 checkpoint."
             ) from None
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path} is not JSON: {error}.") from None
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> "Config":
-        """Build from the content of a Hugging Face `config.json`: the whole model's or the text model's.
+        """Build from the content of a Hugging Face `config.json`: the whole model's or the text
+        model's.
 
         Raises `ConfigError`, naming the key, for anything that this code does not compute.
         """
@@ -157,6 +161,80 @@ class Config:
             patch_id=patch_id if vision is not None else None,
             quantization=_read_quantization(raw),
         )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of a `config.json` that `from_hf` reads back as this, in the published style.
+
+        How the weights are quantized is not in it: that belongs to whoever writes the weights.
+        """
+        t, v = self.text, self.vision
+        scaling = None
+        if t.rope_scaling is not None:
+            scaling = {
+                "factor": t.rope_scaling.factor,
+                "low_freq_factor": t.rope_scaling.low_freq_factor,
+                "high_freq_factor": t.rope_scaling.high_freq_factor,
+                "original_max_position_embeddings": t.rope_scaling.original_max_positions,
+                "rope_type": "llama3",
+            }
+        text = {
+            "model_type": "llama4_text",
+            "vocab_size": t.vocab,
+            "hidden_size": t.width,
+            "num_hidden_layers": t.layers,
+            "num_attention_heads": t.heads,
+            "num_key_value_heads": t.kv_heads,
+            "head_dim": t.head_dim,
+            "num_local_experts": t.experts,
+            "num_experts_per_tok": 1,
+            "intermediate_size": t.expert_width,
+            "intermediate_size_mlp": t.dense_width,
+            "interleave_moe_layer_step": t.moe_interval,
+            "no_rope_layers": [int(not t.is_nope(i)) for i in range(t.layers)],
+            "attention_chunk_size": t.chunk,
+            "max_position_embeddings": t.max_positions,
+            "rope_theta": t.rope_theta,
+            "rope_scaling": scaling,
+            "use_qk_norm": t.has_qk_norm,
+            "attn_temperature_tuning": t.has_temperature_tuning,
+            "floor_scale": t.floor_scale,
+            "attn_scale": t.attn_scale,
+            "rms_norm_eps": t.norm_eps,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "bos_token_id": self.bos_id,
+            "eos_token_id": list(self.eos_ids),
+            "pad_token_id": self.pad_id,
+        }
+        if v is None:
+            return {"architectures": ["Llama4ForCausalLM"], **text}
+        vision = {
+            "model_type": "llama4_vision_model",
+            "hidden_size": v.width,
+            "num_hidden_layers": v.layers,
+            "num_attention_heads": v.heads,
+            "intermediate_size": v.hidden,
+            "image_size": v.tile,
+            "patch_size": v.patch,
+            "num_channels": v.channels,
+            "pixel_shuffle_ratio": 1 / v.shuffle,
+            "projector_input_dim": v.adapter_width,
+            "projector_output_dim": v.adapter_width,
+            "vision_output_dim": v.adapter_width,
+            "rope_theta": v.rope_theta,
+            "norm_eps": v.norm_eps,
+            "hidden_act": "gelu",
+            "multi_modal_projector_bias": False,
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "default",
+        }
+        return {
+            "architectures": ["Llama4ForConditionalGeneration"],
+            "model_type": "llama4",
+            "image_token_index": self.patch_id,
+            "text_config": text,
+            "vision_config": vision,
+        }
 
     def replace_text(self, **changes: Any) -> "Config":
         """A copy with fields of the text part changed."""
@@ -198,7 +276,9 @@ class _Keys:
 
     def __init__(self, raw: Any, prefix: str):
         if not isinstance(raw, Mapping):
-            raise ConfigError(f"{prefix.rstrip('.') or 'config.json'} holds {raw!r}, not an object.")
+            raise ConfigError(
+                f"{prefix.rstrip('.') or 'config.json'} holds {raw!r}, not an object."
+            )
         self._left, self._prefix = dict(raw), prefix
 
     def take(self, key: str, *default: Any) -> Any:
@@ -209,7 +289,9 @@ class _Keys:
 
     def number(self, key: str, *default: Any, kind: type = int) -> Any:
         value = self.take(key, *default)
-        right = isinstance(value, (int, float)) and not isinstance(value, bool) and value == kind(value)
+        right = (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and value == kind(value)
+        )
         if not right or value <= 0:
             raise ConfigError(f"{self._prefix}{key} is {value!r}, not a positive {kind.__name__}.")
         return kind(value)
@@ -225,7 +307,9 @@ class _Keys:
         value = self.take(key, allowed[0])
         if value not in allowed:
             wanted = " or ".join(json.dumps(a) for a in allowed)
-            raise ConfigError(f"{self._prefix}{key} is {value!r}, and l4jax computes only {wanted}.")
+            raise ConfigError(
+                f"{self._prefix}{key} is {value!r}, and l4jax computes only {wanted}."
+            )
 
     def drop(self, *keys: str) -> None:
         for key in keys:
@@ -280,10 +364,12 @@ def _read_text(raw: Any, prefix: str) -> tuple[TextConfig, tuple[int, ...], int 
     keys.require("layer_types", None, kinds)
     if config.heads % config.kv_heads:
         raise ConfigError(
-            f"{prefix}num_attention_heads is {heads}, which {config.kv_heads} kv heads cannot share."
+            f"{prefix}num_attention_heads is {heads}: {config.kv_heads} kv heads cannot share them."
         )
     if config.head_dim % 2:
-        raise ConfigError(f"{prefix}head_dim is {config.head_dim}: RoPE turns pairs, so it must be even.")
+        raise ConfigError(
+            f"{prefix}head_dim is {config.head_dim}: RoPE turns pairs, so it must be even."
+        )
     eos_ids = _read_ids(keys.take("eos_token_id", None))
     bos_id, pad_id = keys.take("bos_token_id", None), keys.take("pad_token_id", None)
     keys.drop("quantization_config", *_INERT)
@@ -302,7 +388,8 @@ def _read_nope_interval(keys: _Keys, layers: int) -> int:
             # With no NoPE layer at all the published interval only names the grouping.
             return candidate
     raise ConfigError(
-        f"no_rope_layers is {uses_rope!r}: l4jax computes patterns of one layer without RoPE at a fixed interval."
+        f"no_rope_layers is {uses_rope!r}: "
+        "l4jax computes layers without RoPE at a fixed interval only."
     )
 
 
@@ -362,16 +449,19 @@ def _read_vision(raw: Any) -> VisionConfig:
     keys.finish()
     if config.tile % (config.patch * config.shuffle):
         raise ConfigError(
-            f"vision_config.image_size is {config.tile}, not a multiple of {config.shuffle} patches of {config.patch}."
+            f"vision_config.image_size is {config.tile}: "
+            f"it must be a multiple of {config.shuffle} patches of {config.patch}."
         )
     if config.hidden != config.width * config.shuffle**2:
         # The adapter's first matrix is declared with this width in the published layout.
         raise ConfigError(
-            f"vision_config.intermediate_size is {config.hidden}, not 4 * hidden_size ({4 * config.width})."
+            f"vision_config.intermediate_size is {config.hidden}: "
+            f"it must be 4 * hidden_size, {4 * config.width}."
         )
     if config.width % (4 * config.heads):
         raise ConfigError(
-            f"vision_config.hidden_size is {config.width}: 2-D RoPE needs heads of a multiple of 4 elements."
+            f"vision_config.hidden_size is {config.width}: "
+            "2-D RoPE needs heads of a multiple of 4 elements."
         )
     return config
 
@@ -386,7 +476,9 @@ def _read_quantization(raw: Mapping[str, Any]) -> str | None:
     found = raw.get("quantization_config") or None
     if found is None:
         return None
-    return "/".join(str(found[key]) for key in ("quant_method", "format", "quant_algo") if found.get(key))
+    return "/".join(
+        str(found[key]) for key in ("quant_method", "format", "quant_algo") if found.get(key)
+    )
 
 
 _SCOUT_TEXT = TextConfig(
@@ -450,7 +542,7 @@ TINY = Config(
         moe_interval=1,
         nope_interval=4,
         chunk=32,
-        max_positions=16384,
+        max_positions=32768,
         rope_theta=500000.0,
         rope_scaling=RopeScaling(16.0, 1.0, 1.0, 32),
         has_qk_norm=True,

@@ -1,7 +1,8 @@
-"""The step, and the device-side loop of many steps: what the engine jits, and nothing else runs on a device.
+"""The step, and the device-side loop of many steps: what the engine jits, and nothing else runs on
+a device.
 
-Shapes come from a short list of buckets, so that each of these compiles a few times at the start and never
-again. The pool is donated: pass it in, use the one that comes out.
+Shapes come from a short list of buckets, so that each of these compiles a few times at the start
+and never again. The pool is donated: pass it in, use the one that comes out.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from l4jax import axes
-from l4jax.cache import Batch, PagePool, Tables
+from l4jax.cache import Batch, Leaf, PagePool, Tables
 from l4jax.model import Llama4, Parameters, VisionTower
 from l4jax.sampling import Controls, Sampled, sample
 
@@ -23,11 +24,11 @@ from l4jax.sampling import Controls, Sampled, sample
 class Rows:
     """Where each row of a decode loop stands. The token has been chosen and not yet been run."""
 
-    token_R: Array  # int32
-    position_R: Array  # int32, of that token; -1 is an unused row
-    row_R: Array  # int32, the row's own number within its data shard
-    limit_R: Array  # int32, tokens that the row may still choose in this call
-    stop_RL: Array  # int32 ids that end the row, filled up with -1
+    token_R: Leaf  # int32
+    position_R: Leaf  # int32, of that token; -1 is an unused row
+    row_R: Leaf  # int32, the row's own number within its data shard
+    limit_R: Leaf  # int32, tokens that the row may still choose in this call
+    stop_RL: Leaf  # int32 ids that end the row, filled up with -1
 
 
 @jax.tree_util.register_dataclass
@@ -35,13 +36,14 @@ class Rows:
 class Decoded:
     """The tokens that a decode loop chose, in order; -1 where a row had ended."""
 
-    token_SR: Array  # int32
-    logprob_SR: Array | None = None
-    top_token_SRL: Array | None = None
-    top_logprob_SRL: Array | None = None
+    token_SR: Leaf  # int32
+    logprob_SR: Leaf = None
+    top_token_SRL: Leaf = None
+    top_logprob_SRL: Leaf = None
 
 
-ROWS_AXES = Rows(*[(axes.ROWS,)] * 4, (axes.ROWS, axes.LIST))  # type: ignore[arg-type]
+_ROW = (axes.ROWS,)
+ROWS_AXES = Rows(_ROW, _ROW, _ROW, _ROW, (axes.ROWS, axes.LIST))
 
 
 def forward(
@@ -77,7 +79,8 @@ def step(
         params: the tree of `declare_parameters`.
         pool: donated.
         batch: prompt chunks and single tokens, in any mix.
-        last_R: index, over all tokens of the step, of each row's last token: the one whose logits count.
+        last_R: index, over all tokens of the step, of each row's last token: the one whose logits
+            count.
         controls: how each row is sampled.
         features: [slots, features, D] of the images, where the batch points into them.
         model: static.
@@ -90,7 +93,12 @@ def step(
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames="pool")
 def score(
-    params: Parameters, pool: PagePool, batch: Batch, features: Array | None = None, *, model: Llama4
+    params: Parameters,
+    pool: PagePool,
+    batch: Batch,
+    features: Array | None = None,
+    *,
+    model: Llama4,
 ) -> tuple[PagePool, Array]:
     """Run the tokens of a step and return the logits of every one, [T, V] float32."""
     x_TD, pool = forward(model, params, pool, batch, features)
@@ -111,8 +119,8 @@ def decode_loop(
 ) -> tuple[PagePool, Decoded]:
     """Decode up to `steps` tokens for each row on the device, and return them at once.
 
-    A row ends at a stop id or at its limit; the loop ends when all rows have. The caller owns enough pages
-    in `tables`, and sets limits that no row crosses a chunk boundary with.
+    A row ends at a stop id or at its limit; the loop ends when all rows have. The caller owns
+    enough pages in `tables`, and sets limits that no row crosses a chunk boundary with.
     """
     rows_R = rows.token_R.shape
 
@@ -128,7 +136,7 @@ def decode_loop(
             put(buffers.logprob_SR, sampled.logprob_R, 0),
             put(buffers.top_token_SRL, sampled.top_token_RL, -1),
             put(buffers.top_logprob_SRL, sampled.top_logprob_RL, 0),
-        )  # type: ignore[arg-type]
+        )
 
     def is_going(carry: Any) -> Array:
         at, _, _, is_running_R, _, _ = carry
@@ -164,7 +172,8 @@ def decode_loop(
 def encode_tiles(
     params: Parameters, features: Array, pixels_ICYX: Array, slot_I: Array, *, tower: VisionTower
 ) -> Array:
-    """Encode image tiles into their slots of the feature buffer [slots, features, D], which is donated.
+    """Encode image tiles into their slots of the feature buffer [slots, features, D], which is
+    donated.
 
     Args:
         params: the tree of `declare_parameters`.

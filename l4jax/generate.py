@@ -19,24 +19,39 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, as vLLM spells it where the thing is the same."""
     parser = argparse.ArgumentParser(
         prog="l4jax.generate",
-        description="Answer a prompt, with up to ten images, and stream the answer to standard output.",
+        description="Answer a prompt, with up to ten images, as a stream on standard output.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", metavar="MODEL", help="folder or Hugging Face name; default: a tiny random model")
+    add(
+        "--model", metavar="MODEL", help="folder or Hugging Face name; default: a tiny random model"
+    )
     mesh = parser.add_mutually_exclusive_group()
     mesh.add_argument("--mesh", default="1", help="devices: 8, 2x4 or data=2,model=4 (default: 1)")
-    mesh.add_argument("--tensor-parallel-size", "-tp", dest="mesh", metavar="N", help="another --mesh N")
+    mesh.add_argument(
+        "--tensor-parallel-size", "-tp", dest="mesh", metavar="N", help="another --mesh N"
+    )
     add("--prompt", help="what to ask; default: standard input, or a question of our own")
-    add("--image", action="append", default=[], type=Path, help="a picture, before the prompt; up to 10")
+    add(
+        "--image",
+        action="append",
+        default=[],
+        type=Path,
+        help="a picture, before the prompt; up to 10",
+    )
     add("--system", help="the system message")
     add("--max-tokens", type=int, default=256, help="tokens of the answer, at most (default: 256)")
     add("--temperature", type=float, help="0 is greedy (default: the model's own)")
     add("--top-p", type=float, help="(default: the model's own)")
     add("--seed", type=int, help="the same seed gives the same answer")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="(default: auto)")
-    add("--max-model-len", type=int, metavar="N", help="tokens of prompt and answer (default: what fits)")
+    add(
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="tokens of prompt and answer (default: what fits)",
+    )
     add(
         "--attn-temperature-tuning",
         choices=["on", "off"],
@@ -46,7 +61,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, build, call, print; 0 when the answer is there, 1 for what was asked wrongly, 130 for Ctrl-C."""
+    """Parse, build, call, print; 0 when the answer is there, 1 for what was asked wrongly, 130 for
+    Ctrl-C.
+    """
     args = parse(argv)
     started = time.perf_counter()
     if args.prompt is None:
@@ -70,7 +87,9 @@ def _answer(args: argparse.Namespace, started: float) -> int:
         dtype=args.dtype,
         max_model_len=args.max_model_len,
         max_num_seqs=1,
-        attn_temperature_tuning={"on": True, "off": False, None: None}[args.attn_temperature_tuning],
+        attn_temperature_tuning={"on": True, "off": False, None: None}[
+            args.attn_temperature_tuning
+        ],
     )
     given = {key: getattr(args, key) for key in ("max_tokens", "temperature", "top_p", "seed")}
     params = llm.get_default_sampling_params().replace(

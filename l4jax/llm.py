@@ -1,4 +1,4 @@
-"""The offline API: `LLM(model, mesh="8")`, then `generate`, `chat` or `stream`. Names are vLLM's."""
+"""The offline API: `LLM(model, mesh="8")`, then generate, chat or stream. Names are vLLM's."""
 
 import collections
 import dataclasses
@@ -11,9 +11,10 @@ from typing import Any, TypeAlias
 
 from l4jax import checkpoint
 from l4jax.config import Config
+from l4jax.engine.capacity import Capacity
 from l4jax.engine.engine import Engine, Update
 from l4jax.engine.request import SamplingParams, TokenLogprobs
-from l4jax.engine.runner import Capacity, Runner, keep_compilations
+from l4jax.engine.runner import Runner, keep_compilations
 from l4jax.text.chat import Prompt, PromptError, render_chat, spell_prompt
 from l4jax.text.image import ImageProcessor
 from l4jax.text.stream import Detokenizer
@@ -73,16 +74,20 @@ class LLM:
     """A Llama 4 with its tokenizer, on a mesh of devices.
 
     Args:
-        model: a folder with a Hugging Face checkpoint or a converted one, or a name on the Hugging Face hub.
-            None is a tiny model with random weights, written on first use, whose words mean nothing.
-        mesh: "8" is eight devices that share each layer, "2x4" two groups of four, "data=2,model=4" the same.
+        model: a folder with a Hugging Face checkpoint or a converted one, or a name on the Hugging
+            Face hub. None is a tiny model with random weights, written on first use, whose words
+            mean nothing.
+        mesh: "8" is eight devices that share each layer, "2x4" two groups of four, "data=2,model=4"
+            the same.
         tensor_parallel_size: another spelling of `mesh`, as in vLLM.
         dtype: "auto" (that of the checkpoint), "bfloat16" or "float32".
-        max_model_len: tokens of prompt and answer together; None is as many as fit, up to the model's own.
+        max_model_len: tokens of prompt and answer together; None is as many as fit, up to the
+            model's own.
         max_num_seqs: requests that run together.
         max_num_batched_tokens: tokens of a step.
         block_size: positions of a page of the cache.
-        kv_cache_memory_bytes: for the page pool; None is what is free on an accelerator, 1 GiB on a CPU.
+        kv_cache_memory_bytes: for the page pool; None is what is free on an accelerator, 1 GiB on a
+            CPU.
         gpu_memory_utilization: share of an accelerator's memory for weights and pool.
         limit_mm_per_prompt: `{"image": 10}` allows ten images a prompt.
         attn_temperature_tuning: True or False overrides the model's config.
@@ -93,7 +98,8 @@ class LLM:
         quiet: no progress bars and no notices on standard error.
 
     Raises:
-        ValueError: for a checkpoint, a mesh or a size that cannot be had; the message says what would do.
+        ValueError: for a checkpoint, a mesh or a size that cannot be had; the message says what
+            would do.
     """
 
     def __init__(
@@ -120,14 +126,18 @@ class LLM:
         self._is_quiet = quiet
         self._mail: dict[int, collections.deque[Update]] = {}
         if mesh is not None and tensor_parallel_size is not None:
-            raise ValueError("mesh and tensor_parallel_size are two spellings of one thing: give one.")
+            raise ValueError(
+                "mesh and tensor_parallel_size are two spellings of one thing: give one."
+            )
         if load_format not in ("auto", "dummy"):
             raise ValueError(f"load_format is {load_format!r}: it is 'auto' or 'dummy'.")
         max_images = _read_limit(limit_mm_per_prompt)
         keep_compilations(find_cache_folder() / "compiled")
         if model is None:
             folder = find_default_model()
-            self._tell("No --model: a tiny one with random weights answers, and its words mean nothing.")
+            self._tell(
+                "No --model: a tiny one with random weights answers, and its words mean nothing."
+            )
         else:
             folder = checkpoint.find_folder(str(model), revision=revision)
         self.folder = folder
@@ -169,8 +179,8 @@ class LLM:
         """Continue prompts; the answers come in the order of the prompts.
 
         Args:
-            prompts: one or many: text, or `{"prompt": text, "multi_modal_data": {"image": [...]}}` with one
-                `<|image|>` in the text for each image, or `{"prompt_token_ids": [...]}`.
+            prompts: one or many: text, or `{"prompt": text, "multi_modal_data": {"image": [...]}}`
+                with one `<|image|>` in the text for each image, or `{"prompt_token_ids": [...]}`.
             sampling_params: for all, or one for each; None is the checkpoint's default.
             use_tqdm: a progress bar on standard error.
         """
@@ -190,13 +200,16 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer conversations, each a list of OpenAI-style messages; or one such conversation."""
         many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        prompts = [self._render(m, chat_template, add_generation_prompt, tools) for m in many]  # type: ignore[arg-type]
+        rest = (chat_template, add_generation_prompt, tools)
+        prompts = [self._render(m, *rest) for m in many]  # type: ignore[arg-type]
         return self._run(prompts, [None] * len(prompts), sampling_params, use_tqdm)
 
     def stream(
         self, prompt: PromptLike | Messages, sampling_params: SamplingParams | None = None
     ) -> Iterator[Piece]:
-        """Answer one prompt or one conversation piece by piece. Leaving the iterator cancels the request."""
+        """Answer one prompt or one conversation piece by piece. Leaving the iterator cancels the
+        request.
+        """
         is_prompt = isinstance(prompt, str | Mapping)
         read = self._read(prompt) if is_prompt else self._render(prompt, None, True, None)
         self.engine.check(read.token_ids, read.images)
@@ -239,7 +252,9 @@ class LLM:
         each = _spread(params or self.default_params, len(prompts))
         answers = [Answer(self.tokenizer, its) for its in each]
         ids: list[int] = []
-        bar = tqdm(total=len(prompts), desc="answers", unit="req", disable=not use_tqdm or self._is_quiet)
+        bar = tqdm(
+            total=len(prompts), desc="answers", unit="req", disable=not use_tqdm or self._is_quiet
+        )
         try:
             for prompt in prompts:
                 self.engine.check(prompt.token_ids, prompt.images)
@@ -367,7 +382,9 @@ class Answer:
 
 
 def find_cache_folder() -> Path:
-    """Where l4jax keeps what it can make again: `L4JAX_CACHE`, else l4jax in the user's cache folder."""
+    """Where l4jax keeps what it can make again: `L4JAX_CACHE`, else l4jax in the user's cache
+    folder.
+    """
     if folder := os.environ.get("L4JAX_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "l4jax"
@@ -389,7 +406,8 @@ def _find_dtype(dtype: str, folder: Path) -> str:
         return checkpoint.find_dtype(folder)
     if dtype not in DTYPES:
         raise ValueError(
-            f"dtype is {dtype!r}: it is auto, bfloat16 or float32 (float16 cannot hold Llama 4's range)."
+            f"dtype is {dtype!r}: it is auto, bfloat16 or float32 "
+            "(float16 cannot hold the range of Llama 4's activations)."
         )
     return DTYPES[dtype]
 
@@ -410,7 +428,9 @@ def _read_limit(limits: Mapping[str, int] | None) -> int:
     limits = dict(limits or {})
     images = limits.pop("image", 10)
     if limits or not isinstance(images, int) or images < 0:
-        raise ValueError('limit_mm_per_prompt is like {"image": 10}: a count of images and nothing else.')
+        raise ValueError(
+            'limit_mm_per_prompt is like {"image": 10}: a count of images and nothing else.'
+        )
     return images
 
 

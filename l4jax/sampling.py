@@ -1,6 +1,7 @@
 """From logits to a token, for each row by its own settings, whatever else is in the batch."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,13 @@ from l4jax import axes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Controls:
-    """How each row is sampled; the meanings are those of vLLM's `SamplingParams`."""
+    """How each row is sampled, as vLLM's `SamplingParams` means it. Numpy or arrays."""
 
-    temperature_R: Array  # float32; 0 is greedy
-    top_k_R: Array  # int32; 0 keeps all
-    top_p_R: Array  # float32; 1 keeps all
-    min_p_R: Array  # float32; 0 keeps all
-    seed_R: Array  # uint32
+    temperature_R: Any  # float32; 0 is greedy
+    top_k_R: Any  # int32; 0 keeps all
+    top_p_R: Any  # float32; 1 keeps all
+    min_p_R: Any  # float32; 0 keeps all
+    seed_R: Any  # uint32
 
 
 @jax.tree_util.register_dataclass
@@ -35,27 +36,34 @@ class Sampled:
     top_logprob_RL: Array | None = None  # float32
 
 
-CONTROLS_AXES = Controls(*[(axes.ROWS,)] * 5)  # type: ignore[arg-type]
+CONTROLS_AXES = Controls(*[(axes.ROWS,)] * 5)
 
 
-def sample(logits_RV: Array, controls: Controls, position_R: Array, logprobs: int | None) -> Sampled:
+def sample(
+    logits_RV: Array, controls: Controls, position_R: Array, logprobs: int | None
+) -> Sampled:
     """Draw a token for each row.
 
-    The draw depends on the row's logits, its settings, its seed and the token's position, and on nothing
-    else: the same request with the same seed gives the same tokens in any batch.
+    The draw depends on the row's logits, its settings, its seed and the token's position, and on
+    nothing else: the same request with the same seed gives the same tokens in any batch.
 
     Args:
         logits_RV: float32.
         controls: settings of each row.
         position_R: int32 position that the drawn token will take.
-        logprobs: how many of the likeliest tokens to report; 0 reports the drawn one only, None nothing.
+        logprobs: how many of the likeliest tokens to report; 0 reports the drawn one only, None
+            nothing.
     """
     is_greedy_R = controls.temperature_R <= 0
     best_R = jnp.argmax(logits_RV, axis=-1)
 
     def draw() -> Array:
-        kept_RV = lax.cond(_has_filter(controls), _filter, lambda x, _: x, _warm(logits_RV, controls), controls)
-        noise_RV = jax.vmap(_make_noise, (0, 0, None))(controls.seed_R, position_R, logits_RV.shape[1])
+        kept_RV = lax.cond(
+            _has_filter(controls), _filter, lambda x, _: x, _warm(logits_RV, controls), controls
+        )
+        noise_RV = jax.vmap(_make_noise, (0, 0, None))(
+            controls.seed_R, position_R, logits_RV.shape[1]
+        )
         # The largest of logit + Gumbel noise is a draw from the softmax.
         return jnp.where(is_greedy_R, best_R, jnp.argmax(kept_RV + noise_RV, axis=-1))
 
@@ -79,7 +87,8 @@ def _warm(logits_RV: Array, controls: Controls) -> Array:
 
 
 def _filter(logits_RV: Array, controls: Controls) -> Array:
-    """Keep what min-p, then top-k, then top-p keep; the rest becomes -inf. The likeliest token always stays.
+    """Keep what min-p, then top-k, then top-p keep; the rest becomes -inf. The likeliest token
+    always stays.
 
     Each filter is a threshold on the logit, so that tokens of equal logit stay or go together.
     """

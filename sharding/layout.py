@@ -47,7 +47,8 @@ class Layout:
         Args:
             fn: takes and returns the local parts.
             ins, outs: names of the axes of each argument and of the result.
-            sum_over: a logical axis that the function contracts; the parts of its result are added up.
+            sum_over: a logical axis that the function contracts; the parts of its result are added
+                up.
         """
         axis = None if sum_over is None else self.rules.find(sum_over)
 
@@ -56,23 +57,30 @@ class Layout:
             return result if axis is None else jax.lax.psum(result, axis)
 
         specs = jax.tree.map(self.spec, (ins, outs), is_leaf=_is_names)
-        return jax.shard_map(run, mesh=self.mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+        return jax.shard_map(
+            run, mesh=self.mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False
+        )
 
     def check(self, axis: str, size: int, what: str) -> None:
-        """Refuse a mesh that does not cut `size` things of a logical axis evenly: `what` names them."""
+        """Refuse a mesh that does not cut `size` things of a logical axis evenly: `what` names
+        them.
+        """
         parts = self.count(axis)
         if size % parts:
             text = "x".join(str(n) for n in self.mesh.shape.values() if n > 1)
             fits = [n for n in range(1, size + 1) if size % n == 0 and n < parts]
+            place = str(self.rules.find(axis))
             raise MeshError(
-                f"--mesh {text}: {parts} devices cannot share {size} {what}; "
-                f"the {self.rules.find(axis)} axis may have {' or '.join(map(str, fits[-3:]))} here "
-                f"({describe({**self.mesh.shape, str(self.rules.find(axis)): fits[-1]})})."
+                f"--mesh {text}: {parts} devices cannot share {size} {what}; the {place} axis may "
+                f"have {' or '.join(map(str, fits[-3:]))} here: "
+                f"{describe({**self.mesh.shape, place: fits[-1]})}."
             )
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Trace and run under this layout: the mesh is set, and the model's axis names mean its table."""
+        """Trace and run under this layout: the mesh is set, and the model's axis names mean its
+        table.
+        """
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(tuple(self.rules.table.items())):
             yield
 

@@ -1,7 +1,8 @@
 """From `8`, `2x4` or `data=2,model=4` to a mesh of devices.
 
-A number is that many devices on the `model` axis; two numbers are data x model; names say it outright.
-Where there is no accelerator, CPU devices are made until there are enough: a mesh can be tried anywhere.
+A number is that many devices on the `model` axis; two numbers are data x model; names say it
+outright. Where there is no accelerator, CPU devices are made until there are enough: a mesh can be
+tried anywhere.
 """
 
 import os
@@ -38,7 +39,9 @@ def parse_mesh(text: str | int) -> dict[str, int]:
                 raise MeshError(f"--mesh {text}: write 8, 2x4 (data x model) or data=2,model=4.")
             name, size = match[1], int(match[2])
             if name not in AXES:
-                raise MeshError(f"--mesh {text}: there is no axis {name!r}; the axes are {', '.join(AXES)}.")
+                raise MeshError(
+                    f"--mesh {text}: there is no axis {name!r}; the axes are {', '.join(AXES)}."
+                )
             if name in sizes:
                 raise MeshError(f"--mesh {text}: the axis {name!r} stands there twice.")
             sizes[name] = size
@@ -62,8 +65,9 @@ def prepare_devices(text: str | int) -> str | None:
     """
     sizes = parse_mesh(text)
     wanted = count_devices(sizes)
-    # Collectives of virtual CPU devices wait for each other inside one thread pool: fewer threads than
-    # devices is a deadlock, and the pool is as large as the machine unless NPROC says otherwise.
+    # Collectives of virtual CPU devices wait for each other inside one thread pool: fewer threads
+    # than devices is a deadlock, and the pool is as large as the machine unless NPROC says
+    # otherwise.
     if int(os.environ.get("NPROC", "0")) < 2 * wanted:
         os.environ["NPROC"] = str(2 * wanted)
     if not _has_backend():

@@ -20,16 +20,18 @@ class Rules:
         return hash((self.name, tuple(self.table.items())))
 
     def change(self, name: str, **table: str | None) -> "Rules":
-        """Another strategy, told by what it does differently. A new axis is a typing error, and refused."""
+        """Another strategy, told by what it does differently. A new axis is a typing error, and
+        refused.
+        """
         unknown = set(table) - set(self.table)
         if unknown:
             raise KeyError(f"strategy {name}: no such logical axis: {', '.join(sorted(unknown))}")
         return Rules(name, {**self.table, **table})
 
     def find(self, axis: str) -> str | None:
-        """The mesh axis of a logical axis. Raises KeyError for a name that the table does not have."""
+        """The mesh axis of a logical axis. Raises KeyError for a name that is in no rule."""
         if axis not in self.table:
-            raise KeyError(f"the logical axis {axis!r} is in no rule of the strategy {self.name!r}")
+            raise KeyError(f"the axis {axis!r} is in no rule of the strategy {self.name!r}")
         return self.table[axis]
 
 
@@ -42,13 +44,13 @@ REPLICATED = Rules(
             *("vision_width", "vision_heads", "vision_head_dim", "vision_hidden", "qkv"),
             *("patch", "patches", "adapter_input", "adapter_hidden", "adapter_width"),
             *("tokens", "rows", "pages", "page", "table", "groups"),
-            *("tiles", "features", "pixels", "list", "steps"),
+            *("tiles", "features", "channels", "pixels_y", "pixels_x", "list"),
         )
     ),
 )
 
-# Megatron's cut: heads and the inside of every feed-forward block over `model`, two sums a layer; the
-# vocabulary too. Requests, with their pages, over `data`; weights whole on each data shard.
+# Megatron's cut: heads and the inside of every feed-forward block over `model`, two sums a layer;
+# the vocabulary too. Requests, with their pages, over `data`; weights whole on each data shard.
 TENSOR = REPLICATED.change(
     "tensor",
     vocab=MODEL,

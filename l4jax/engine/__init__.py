@@ -1,1 +1,3 @@
-"""The engine: requests in, tokens out. Bookkeeping (request, pages, scheduler) knows no jax; the runner does."""
+"""The engine: requests in, tokens out. Bookkeeping (request, pages, scheduler) knows no jax; the
+runner does.
+"""

@@ -37,7 +37,10 @@ class Engine:
         return bool(self._requests)
 
     def add(
-        self, token_ids: list[int] | tuple[int, ...], params: SamplingParams, images: tuple[Tiles, ...] = ()
+        self,
+        token_ids: list[int] | tuple[int, ...],
+        params: SamplingParams,
+        images: tuple[Tiles, ...] = (),
     ) -> int:
         """Take a request; its id. Raises `PromptError` for a prompt that cannot be run."""
         self.check(token_ids, images)
@@ -87,21 +90,28 @@ class Engine:
             raise PromptError("the prompt is empty: give at least one token.")
         if len(token_ids) >= longest:
             raise PromptError(
-                f"the prompt has {len(token_ids)} tokens, and the model takes {longest} with the answer: "
+                f"the prompt has {len(token_ids)} tokens, and with the answer {longest} fit: "
                 f"shorten it to {longest - 1}, or raise max_model_len."
             )
         strangers = [token for token in token_ids if not 0 <= token < config.text.vocab]
         if strangers:
-            raise PromptError(f"token id {strangers[0]} is not below the vocabulary's {config.text.vocab}.")
+            raise PromptError(
+                f"token id {strangers[0]} is not in the vocabulary of {config.text.vocab}."
+            )
         if images and config.vision is None:
             raise PromptError("the prompt holds an image, and this model only reads text.")
         if len(images) > self.max_images:
-            raise PromptError(f"the prompt holds {len(images)} images, and {self.max_images} are allowed.")
-        wanted = sum(len(image.pixels_ICHW) for image in images) * (config.vision.features if config.vision else 0)
+            raise PromptError(
+                f"the prompt holds {len(images)} images, and {self.max_images} are allowed."
+            )
+        wanted = sum(len(image.pixels_ICHW) for image in images) * (
+            config.vision.features if config.vision else 0
+        )
         found = list(token_ids).count(config.patch_id) if config.patch_id is not None else 0
         if wanted != found:
             raise PromptError(
-                f"the prompt has {found} image tokens (id {config.patch_id}) for {wanted} image features."
+                f"the prompt has {found} image tokens (id {config.patch_id}) "
+                f"for {wanted} image features."
             )
 
 

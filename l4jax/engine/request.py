@@ -17,11 +17,14 @@ class SamplingParams:
         top_k: keep the likeliest k; 0 or -1 keeps all.
         top_p: keep the likeliest tokens that together reach this probability.
         min_p: drop tokens less likely than this fraction of the likeliest.
-        seed: the same request with the same seed gives the same tokens, whatever else runs; None draws one.
+        seed: the same request with the same seed gives the same tokens, whatever else runs; None
+            draws one.
         max_tokens: tokens to generate at most; None is up to the model's length.
-        stop: strings that end the text; they are not part of it unless `include_stop_str_in_output`.
+        stop: strings that end the text; they are not part of it unless
+            `include_stop_str_in_output`.
         stop_token_ids: ids that end the text, beside the model's own unless `ignore_eos`.
-        logprobs: how many of the likeliest tokens to report for each position; 0 reports the chosen one.
+        logprobs: how many of the likeliest tokens to report for each position; 0 reports the chosen
+            one.
         skip_special_tokens: leave special tokens out of the text.
     """
 
@@ -40,13 +43,21 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         checks = (
-            (math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "at least 0"),
+            (
+                math.isfinite(self.temperature) and self.temperature >= 0,
+                "temperature",
+                "at least 0",
+            ),
             (0 < self.top_p <= 1, "top_p", "above 0 and at most 1"),
             (self.top_k >= -1, "top_k", "at least 1, or 0 or -1 for all"),
             (0 <= self.min_p <= 1, "min_p", "from 0 to 1"),
             (self.seed is None or 0 <= self.seed < 2**63, "seed", "from 0 to 2**63 - 1"),
             (self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1"),
-            (self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"0 to {MAX_LOGPROBS}"),
+            (
+                self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+                "logprobs",
+                f"0 to {MAX_LOGPROBS}",
+            ),
         )
         for is_right, name, wanted in checks:
             if not is_right:
@@ -69,7 +80,9 @@ MAX_LOGPROBS = 20  # as OpenAI's API allows
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities at one position, of the model's distribution before temperature and filters."""
+    """Log-probabilities at one position, of the model's distribution before temperature and
+    filters.
+    """
 
     chosen: float
     top: dict[int, float]  # the likeliest tokens asked for, the likeliest first
@@ -79,7 +92,8 @@ class TokenLogprobs:
 class Request:
     """A prompt on its way: what was asked, the tokens so far, and the pages it owns.
 
-    `tokens` is prompt and output in one; the first `computed` of them have their keys and values cached.
+    `tokens` is prompt and output in one; the first `computed` of them have their keys and values
+    cached.
     """
 
     id: int
@@ -101,7 +115,7 @@ class Request:
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether tokens of the prompt still have to be run: its last token gives the first output."""
+        """Whether tokens of the prompt have yet to be run; the last one gives the first output."""
         return self.computed < self.prompt_length
 
     @property

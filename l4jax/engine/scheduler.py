@@ -1,8 +1,9 @@
 """Which tokens run next, in which pages: pure bookkeeping, no jax.
 
-A request gets all the pages that it can ever need at admission, so nothing that runs is ever short of them;
-those who wait, wait in order of arrival. A step takes the next token of every request that decodes, then
-prompt chunks, up to a budget of tokens. When no prompt is left to run, requests decode many steps at once.
+A request gets all the pages that it can ever need at admission, so nothing that runs is ever short
+of them; those who wait, wait in order of arrival. A step takes the next token of every request that
+decodes, then prompt chunks, up to a budget of tokens. When no prompt is left to run, requests
+decode many steps at once.
 """
 
 import collections
@@ -14,7 +15,9 @@ from l4jax.engine.request import Request
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What the scheduler must keep within. Per data shard: requests, pages and tokens are cut into shards."""
+    """What the scheduler must keep within. Per data shard: requests, pages and tokens are cut into
+    shards.
+    """
 
     shards: int
     requests: int
@@ -31,7 +34,9 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A row of a step: tokens start .. stop of a request, inside one chunk, and that chunk's local pages."""
+    """A row of a step: tokens start .. stop of a request, inside one chunk, and that chunk's local
+    pages.
+    """
 
     request: Request
     start: int
@@ -47,9 +52,11 @@ class Plan:
     is_loop: bool
 
     def count_limit(self, run: Run, limits: Limits) -> int:
-        """Tokens that a row may choose in a loop: to the end of its chunk, its length or the loop."""
+        """Tokens that a row may choose in a loop: up to the end of its chunk, or its length."""
         at = run.start
-        return min(limits.loop_steps, limits.chunk - at % limits.chunk, run.request.max_length - at - 1)
+        return min(
+            limits.loop_steps, limits.chunk - at % limits.chunk, run.request.max_length - at - 1
+        )
 
 
 class Scheduler:
@@ -83,14 +90,17 @@ class Scheduler:
             if not request.is_prefilling:
                 at = request.computed
                 runs[request.shard].append(Run(request, at, at + 1, request.chunk_pages))
-        done: list[tuple[int, list[list[int]]]] = []  # local pages of chunks that this step completes
+        done: list[
+            tuple[int, list[list[int]]]
+        ] = []  # local pages of chunks that this step completes
         for request in self.running:
             if request.is_prefilling:
                 for run in self._cut_prompt(request, runs[request.shard]):
                     runs[request.shard].append(run)
                     if run.chunk_pages is not request.chunk_pages:
                         done.append((request.shard, run.chunk_pages))
-        # Only now: a page that is freed while the step is planned could get a second owner within it.
+        # Only now: a page that is freed while the step is planned could get a second owner within
+        # it.
         for shard, groups in done:
             for group in groups:
                 self.pages[shard].give_back(group)
@@ -120,7 +130,11 @@ class Scheduler:
             shard = max(range(self.limits.shards), key=lambda s: self.pages[s].free)
             residents = sum(other.shard == shard for other in self.running)
             has_room = self.count_pages(request.max_length) <= self.pages[shard].free
-            if not has_room or residents >= self.limits.requests or request.tiles > self.features.free:
+            if (
+                not has_room
+                or residents >= self.limits.requests
+                or request.tiles > self.features.free
+            ):
                 return
             self.waiting.popleft()
             request.shard = shard
@@ -130,10 +144,11 @@ class Scheduler:
             self.running.append(request)
 
     def _cut_prompt(self, request: Request, planned: list[Run]) -> list[Run]:
-        """The next rows of a prompt: one a chunk, as many as the step's tokens, rows and pages allow.
+        """The next rows of a prompt: one a chunk, as many as the step's tokens, rows and pages
+        allow.
 
-        The first goes on in the chunk pages that the request owns. Each further one takes its own, since all
-        run in one step; the request keeps the last one's.
+        The first goes on in the chunk pages that the request owns. Each further one takes its own,
+        since all run in one step; the request keeps the last one's.
         """
         limits, runs = self.limits, []
         budget = limits.tokens - sum(run.stop - run.start for run in planned)

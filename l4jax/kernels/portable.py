@@ -1,4 +1,6 @@
-"""Accelerations in plain XLA, for every device: memory and time follow the context that is really there."""
+"""Accelerations in plain XLA, for every device: memory and time follow the context that is really
+there.
+"""
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -10,12 +12,13 @@ _POSITIONS = 256  # of the cache, read together
 def attend(
     q_TKGH: Array, k_PKZH: Array, v_PKZH: Array, table_RB: Array, row_T: Array, position_T: Array
 ) -> Array:
-    """`reference.attend`, blocked: a softmax carried over blocks of pages, as many as the longest row has.
+    """`reference.attend`, blocked: a softmax carried over blocks of pages, as many as the longest
+    row has.
 
-    The tokens are cut into items: up to 64 neighbors of one row, which read that row's pages once. In a
-    decode step every token is an item of its own.
+    The tokens are cut into items: up to 64 neighbors of one row, which read that row's pages once.
+    In a decode step every token is an item of its own.
     """
-    tokens, kv_heads, queries, head_dim = q_TKGH.shape
+    tokens, kv_heads, _, head_dim = q_TKGH.shape
     page, (rows, width) = k_PKZH.shape[2], table_RB.shape
     block = 1 if tokens == rows else min(_TOKENS, tokens)
     columns = max(1, min(_POSITIONS // page, width))  # of the table, read together
@@ -30,7 +33,9 @@ def attend(
     def read(pages_PKZH: Array, at: Array) -> Array:
         """A block of each item's positions: [I, K, S, H]."""
         found = pages_PKZH[lax.dynamic_slice_in_dim(table_IB, at * columns, columns, axis=1)]
-        return found.swapaxes(1, 2).reshape(-1, kv_heads, columns * page, head_dim).astype(jnp.float32)
+        return (
+            found.swapaxes(1, 2).reshape(-1, kv_heads, columns * page, head_dim).astype(jnp.float32)
+        )
 
     def absorb(at: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         peak_IUKG, total_IUKG, sum_IUKGH = carry
@@ -73,7 +78,8 @@ def _cut(row_T: Array, rows: int, block: int) -> tuple[Array, Array, Array]:
     at_T = jnp.arange(tokens)
     is_first_T = (at_T % block == 0) | (row_T != jnp.roll(row_T, 1))
     item_T = jnp.cumsum(is_first_T) - 1
-    # Each row, and the padding behind the last one, starts at most one item out of step with the blocks.
+    # Each row, and the padding behind the last one, starts at most one item out of step with the
+    # blocks.
     items = tokens if block == 1 else -(-tokens // block) + rows + 1
     first_I = jnp.full(items, tokens).at[item_T].min(at_T)
     token_IU = first_I[:, None] + jnp.arange(block)

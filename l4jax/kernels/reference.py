@@ -1,4 +1,5 @@
-"""The definitions: what each kernel computes, in the plainest JAX that says it. They run everywhere.
+"""The definitions: what each kernel computes, in the plainest JAX that says it. They run
+everywhere.
 
 Every acceleration is tested against these. They spend memory and arithmetic freely.
 """
@@ -9,7 +10,13 @@ from jax import Array
 
 
 def store(
-    k_PKZH: Array, v_PKZH: Array, k_TKH: Array, v_TKH: Array, table_RB: Array, row_T: Array, position_T: Array
+    k_PKZH: Array,
+    v_PKZH: Array,
+    k_TKH: Array,
+    v_TKH: Array,
+    table_RB: Array,
+    row_T: Array,
+    position_T: Array,
 ) -> tuple[Array, Array]:
     """Write each token's key and value into the page that its row's table names.
 
@@ -22,7 +29,9 @@ def store(
     """
     pages, _, page, _ = k_PKZH.shape
     page_T = table_RB[row_T, position_T // page]
-    page_T = jnp.where(position_T >= 0, page_T, pages)  # beyond the pool, so that the write is dropped
+    page_T = jnp.where(
+        position_T >= 0, page_T, pages
+    )  # beyond the pool, so that the write is dropped
     slot_T = position_T % page
     k_PKZH = k_PKZH.at[page_T, :, slot_T].set(k_TKH.astype(k_PKZH.dtype), mode="drop")
     v_PKZH = v_PKZH.at[page_T, :, slot_T].set(v_TKH.astype(v_PKZH.dtype), mode="drop")
@@ -49,10 +58,13 @@ def attend(
     is_visible_TS = jnp.arange(k_TKSH.shape[2]) <= position_T[:, None]
     score_TKGS = jnp.einsum("TKGH,TKSH->TKGS", q_TKGH, k_TKSH, preferred_element_type=jnp.float32)
     score_TKGS = jnp.where(is_visible_TS[:, None, None], score_TKGS * head_dim**-0.5, -jnp.inf)
-    # Slots beyond a row's length hold whatever their last owner left: mask the values too, since 0 * nan is nan.
+    # Slots beyond a row's length hold whatever their last owner left: mask the values too, since 0
+    # * nan is nan.
     v_TKSH = jnp.where(is_visible_TS[:, None, :, None], v_TKSH, 0)
     weight_TKGS = jax.nn.softmax(score_TKGS, axis=-1, where=is_visible_TS[:, None, None])
-    return jnp.einsum("TKGS,TKSH->TKGH", weight_TKGS.astype(q_TKGH.dtype), v_TKSH.astype(q_TKGH.dtype))
+    return jnp.einsum(
+        "TKGS,TKSH->TKGH", weight_TKGS.astype(q_TKGH.dtype), v_TKSH.astype(q_TKGH.dtype)
+    )
 
 
 def _gather(pages_PKZH: Array, table_TB: Array) -> Array:

@@ -1,4 +1,6 @@
-"""Llama 4, to be read top to bottom: transformer, attention, rope, moe, layers; and vision beside them."""
+"""Llama 4, to be read top to bottom: transformer, attention, rope, moe, layers; and vision beside
+them.
+"""
 
 from l4jax.model.transformer import Llama4, Parameters, declare_parameters
 from l4jax.model.vision import VisionTower

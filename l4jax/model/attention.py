@@ -1,8 +1,9 @@
 """Attention over the page pool: chunk-local with RoPE, or global without.
 
-A local layer sees the aligned chunk of its token, `k <= q and k // chunk == q // chunk`. Counting positions
-within the chunk makes that plain causal attention, and leaves RoPE's angles below chunk radians: the scores
-are the same, since RoPE is relative, and float32 angles stay exact to 4e-4 at any length of context.
+A local layer sees the aligned chunk of its token, `k <= q and k // chunk == q // chunk`. Counting
+positions within the chunk makes that plain causal attention, and leaves RoPE's angles below chunk
+radians: the scores are the same, since RoPE is relative, and float32 angles stay exact to 4e-4 at
+any length of context.
 """
 
 import dataclasses
@@ -38,7 +39,9 @@ class Positions:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention of one layer; its keys and values go into the pool and come back with it."""
+    """Grouped-query attention of one layer; its keys and values go into the pool and come back with
+    it.
+    """
 
     config: TextConfig
     is_nope: bool
@@ -49,7 +52,8 @@ class Attention(nn.Module):
         self, x_TD: Array, k_PKZH: Array, v_PKZH: Array, positions: Positions
     ) -> tuple[Array, Array, Array]:
         c = self.config
-        # The query heads of a kv head, its key and its value, side by side: one matmul, cut between kv heads.
+        # The query heads of a kv head, its key and its value, side by side: one matmul, cut between
+        # kv heads.
         qkv_KJHD = declare(
             self,
             "qkv",
@@ -83,7 +87,8 @@ class Attention(nn.Module):
 
 
 def find_temperature(position_T: Array, floor_scale: int, attn_scale: float) -> Array:
-    """What the queries of a global layer are multiplied by: [T] float32, 1 in the first `floor_scale` positions.
+    """What the queries of a global layer are multiplied by: [T] float32, 1 in the first
+    `floor_scale` positions.
 
     float32 throughout: in bfloat16 the position itself is first wrong at 8176.
     """

@@ -1,8 +1,11 @@
-"""What the other files of the model are made of: declared weights, projections, norms, the gated MLP."""
+"""What the other files of the model are made of: declared weights, projections, norms, the gated
+MLP.
+"""
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.spmd import RulesFallback, with_logical_constraint
 from jax import Array
 
 from l4jax import axes
@@ -11,17 +14,19 @@ from l4jax import axes
 def declare(module: nn.Module, name: str, shape: tuple[int, ...], names: tuple[str, ...]) -> Array:
     """A weight of a module, with the logical name of each of its axes."""
     initialize = nn.with_logical_partitioning(nn.initializers.normal(0.02), names)
-    return module.param(name, initialize, shape)
+    return module.param(name, initialize, shape)  # type: ignore[return-value]
 
 
 def project(subscripts: str, x: Array, weight: Array) -> Array:
-    """Multiply by a weight: `einsum`, in the dtype of x. Weights end in the axis that is summed over."""
+    """Multiply by a weight: `einsum`, in the dtype of x. Weights end in the axis that is summed
+    over.
+    """
     return jnp.einsum(subscripts, x, weight)
 
 
 def constrain(x: Array, *names: str) -> Array:
     """Say which axes these are; a sharding table, where one is in force, says where they live."""
-    return nn.with_logical_constraint(x, names, fallback=nn.spmd.RulesFallback.RAISE_ERROR)
+    return with_logical_constraint(x, names, fallback=RulesFallback.RAISE_ERROR)
 
 
 def norm(x_D: Array, eps: float) -> Array:
@@ -43,7 +48,9 @@ class RMSNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """`down @ (silu(gate @ x) * (up @ x))`: Maverick's dense layers, and the expert that all tokens share."""
+    """`down @ (silu(gate @ x) * (up @ x))`: Maverick's dense layers, and the expert that all tokens
+    share.
+    """
 
     hidden: int
 
@@ -55,7 +62,9 @@ class GatedMLP(nn.Module):
         )
         down_DF = declare(self, "down", (width, self.hidden), (axes.WIDTH, axes.HIDDEN))
         gate_up_cTF = project("TD,cFD->cTF", x_TD, gate_up_cFD)
-        hidden_TF = constrain(jax.nn.silu(gate_up_cTF[0]) * gate_up_cTF[1], axes.TOKENS, axes.HIDDEN)
+        hidden_TF = constrain(
+            jax.nn.silu(gate_up_cTF[0]) * gate_up_cTF[1], axes.TOKENS, axes.HIDDEN
+        )
         return project("TF,DF->TD", hidden_TF, down_DF)
 
 

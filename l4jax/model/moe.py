@@ -14,8 +14,8 @@ from l4jax.model.layers import GatedMLP, declare, project
 class MixtureOfExperts(nn.Module):
     """`shared(x) + expert_e(g * x)` with e the best-scored expert and g = sigmoid(score).
 
-    The expert's input is scaled, not its output, and nothing is normalized over experts: scaling the
-    output instead is 95 % off.
+    The expert's input is scaled, not its output, and nothing is normalized over experts: scaling
+    the output instead is 95 % off.
     """
 
     config: TextConfig

@@ -1,4 +1,6 @@
-"""Rotary position embedding on interleaved pairs (2i, 2i+1), in float32, as the checkpoints are laid out."""
+"""Rotary position embedding on interleaved pairs (2i, 2i+1), in float32, as the checkpoints are
+laid out.
+"""
 
 import math
 
@@ -12,9 +14,9 @@ from l4jax.config import RopeScaling
 def scale_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """Radians per position of each pair: [head_dim / 2] float32.
 
-    llama3 scaling keeps wavelengths below `original / high_freq_factor`, divides the frequencies of those
-    above `original / low_freq_factor` by `factor`, and blends between. Scout has both factors 1: there is
-    nothing between, and the blend would be 0 / 0.
+    llama3 scaling keeps wavelengths below `original / high_freq_factor`, divides the frequencies of
+    those above `original / low_freq_factor` by `factor`, and blends between. Scout has both factors
+    1: there is nothing between, and the blend would be 0 / 0.
     """
     frequency_H = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is not None:
@@ -31,7 +33,7 @@ def find_angles(position_T: Array, frequency_H: np.ndarray) -> Array:
     return position_T.astype(jnp.float32)[:, None] * frequency_H
 
 
-def rotate(x_H: Array, angle_H: Array) -> Array:
+def rotate(x_H: Array, angle_H: Array | np.ndarray) -> Array:
     """Turn each pair of the last axis, [..., H], by angles that broadcast to [..., H / 2]."""
     pair_H2 = x_H.astype(jnp.float32).reshape(*x_H.shape[:-1], -1, 2)
     cos_H, sin_H = jnp.cos(angle_H), jnp.sin(angle_H)

@@ -1,4 +1,6 @@
-"""The decoder: embed, then layers of `x + attention(norm(x))` and `x + feed_forward(norm(x))`, then the head."""
+"""The decoder: embed, then layers of `x + attention(norm(x))` and `x + feed_forward(norm(x))`, then
+the head.
+"""
 
 from typing import Any
 
@@ -44,7 +46,9 @@ class Layer(nn.Module):
 
 
 class Llama4(nn.Module):
-    """The text model over a flat list of tokens: prefill, decode, and any mix of them are this one call."""
+    """The text model over a flat list of tokens: prefill, decode, and any mix of them are this one
+    call.
+    """
 
     config: TextConfig
     kernels: Kernels = Kernels()
@@ -68,17 +72,22 @@ class Llama4(nn.Module):
             features_MD: image features that `batch.feature_T` points into.
 
         Returns:
-            [T, D] normed hidden states, for `find_logits`; and the pool with this step's tokens in it.
+            [T, D] normed hidden states, for `find_logits`; and the pool with this step's tokens in
+            it.
         """
         x_TD = constrain(self.embedding_VD[batch.token_T], axes.TOKENS, axes.WIDTH)
         if features_MD is not None and batch.feature_T is not None:
             is_image_T = batch.feature_T >= 0
-            x_TD = jnp.where(is_image_T[:, None], features_MD[batch.feature_T].astype(x_TD.dtype), x_TD)
+            x_TD = jnp.where(
+                is_image_T[:, None], features_MD[batch.feature_T].astype(x_TD.dtype), x_TD
+            )
         k, v = list(pool.k), list(pool.v)
         for i, layer in enumerate(self.layers):
             repetition, group = divmod(i, self.config.nope_interval)
             positions = Positions.of(batch, self.config, group)
-            x_TD, k[repetition], v[repetition] = layer(x_TD, k[repetition], v[repetition], positions)
+            x_TD, k[repetition], v[repetition] = layer(
+                x_TD, k[repetition], v[repetition], positions
+            )
         return self.norm(x_TD), PagePool(tuple(k), tuple(v))
 
     def find_logits(self, x_RD: Array) -> Array:
@@ -91,14 +100,16 @@ def declare_parameters(config: Config, dtype: Any) -> tuple[Parameters, Paramete
     """Every parameter of a model, without making one.
 
     Returns:
-        A tree of `jax.ShapeDtypeStruct` in `dtype`, and the same tree of tuples of logical axis names.
-        The top level is "text" and, where the model sees, "vision".
+        A tree of `jax.ShapeDtypeStruct` in `dtype`, and the same tree of tuples of logical axis
+        names. The top level is "text" and, where the model sees, "vision".
     """
     text = config.text
 
     def initialize() -> Parameters:
         one, page = jnp.zeros(1, jnp.int32), 1
-        tables = Tables(jnp.zeros((1, 1), jnp.int32), jnp.zeros((text.nope_interval - 1, 1, 1), jnp.int32))
+        tables = Tables(
+            jnp.zeros((1, 1), jnp.int32), jnp.zeros((text.nope_interval - 1, 1, 1), jnp.int32)
+        )
         key = jax.random.key(0)
 
         def touch(model: Llama4) -> None:
@@ -114,5 +125,7 @@ def declare_parameters(config: Config, dtype: Any) -> tuple[Parameters, Paramete
 
     boxed = jax.eval_shape(initialize)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), nn.unbox(boxed))
-    names = jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    names = jax.tree.map(
+        lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    )
     return shapes, names

@@ -1,4 +1,4 @@
-"""The vision tower: tiles of pixels in, image features as wide as the text model's embeddings out."""
+"""The vision tower: tiles of pixels in, features as wide as the text model's embeddings out."""
 
 import jax
 import jax.numpy as jnp
@@ -66,9 +66,13 @@ class VisionLayer(nn.Module):
         y_INW = LayerNorm(c.norm_eps, name="mlp_norm")(x_INW)
         up_FW = declare(self, "up", (c.hidden, c.width), (axes.VISION_HIDDEN, axes.VISION_WIDTH))
         up_bias_F = declare(self, "up_bias", (c.hidden,), (axes.VISION_HIDDEN,))
-        down_WF = declare(self, "down", (c.width, c.hidden), (axes.VISION_WIDTH, axes.VISION_HIDDEN))
+        down_WF = declare(
+            self, "down", (c.width, c.hidden), (axes.VISION_WIDTH, axes.VISION_HIDDEN)
+        )
         down_bias_W = declare(self, "down_bias", (c.width,), (axes.VISION_WIDTH,))
-        hidden_INF = jax.nn.gelu(project("INW,FW->INF", y_INW, up_FW) + up_bias_F, approximate=False)
+        hidden_INF = jax.nn.gelu(
+            project("INW,FW->INF", y_INW, up_FW) + up_bias_F, approximate=False
+        )
         return x_INW + project("INF,WF->INW", hidden_INF, down_WF) + down_bias_W
 
     def attend(self, x_INW: Array) -> Array:
@@ -83,7 +87,9 @@ class VisionLayer(nn.Module):
         out_bias_W = declare(self, "out_bias", (c.width,), (axes.VISION_WIDTH,))
         qkv_jIPNH = project("IPW,jNHW->jIPNH", x_INW, qkv_jNHW) + bias_jNH[:, None, None]
         q_IPNH, k_IPNH = rotate(qkv_jIPNH[:2], find_grid_angles(c)[:, None])
-        score_INPQ = jnp.einsum("IPNH,IQNH->INPQ", q_IPNH, k_IPNH, preferred_element_type=jnp.float32)
+        score_INPQ = jnp.einsum(
+            "IPNH,IQNH->INPQ", q_IPNH, k_IPNH, preferred_element_type=jnp.float32
+        )
         weight_INPQ = jax.nn.softmax(score_INPQ * head_dim**-0.5, axis=-1).astype(x_INW.dtype)
         y_IPNH = jnp.einsum("INPQ,IQNH->IPNH", weight_INPQ, qkv_jIPNH[2])
         return project("IPNH,WNH->IPW", y_IPNH, out_WNH) + out_bias_W
@@ -113,7 +119,9 @@ class Adapter(nn.Module):
 
 
 def cut_patches(pixels_ICYX: Array, patch: int) -> Array:
-    """[I, C, Y, X] pixels to [I, patches, C * patch * patch], row by row, features as (channel, y, x)."""
+    """[I, C, Y, X] pixels to [I, patches, C * patch * patch], row by row, features as (channel, y,
+    x).
+    """
     tiles, channels, height, width = pixels_ICYX.shape
     grid = pixels_ICYX.reshape(tiles, channels, height // patch, patch, width // patch, patch)
     return grid.transpose(0, 2, 4, 1, 3, 5).reshape(tiles, -1, channels * patch * patch)
@@ -124,16 +132,21 @@ def shuffle_pixels(x_INW: Array, grid: int, shuffle: int) -> Array:
     tiles, _, width = x_INW.shape
     coarse = grid // shuffle
     blocks = x_INW.reshape(tiles, coarse, shuffle, coarse, shuffle, width)
-    return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(tiles, coarse * coarse, shuffle * shuffle * width)
+    return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(
+        tiles, coarse * coarse, shuffle * shuffle * width
+    )
 
 
 def find_grid_angles(config: VisionConfig) -> np.ndarray:
-    """2-D RoPE: [patches + 1, head_dim / 2] angles, half of a head for x, half for y, positions from 1.
+    """2-D RoPE: [patches + 1, head_dim / 2] angles, half of a head for x, half for y, positions
+    from 1.
 
     The class embedding, last, is not turned.
     """
     head_dim = config.width // config.heads
     frequency_H = scale_frequencies(head_dim // 2, config.rope_theta, None)
     y_N, x_N = np.divmod(np.arange(config.patches), config.grid)
-    angle_NH = np.concatenate([(x_N + 1)[:, None] * frequency_H, (y_N + 1)[:, None] * frequency_H], axis=1)
+    angle_NH = np.concatenate(
+        [(x_N + 1)[:, None] * frequency_H, (y_N + 1)[:, None] * frequency_H], axis=1
+    )
     return np.concatenate([angle_NH, np.zeros((1, head_dim // 2))]).astype(np.float32)

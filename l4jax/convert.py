@@ -1,0 +1,58 @@
+"""The door `python -m l4jax.convert SRC DST`: a checkpoint that loads faster, and onto any mesh."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+EXAMPLES = """example:
+  python -m l4jax.convert meta-llama/Llama-4-Scout-17B-16E-Instruct scout
+  python -m l4jax.generate --model scout --mesh 8
+"""
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="l4jax.convert",
+        description="Write a published Llama 4 checkpoint as Orbax, with config and tokenizer. "
+        "Nothing appears at DST before all of it is written.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("source", metavar="SRC", help="folder or Hugging Face name of a checkpoint in safetensors")
+    add("folder", metavar="DST", help="folder to make; a --model for the other doors")
+    add("--revision", help="branch, tag or commit of SRC on the hub")
+    add("--dtype", choices=["bfloat16", "float32"], help="(default: that of the checkpoint)")
+    add("--overwrite", action="store_true", help="replace DST, once all is written")
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, convert, print; 0 when DST is there, 1 for what was asked wrongly, 130 for Ctrl-C."""
+    args = parse(argv)
+    started = time.perf_counter()
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # leaves the accelerators to others
+    from l4jax.checkpoint import conversion, find_folder
+
+    try:
+        source = find_folder(args.source, revision=args.revision)
+        nbytes = conversion.convert_folder(
+            source, args.folder, dtype=args.dtype, overwrite=args.overwrite, progress=not args.quiet
+        )
+    except (ValueError, OSError) as error:
+        print(f"l4jax.convert: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nl4jax.convert: interrupted; DST is as it was", file=sys.stderr)
+        return 130
+    print(f"{args.folder}: {nbytes} bytes of parameters in {time.perf_counter() - started:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

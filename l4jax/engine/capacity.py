@@ -1,0 +1,153 @@
+"""How much fits: from what the caller wants and the memory there is to the engine's limits and
+shapes. No jax.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from l4jax.config import Config
+from l4jax.engine.scheduler import Limits
+
+TILES_PER_IMAGE = 17  # 16 tiles and the whole image, at most
+
+
+class CapacityError(ValueError):
+    """What was asked for does not fit in memory, said in one sentence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+    """What the engine is built for; names as in vLLM where the thing is the same. None is: choose.
+
+    Attributes:
+        max_model_len: tokens of prompt and output of a request, at most.
+        max_num_seqs: requests that run together, over all data shards.
+        max_num_batched_tokens: tokens of a step, over all data shards.
+        block_size: positions of a page.
+        kv_cache_memory_bytes: for the page pool, over all devices of a data shard.
+        gpu_memory_utilization: share of an accelerator's memory that weights and pool may take.
+        max_images: images of a prompt, at most.
+        loop_steps: decode steps between two looks at the tokens.
+    """
+
+    max_model_len: int | None = None
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 2048
+    block_size: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    max_images: int = 10
+    loop_steps: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise CapacityError(f"{name} is {value}: it must be at least 1.")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise CapacityError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}: "
+                "it is a share, above 0 and at most 1."
+            )
+
+
+def choose_page(config: Config, capacity: Capacity) -> int:
+    """Positions of a page: as asked, else 128 or what of it divides the attention chunk."""
+    chunk = config.text.chunk
+    page = capacity.block_size or math.gcd(chunk, 128)
+    if chunk % page:
+        raise CapacityError(f"block_size is {page}: it must divide the attention chunk of {chunk}.")
+    return page
+
+
+def plan_limits(
+    config: Config, capacity: Capacity, shards: int, page_bytes: int, memory: int
+) -> Limits:
+    """What the scheduler must keep within.
+
+    Args:
+        config: of the model.
+        capacity: what is wanted.
+        shards: data shards; requests and tokens are divided among them.
+        page_bytes: bytes of one page id, over all arrays of the pool.
+        memory: bytes that the pool of a data shard may take.
+
+    Raises:
+        CapacityError: where a request as long as asked for would not fit, and what would.
+    """
+    text, page = config.text, choose_page(config, capacity)
+    asked, chunk, local_groups = capacity.max_model_len, text.chunk, text.nope_interval - 1
+    if asked is not None and asked > text.max_positions:
+        raise CapacityError(f"max_model_len is {asked}, and the model's is {text.max_positions}.")
+    wanted = asked or text.max_positions
+    requests = -(-capacity.max_num_seqs // shards)
+    tokens = max(-(-capacity.max_num_batched_tokens // shards), requests)
+
+    def count_pages(length: int) -> int:
+        return -(-length // page) + local_groups * -(-min(length, chunk) // page)
+
+    # A prompt that crosses boundaries within one step holds the local pages of all its chunks for
+    # that step.
+    spare = tokens // chunk * local_groups * (chunk // page)
+    pages = min(count_pages(wanted) * requests + spare, memory // page_bytes)
+    fits = _find_longest(count_pages, pages, wanted)
+    if fits < (asked or 2):
+        raise CapacityError(
+            f"max_model_len {wanted} needs {count_pages(wanted) * page_bytes / 2**30:.2f} GiB "
+            f"of page pool, and there are {max(memory, 0) / 2**30:.2f}: give a max_model_len of at most "
+            f"{fits}, or raise kv_cache_memory_bytes or gpu_memory_utilization."
+        )
+    return Limits(
+        shards=shards,
+        requests=requests,
+        pages=pages,
+        tokens=tokens,
+        rows=requests + tokens // chunk + 1,
+        feature_slots=TILES_PER_IMAGE * capacity.max_images if config.vision else 0,
+        page=page,
+        chunk=chunk,
+        local_groups=local_groups,
+        loop_steps=capacity.loop_steps,
+        max_length=fits,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The shapes that are compiled, per data shard: (tokens, rows) of steps, and rows of loops."""
+
+    steps: tuple[tuple[int, int], ...]
+    loops: tuple[int, ...]
+
+    @classmethod
+    def of(cls, limits: Limits) -> "Buckets":
+        """Tokens in fours, 16, 64, 256 .. the step's budget, with rows to match; loops in twos, 1,
+        2, 4 ..
+        """
+        tokens, loops = [16], [1]
+        while tokens[-1] < limits.tokens:
+            tokens.append(min(4 * tokens[-1], limits.tokens))
+        while loops[-1] < limits.requests:
+            loops.append(min(2 * loops[-1], limits.requests))
+        steps = [
+            (t, min(limits.requests + t // limits.chunk + 1, limits.rows)) for t in tokens[:-1]
+        ]
+        return cls((*steps, (tokens[-1], limits.rows)), tuple(loops))
+
+    def fit(self, tokens: int, rows: int) -> tuple[int, int]:
+        """The smallest step shape that holds as many tokens and rows."""
+        return next((t, r) for t, r in self.steps if t >= tokens and r >= rows)
+
+    def fit_loop(self, rows: int) -> int:
+        """The smallest loop shape that holds as many rows."""
+        return next(r for r in self.loops if r >= rows)
+
+
+def _find_longest(count_pages: Callable[[int], int], pages: int, wanted: int) -> int:
+    """The longest request, up to `wanted`, whose pages fit; by bisection."""
+    low, high = 0, wanted
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if count_pages(middle) <= pages else (low, middle - 1)
+    return low

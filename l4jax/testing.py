@@ -1,0 +1,295 @@
+"""Tiny Llama 4 checkpoints in the published layout, with a tokenizer of their own: for tests and
+first tries.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.tree_util import tree_flatten_with_path
+
+from l4jax.config import TINY, Config
+
+# Llama 4's special tokens that matter here, in the order of the real vocabulary.
+SPECIAL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|header_start|>",
+    "<|header_end|>",
+    "<|eom|>",
+    "<|eot|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|finetune_right_pad|>",
+    "<|image_start|>",
+    "<|image_end|>",
+    "<|tile_x_separator|>",
+    "<|tile_y_separator|>",
+    "<|image|>",
+    "<|patch|>",
+)
+
+# Words that become single tokens, as far as the vocabulary has room: each adds its prefixes too.
+COMMON_WORDS = """
+the and ing of to a in is that it for was on are with as be this have from or by not but you all
+can had one what when there use said each which she how their will up other out many then them so
+some would make like him into time has look two more write see number way could people than first
+water been call who its now find long down day did get come may part sky blue why because light air
+"""
+
+# Written for this package: the structure is Llama 4's, so that code and tests meet the same turns.
+CHAT_TEMPLATE = """\
+{%- macro show(content) -%}
+  {%- if content is string -%}{{ content }}
+  {%- else -%}
+    {%- for part in content -%}
+      {{- "<|image|>" if part.type == "image" else part.text -}}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+{{- bos_token -}}
+{%- if tools -%}
+  {{- "<|header_start|>system<|header_end|>\\n\\nYou can call these functions. " -}}
+  {{- "To call one, answer with JSON: its name and its parameters.\\n" -}}
+  {%- for tool in tools -%}{{ tool | tojson }}{{ "\\n" }}{%- endfor -%}
+  {{- "<|eot|>" -}}
+{%- endif -%}
+{%- for message in messages -%}
+  {%- set role = "ipython" if message.role == "tool" else message.role -%}
+  {{- "<|header_start|>" + role + "<|header_end|>\\n\\n" + show(message.content) -}}
+  {%- for call in message.tool_calls or [] -%}
+    {{- {"name": call.function.name, "parameters": call.function.arguments} | tojson -}}
+  {%- endfor -%}
+  {{- "<|eot|>" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- "<|header_start|>assistant<|header_end|>\\n\\n" -}}
+{%- endif -%}
+"""
+
+
+def write_model(
+    folder: str | os.PathLike, config: Config = TINY, *, seed: int = 0, dtype: str = "bfloat16"
+) -> Config:
+    """Write a whole model with random weights, as Hugging Face lays it out: anything that serves
+    can load it.
+
+    The folder appears whole or not at all, so two processes may write the same one at once.
+
+    Args:
+        folder: where; one that exists already is replaced.
+        config: its sizes; the ids of its special tokens come from the tokenizer that is written
+            with it.
+        seed: of the weights.
+        dtype: of the weights, "bfloat16" or "float32".
+
+    Returns:
+        The config that was written.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        config = _write_model(scratch, config, seed, dtype)
+        if folder.exists():
+            shutil.rmtree(folder)
+        scratch.replace(folder)
+    except OSError:
+        if not (
+            folder / "config.json"
+        ).exists():  # else another process was first: that one is as good
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return config
+
+
+def _write_model(folder: Path, config: Config, seed: int, dtype: str) -> Config:
+    from l4jax.checkpoint.names import publish
+    from l4jax.checkpoint.safetensors import write_safetensors
+    from l4jax.model import declare_parameters
+
+    ids = write_tokenizer(folder, vocab_size=config.text.vocab)
+    config = dataclasses.replace(
+        config,
+        bos_id=ids["bos"],
+        eos_ids=tuple(ids["eos"]),
+        pad_id=ids["pad"],
+        patch_id=ids["patch"] if config.vision else None,
+    )
+    if config.vision:
+        write_processor_configs(folder, config.vision.tile, config.vision.patch)
+    write_json(folder / "config.json", {**config.to_hf(), "torch_dtype": dtype})
+    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": ids["eos"]}
+    write_json(folder / "generation_config.json", sampling)
+    shapes, _ = declare_parameters(config, dtype)
+    tensors: dict[str, np.ndarray] = {}
+    for path, leaf in tree_flatten_with_path(shapes)[0]:
+        name = "/".join(key.key for key in path)
+        tensors |= publish(
+            name, _draw(name, leaf.shape, seed).astype(leaf.dtype), is_whole=bool(config.vision)
+        )
+    write_safetensors(folder / "model.safetensors", tensors)
+    return config
+
+
+def _draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Weights that keep the size of what passes through, whatever the width; norms near 1."""
+    # RandomState: numpy promises that its numbers never change.
+    values_ = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32).standard_normal(
+        shape
+    )
+    if name.endswith("/scale"):
+        return 1 + 0.1 * values_
+    if name.endswith("bias") or len(shape) == 1:
+        return 0.1 * values_
+    if name.endswith("/embedding"):
+        return values_
+    summed = shape[-2] * shape[-3] if name.endswith("attention/out") else 1
+    return values_ / np.sqrt(shape[-1] * summed)
+
+
+def write_tokenizer(folder: str | os.PathLike, *, vocab_size: int = 512) -> dict[str, Any]:
+    """Write a small byte-level BPE tokenizer with Llama 4's special tokens and a chat template.
+
+    Ids 0 to 255 are the bytes in order; merges for common English follow, then the special
+    tokens; ids up to `vocab_size` that are left have no token, as in the real vocabulary. The
+    files are the same every time.
+
+    Returns:
+        The special ids: `bos`, `eos` (a list: end_of_text, eom, eot), `pad`, and one entry for
+        each special token by its bare name (`eot`, `image_start`, `patch`, ...).
+
+    Raises:
+        ValueError: `vocab_size` has no room for the bytes and the special tokens.
+    """
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+    )
+
+    from l4jax.text.tokenizer import byte_of_char
+
+    room = vocab_size - 256 - len(SPECIAL_TOKENS)
+    if room < 0:
+        raise ValueError(
+            f"vocab_size = {vocab_size} is too small; 256 bytes and {len(SPECIAL_TOKENS)} special "
+            f"tokens need {vocab_size - room}."
+        )
+    vocab = {char: byte for char, byte in byte_of_char().items()}
+    space = next(char for char, byte in vocab.items() if byte == ord(" "))
+    merges = []
+    for word in COMMON_WORDS.split():
+        token = space
+        for char in word:
+            if token + char not in vocab and len(merges) < room:
+                merges.append((token, char))
+                vocab[token + char] = 256 + len(merges) - 1
+            token += char
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(spell_split_pattern()), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in SPECIAL_TOKENS])
+    bos = SPECIAL_TOKENS[0]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A",
+        pair=f"{bos} $A {bos} $B",
+        special_tokens=[(bos, tokenizer.token_to_id(bos))],
+    )
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(path / "tokenizer.json"))
+    names = {
+        "bos_token": bos,
+        "eos_token": "<|eot|>",
+        "pad_token": "<|finetune_right_pad|>",
+    }
+    config = names | {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 10485760}
+    write_json(path / "special_tokens_map.json", names)
+    write_json(path / "tokenizer_config.json", config)
+    (path / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    ids = {token.strip("<|>"): tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    return ids | {
+        "bos": ids["begin_of_text"],
+        "eos": [ids["end_of_text"], ids["eom"], ids["eot"]],
+        "pad": ids["finetune_right_pad"],
+    }
+
+
+def spell_split_pattern() -> str:
+    """The regular expression by which Llama 4 cuts text before BPE.
+
+    Words (with what precedes them and an English contraction), up to three digits, punctuation,
+    ends of lines, spaces.
+    """
+    before = r"[^\r\n\p{L}\p{N}]?"
+    upper = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+    lower = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+    after = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    return "|".join(
+        [
+            f"{before}{upper}*{lower}+{after}",
+            f"{before}{upper}+{lower}*{after}",
+            r"\p{N}{1,3}",
+            r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+            r"\s*[\r\n]+",
+            r"\s+(?!\S)",
+            r"\s+",
+        ]
+    )
+
+
+def write_processor_configs(folder: str | os.PathLike, image_size: int, patch_size: int) -> None:
+    """Write `preprocessor_config.json` and `processor_config.json` as Llama 4 checkpoints have."""
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    preprocessor = {
+        "crop_size": None,
+        "data_format": "channels_first",
+        "default_to_square": True,
+        "device": None,
+        "do_center_crop": None,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_processor_type": "Llama4ImageProcessorFast",
+        "image_std": [0.5, 0.5, 0.5],
+        "input_data_format": None,
+        "max_patches": 16,
+        "processor_class": "Llama4Processor",
+        "resample": 2,
+        "rescale_factor": 1 / 255,
+        "resize_to_max_canvas": False,
+        "return_tensors": None,
+        "size": {"height": image_size, "width": image_size},
+    }
+    processor = {
+        "fake_image_token": "<|image|>",
+        "image_token": "<|image|>",
+        "patch_size": patch_size,
+        "processor_class": "Llama4Processor",
+    }
+    write_json(path / "preprocessor_config.json", preprocessor)
+    write_json(path / "processor_config.json", processor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,135 @@
+"""Every submodule equals transformers', live, on random data; and what the goldens do not hold."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l4jax.cache import make_pool
+from l4jax.config import Config
+from l4jax.kernels import PORTABLE
+from l4jax.model.attention import Attention, Positions
+from l4jax.model.layers import GatedMLP, RMSNorm
+from l4jax.model.moe import MixtureOfExperts
+from l4jax.model.transformer import Layer
+from l4jax.model.vision import Adapter, VisionLayer
+from tests import models, weights
+from tests.reference import oracle
+from tests.test_model import assert_close
+
+KINDS = ["scout", "maverick"]
+PAGE = 4
+
+
+def make_cases(kind: weights.Kind, chunk: int) -> tuple[models.Tiny, dict[str, oracle.Case]]:
+    raw = weights.tiny_config(kind, attention_chunk_size=chunk)
+    ids = np.concatenate([weights.random_ids(3 * chunk, 3), weights.image_ids(1, 2)])
+    cases = oracle.submodule_cases(oracle.build(raw, 0), ids, weights.random_pixels(3, 4))
+    return models.load(raw), cases
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def cases(request):
+    return make_cases(request.param, 8)
+
+
+def place(tokens: int, chunk: int, is_local: bool) -> Positions:
+    """Positions 0 .. of one request, on pages in order: one row a chunk for a local layer."""
+    at_T = np.arange(tokens, dtype=np.int32)
+    pages = np.arange(-(-tokens // PAGE), dtype=np.int32)
+    if not is_local:
+        return Positions(at_T, at_T, np.zeros_like(at_T), pages[None])  # type: ignore[arg-type]
+    rows = -(-tokens // chunk)
+    table_RB = np.arange(rows * chunk // PAGE, dtype=np.int32).reshape(rows, -1)
+    return Positions(at_T, at_T % chunk, at_T // chunk, table_RB)  # type: ignore[arg-type]
+
+
+def run(module, params, *arguments):
+    return module.apply({"params": params}, *arguments)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("attention_local", 0), ("attention_global", 3)])
+def test_attention_equals_the_reference(cases, name, layer):
+    tiny, found = cases
+    text, case = tiny.config.text, found[name]
+    tokens = len(case.input)
+    positions = place(tokens, text.chunk, is_local=layer == 0)
+    pool = make_pool(text, 64, PAGE, jnp.float32)
+    module = Attention(text, text.is_nope(layer), PORTABLE)
+    params = tiny.params["text"][f"layer_{layer}"]["attention"]
+    y_TD, _, _ = run(module, params, case.input, pool.k[0], pool.v[0], positions)
+    assert_close(np.asarray(y_TD), case.output)
+
+
+def test_layer_equals_the_reference(cases):
+    tiny, found = cases
+    text, case = tiny.config.text, found["layer"]
+    pool = make_pool(text, 64, PAGE, jnp.float32)
+    positions = place(len(case.input), text.chunk, is_local=True)
+    params = tiny.params["text"]["layer_0"]
+    y_TD, _, _ = run(Layer(text, 0, PORTABLE), params, case.input, pool.k[0], pool.v[0], positions)
+    assert_close(np.asarray(y_TD), case.output)
+
+
+def test_mixture_of_experts_equals_the_reference(cases):
+    tiny, found = cases
+    text, case = tiny.config.text, found["moe"]
+    layer = max(i for i in range(text.layers) if text.is_moe(i))
+    params = tiny.params["text"][f"layer_{layer}"]["feed_forward"]
+    y_TD = run(MixtureOfExperts(text, PORTABLE), params, case.input)
+    assert_close(np.asarray(y_TD), case.output)
+
+
+def test_dense_mlp_equals_the_reference():
+    tiny, found = make_cases("maverick", 8)
+    case = found["dense"]
+    params = tiny.params["text"]["layer_0"]["feed_forward"]
+    y_TD = run(GatedMLP(tiny.config.text.dense_width), params, case.input)
+    assert_close(np.asarray(y_TD), case.output)
+
+
+def test_norm_equals_the_reference(cases):
+    tiny, found = cases
+    case = found["norm"]
+    y_TD = run(RMSNorm(tiny.config.text.norm_eps), tiny.params["text"]["norm"], case.input)
+    assert_close(np.asarray(y_TD), case.output)
+
+
+def test_vision_layer_equals_the_reference(cases):
+    tiny, found = cases
+    case = found["vision_layer"]
+    y_INW = run(VisionLayer(tiny.config.vision), tiny.params["vision"]["layer_0"], case.input)
+    assert_close(np.asarray(y_INW), case.output)
+
+
+def test_adapter_equals_the_reference(cases):
+    tiny, found = cases
+    case = found["vision_adapter"]
+    y_INA = run(Adapter(tiny.config.vision), tiny.params["vision"]["adapter"], case.input)
+    assert_close(np.asarray(y_INA), case.output)
+
+
+@pytest.mark.parametrize("has_scaling", [True, False], ids=["16/1", "unscaled"])
+@pytest.mark.parametrize("has_qk_norm", [True, False], ids=["qk-norm", "no-qk-norm"])
+@pytest.mark.parametrize("moe_step", [1, 2])
+def test_every_combination_of_switches_equals_the_reference(moe_step, has_qk_norm, has_scaling):
+    scaling = weights.tiny_config("scout")["text_config"]["rope_scaling"] if has_scaling else None
+    raw = weights.tiny_config(
+        "scout",
+        interleave_moe_layer_step=moe_step,
+        use_qk_norm=has_qk_norm,
+        rope_scaling=scaling,
+        attention_chunk_size=8,
+    )
+    ids = weights.random_ids(29, 5)
+    logits = models.run_in_pieces(models.load(raw), ids, [7, 8, 17])
+    assert_close(logits, oracle.logits(oracle.build(raw, 0), ids))
+
+
+def test_without_temperature_tuning_equals_the_reference():
+    raw = weights.tiny_config("scout", attn_temperature_tuning=False, attention_chunk_size=8)
+    ids = weights.random_ids(29, 6)
+    logits = models.run_in_pieces(models.load(raw), ids, [])
+    assert_close(logits, oracle.logits(oracle.build(raw, 0), ids))
+    tuned = Config.from_hf(raw).replace_text(has_temperature_tuning=True)
+    other = models.run_in_pieces(models.load(raw)._replace(config=tuned), ids, [])
+    assert np.abs(other - logits).max() > 0.1  # the switch does something here

@@ -1,0 +1,59 @@
+"""What a mesh may be called, and what is refused in words."""
+
+import jax
+import pytest
+
+from sharding import MeshError, make_mesh, prepare_devices
+from sharding.mesh import parse_mesh
+
+
+@pytest.mark.parametrize(
+    ("text", "data", "model"),
+    [
+        ("8", 1, 8),
+        (8, 1, 8),
+        ("2x4", 2, 4),
+        (" 2X4 ", 2, 4),
+        ("data=2,model=4", 2, 4),
+        ("model=4, data=2", 2, 4),
+        ("data=8", 8, 1),
+        ("1", 1, 1),
+    ],
+)
+def test_a_mesh_has_several_spellings(text, data, model):
+    assert parse_mesh(text) == {"data": data, "model": model}
+    mesh = make_mesh(text)
+    assert dict(mesh.shape) == {"data": data, "model": model}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "write 8, 2x4"),
+        ("eight", "write 8, 2x4"),
+        ("2x", "write 8, 2x4"),
+        ("-3", "write 8, 2x4"),
+        ("0", "at least one device"),
+        ("data=0,model=8", "at least one device"),
+        ("depth=2", "no axis 'depth'; the axes are data, model"),
+        ("model=2,model=4", "stands there twice"),
+    ],
+)
+def test_what_is_no_mesh_is_refused_in_words(text, says):
+    with pytest.raises(MeshError, match=says):
+        parse_mesh(text)
+
+
+def test_more_devices_than_there_are_is_refused_in_words():
+    with pytest.raises(MeshError, match=r"--mesh 16: it needs 16 devices and there are 8"):
+        prepare_devices("16")
+
+
+def test_made_up_devices_are_told_of():
+    line = prepare_devices("8")
+    assert line == "No accelerator found: the mesh data=1,model=8 is made of 8 CPU devices."
+    assert prepare_devices("1") is None
+
+
+def test_a_mesh_takes_the_first_devices_in_order():
+    assert make_mesh("2x2").devices.flatten().tolist() == jax.devices()[:4]
