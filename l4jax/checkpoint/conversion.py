@@ -1,0 +1,121 @@
+"""From a published checkpoint to ours: Orbax beside the files that a model needs to talk."""
+
+import contextlib
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from l4jax.checkpoint import orbax
+from l4jax.checkpoint.errors import CheckpointError
+from l4jax.checkpoint.parameters import THREADS, find_recipes, load_parameter, make_bar
+from l4jax.checkpoint.recipe import Recipe
+from l4jax.checkpoint.safetensors import Index, find_dtype
+from l4jax.config import Config
+
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".index.json")
+
+
+def convert_folder(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    dtype: Any = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> int:
+    """Write a model as an Orbax checkpoint in our layout, with its config and tokenizer beside it.
+
+    Host memory holds the largest parameter about three times: as it was read, transposed, and on
+    its way out (8 GB for Scout, 64 GB for Maverick, in bfloat16). A run that is cut off leaves
+    `folder` as it was.
+
+    Args:
+        source: a folder with safetensors under the published names.
+        folder: to be made; one that is not empty is refused.
+        dtype: of the parameters; that of the checkpoint if None.
+        overwrite: replace `folder`, once all is written.
+
+    Returns:
+        The bytes of the parameters.
+
+    Raises:
+        CheckpointError: no checkpoint, or quantized; `folder` is taken; the disk is full.
+    """
+    source, folder = Path(source), Path(folder).absolute()
+    if (source / orbax.FOLDER).is_dir():
+        raise CheckpointError(
+            f"{source} holds orbax/ already: convert the checkpoint that it was made from."
+        )
+    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
+        raise CheckpointError(
+            f"{folder} exists and is not empty: choose another folder, or --overwrite it."
+        )
+    if folder.resolve() in (source.resolve(), *source.resolve().parents):
+        raise CheckpointError(
+            f"{folder} holds the checkpoint that is to be converted: choose another folder."
+        )
+    index = Index.open(source)
+    recipes, names = find_recipes(index, Config.from_folder(source))
+    kind = np.dtype(jax.numpy.dtype(dtype or find_dtype(index)))
+    sizes = {path: _size(recipe) * kind.itemsize for path, recipe in recipes.items()}
+    total = sum(sizes.values())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < total:
+        raise CheckpointError(
+            f"{folder.parent} has {free / 1e9:.1f} GB free, and {total / 1e9:.1f} are needed."
+        )
+    cpu = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    with make_bar(total, "converting", progress) as bar, ThreadPoolExecutor(THREADS) as pool:
+
+        def defer(path: str, recipe: Recipe) -> orbax.Deferred:
+            def read() -> np.ndarray:
+                values = np.asarray(
+                    load_parameter(index, recipe, names[path], kind, lambda _: cpu, pool)
+                )
+                bar.update(sizes[path])
+                return values
+
+            order = recipe.order or tuple(range(len(recipe.shape)))
+            return orbax.Deferred(tuple(recipe.shape[axis] for axis in order), kind, read)
+
+        try:
+            unfinished.mkdir()
+            orbax.save(
+                unfinished, {path: defer(path, recipe) for path, recipe in recipes.items()}, names
+            )
+            _copy_files(source, unfinished)
+            _put_in_place(unfinished, folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return total
+
+
+def _size(recipe: Recipe) -> int:
+    return int(np.prod(recipe.shape, dtype=np.int64))
+
+
+def _copy_files(source: Path, folder: Path) -> None:
+    """Copy all that is not weights, config.json last: without it nothing loads."""
+    files = [path for path in source.iterdir() if path.is_file() and not path.name.startswith(".")]
+    for path in sorted(files, key=lambda path: (path.name == "config.json", path.name)):
+        if not path.name.endswith(_WEIGHTS):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _put_in_place(unfinished: Path, folder: Path) -> None:
+    """Rename; what stood there before is set aside first, and removed last."""
+    aside = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(aside)
+    os.rename(unfinished, folder)
+    shutil.rmtree(aside, ignore_errors=True)

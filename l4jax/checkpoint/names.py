@@ -1,0 +1,221 @@
+"""The published names: one table that says which stored tensors make up each parameter.
+
+The only file that knows how Hugging Face spells Llama 4. `*` is the layer, `#` the expert.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+from l4jax.checkpoint.errors import CheckpointError, list_few
+from l4jax.checkpoint.recipe import Recipe
+from l4jax.checkpoint.rules import (
+    Shape,
+    join_heads,
+    stack,
+    stack_biases,
+    stack_experts,
+    take,
+    turn_experts,
+)
+from l4jax.checkpoint.safetensors import Kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A way to make a parameter of a certain rank."""
+
+    rank: int
+    rule: Callable[..., Recipe]
+    names: tuple[str, ...]
+
+
+_LAYER = "model.layers.*."
+_FEED, _ATTEND = _LAYER + "feed_forward.", _LAYER + "self_attn."
+_SHARED, _EXPERT = _FEED + "shared_expert.", _FEED + "experts.#."
+_EYE = "vision_model.model.layers.*."
+_EYE_ATTEND = _EYE + "self_attn."
+
+
+def _add(rank: int, rule: Callable[..., Recipe], *names: str) -> list[Row]:
+    return [Row(rank, rule, names)]
+
+
+TABLE: Mapping[str, list[Row]] = {
+    "text/embedding": _add(2, take, "model.embed_tokens.weight"),
+    "text/head": _add(2, take, "lm_head.weight"),
+    "text/norm/scale": _add(1, take, "model.norm.weight"),
+    "text/layer_*/attention_norm/scale": _add(1, take, _LAYER + "input_layernorm.weight"),
+    "text/layer_*/feed_forward_norm/scale": _add(
+        1, take, _LAYER + "post_attention_layernorm.weight"
+    ),
+    "text/layer_*/attention/qkv": _add(
+        4, join_heads, *(f"{_ATTEND}{x}_proj.weight" for x in ("q", "k", "v"))
+    ),
+    "text/layer_*/attention/out": _add(4, take, _ATTEND + "o_proj.weight"),
+    "text/layer_*/feed_forward/router": _add(2, take, _FEED + "router.weight"),
+    "text/layer_*/feed_forward/gate_up": [
+        *_add(3, stack, _FEED + "gate_proj.weight", _FEED + "up_proj.weight"),
+        *_add(4, turn_experts, _FEED + "experts.gate_up_proj"),
+        *_add(4, stack_experts, _EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"),
+    ],
+    "text/layer_*/feed_forward/down": [
+        *_add(2, take, _FEED + "down_proj.weight"),
+        *_add(3, turn_experts, _FEED + "experts.down_proj"),
+        *_add(3, stack_experts, _EXPERT + "down_proj.weight"),
+    ],
+    "text/layer_*/feed_forward/shared/gate_up": _add(
+        3, stack, _SHARED + "gate_proj.weight", _SHARED + "up_proj.weight"
+    ),
+    "text/layer_*/feed_forward/shared/down": _add(2, take, _SHARED + "down_proj.weight"),
+    "vision/patch": _add(2, take, "vision_model.patch_embedding.linear.weight"),
+    "vision/class_embedding": _add(1, take, "vision_model.class_embedding"),
+    "vision/position_embedding": _add(2, take, "vision_model.positional_embedding_vlm"),
+    "vision/norm_before/scale": _add(1, take, "vision_model.layernorm_pre.weight"),
+    "vision/norm_before/bias": _add(1, take, "vision_model.layernorm_pre.bias"),
+    "vision/norm_after/scale": _add(1, take, "vision_model.layernorm_post.weight"),
+    "vision/norm_after/bias": _add(1, take, "vision_model.layernorm_post.bias"),
+    "vision/layer_*/attention_norm/scale": _add(1, take, _EYE + "input_layernorm.weight"),
+    "vision/layer_*/attention_norm/bias": _add(1, take, _EYE + "input_layernorm.bias"),
+    "vision/layer_*/mlp_norm/scale": _add(1, take, _EYE + "post_attention_layernorm.weight"),
+    "vision/layer_*/mlp_norm/bias": _add(1, take, _EYE + "post_attention_layernorm.bias"),
+    "vision/layer_*/qkv": _add(
+        4, stack, *(f"{_EYE_ATTEND}{x}_proj.weight" for x in ("q", "k", "v"))
+    ),
+    "vision/layer_*/qkv_bias": _add(
+        3, stack_biases, *(f"{_EYE_ATTEND}{x}_proj.bias" for x in ("q", "k", "v"))
+    ),
+    "vision/layer_*/out": _add(3, take, _EYE_ATTEND + "o_proj.weight"),
+    "vision/layer_*/out_bias": _add(1, take, _EYE_ATTEND + "o_proj.bias"),
+    "vision/layer_*/up": _add(2, take, _EYE + "mlp.fc1.weight"),
+    "vision/layer_*/up_bias": _add(1, take, _EYE + "mlp.fc1.bias"),
+    "vision/layer_*/down": _add(2, take, _EYE + "mlp.fc2.weight"),
+    "vision/layer_*/down_bias": _add(1, take, _EYE + "mlp.fc2.bias"),
+    "vision/adapter/first": _add(2, take, "vision_model.vision_adapter.mlp.fc1.weight"),
+    "vision/adapter/second": _add(2, take, "vision_model.vision_adapter.mlp.fc2.weight"),
+    "vision/projector": _add(2, take, "multi_modal_projector.linear_1.weight"),
+}
+
+# What a whole model puts before the text model's names, and a text-only one does not.
+_PREFIX = "language_model."
+# RoPE's frequencies, which some tools save: they follow from the config, and are computed from it.
+_HARMLESS = re.compile(r".*rotary_emb(edding)?\.(inv_freq|original_inv_freq|freqs_ci)")
+# What quantizers write beside a weight, or instead of it (`weight_packed`).
+_BESIDE = re.compile(
+    r"(?P<base>.*)(?P<joint>[._])(?P<what>weight_(packed|shape|scale|scale_2|g_idx|zero_point|global_scale)"
+    r"|(input|output)_(scale|zero_point|global_scale)|[kv]_scale)"
+)
+_FLOATS = ("BF16", "F16", "F32", "F64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What names alone tell: a recipe for each parameter, what nobody asks for, what is absent."""
+
+    recipes: Mapping[str, Recipe]
+    unknown: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+def survey(shapes: Mapping[str, Shape], stored: Iterable[str]) -> Survey:
+    """Pair parameters (path -> shape) with stored names, quantized or not; look no further."""
+    left = {name for name in stored if not _HARMLESS.fullmatch(name)}
+    weights, beside = set(left), {}
+    for name in left:
+        if found := _BESIDE.fullmatch(name):
+            weights.discard(name)
+            whole = found["base"] + (".weight" if found["joint"] == "." else "")
+            beside.setdefault(whole, []).append(name)
+            if found["what"] == "weight_packed":
+                weights.add(whole)
+    prefix = _PREFIX if any(name.startswith(_PREFIX) for name in left) else ""
+    recipes = {path: _choose(path, shape, prefix, weights) for path, shape in shapes.items()}
+    wanted = {part.name for recipe in recipes.values() for part in recipe.parts}
+    unknown = weights - wanted
+    for whole, names in beside.items():
+        if whole not in wanted:
+            unknown.discard(whole)
+            unknown.update(names)
+    return Survey(recipes, tuple(sorted(unknown)), tuple(sorted(wanted - weights)))
+
+
+def match(shapes: Mapping[str, Shape], stored: Mapping[str, Kind], where: str) -> dict[str, Recipe]:
+    """The recipe of every parameter: each stored tensor is used exactly once, each shape is right.
+
+    Args:
+        shapes: path -> shape of every parameter, as in "text/layer_3/attention/qkv".
+        stored: name -> (dtype, shape) of every tensor.
+        where: what holds them, for errors.
+
+    Raises:
+        CheckpointError: naming the tensors that are unknown, missing, or of another shape.
+    """
+    if found := find_quantization(stored):
+        raise CheckpointError(
+            f"{where} is quantized ({found}), which is not supported yet: "
+            "take the BF16 checkpoint of the model."
+        )
+    surveyed = survey(shapes, stored)
+    lists = {"lacks": surveyed.missing, "has unknown": surveyed.unknown}
+    if problems := [f"{how} {list_few(names)}" for how, names in lists.items() if names]:
+        raise CheckpointError(
+            f"{where} {' and '.join(problems)}: "
+            "its tensors are not those of the model in its config.json."
+        )
+    parts = [part for recipe in surveyed.recipes.values() for part in recipe.parts]
+    wrong = [
+        f"{part.name} {list(stored[part.name][1])} instead of {list(part.stored)}"
+        for part in parts
+        if tuple(stored[part.name][1]) != part.stored
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{where} has {list_few(wrong)}: its config.json belongs to another model."
+        )
+    odd = [
+        f"{part.name} ({stored[part.name][0]})"
+        for part in parts
+        if stored[part.name][0] not in _FLOATS
+    ]
+    if odd:
+        raise CheckpointError(f"{where} has {list_few(odd)}: weights must be {', '.join(_FLOATS)}.")
+    return dict(surveyed.recipes)
+
+
+def find_quantization(stored: Mapping[str, Kind]) -> str | None:
+    """How tensors are quantized, told by names and dtypes alone; None for a plain checkpoint."""
+    packed: set[str] = set()
+    beside: set[str] = set()
+    for name, (dtype, _) in stored.items():
+        if found := _BESIDE.fullmatch(name):
+            beside.add(found["what"] if found["joint"] == "." else "fused")
+            if found["what"] == "weight_packed":
+                packed.add(dtype)
+    dtypes = {dtype for dtype, _ in stored.values()}
+    if "weight_scale_2" in beside:
+        return "modelopt nvfp4"
+    if "U8" in packed:
+        return "compressed-tensors nvfp4-pack-quantized"
+    if packed:
+        return "compressed-tensors pack-quantized int4"
+    if beside & {"fused", "k_scale", "v_scale"}:
+        return "modelopt fp8"
+    if dtypes & {"F8_E4M3", "F8_E5M2"}:
+        return "compressed-tensors float-quantized fp8"
+    if "I8" in dtypes:
+        return "compressed-tensors int-quantized int8"
+    return f"an unknown format with {list_few(sorted(beside))}" if beside else None
+
+
+def _choose(path: str, shape: Shape, prefix: str, weights: set[str]) -> Recipe:
+    """The way that the stored names take; where they take none, the published one."""
+    layer = re.search(r"/layer_(\d+)/", path)
+    rows = TABLE[re.sub(r"/layer_\d+/", "/layer_*/", path)]
+    recipes = []
+    for row in rows:
+        if row.rank == len(shape):
+            names = [name.replace("*", layer[1] if layer else "") for name in row.names]
+            if path.startswith("text/"):
+                names = [prefix + name for name in names]
+            recipes.append(row.rule(shape, *names))
+    return next((recipe for recipe in recipes if recipe.parts[0].name in weights), recipes[0])

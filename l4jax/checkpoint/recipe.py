@@ -1,0 +1,78 @@
+"""How a parameter is put together from stored tensors, and reading the box of it that is wanted."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from typing import Any
+
+import numpy as np
+
+Box = tuple[slice, ...]
+_PIECE = 16 * 2**20  # bytes that one thread copies at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A stored tensor as a box of the parameter: reshaped to `shape`, with a corner at `start`."""
+
+    name: str
+    stored: tuple[int, ...]  # the shape it must have in the file
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Parts that tile an array of `shape`; transposed by `order`, if any, that is the parameter.
+
+    Transposing is left to the device: numpy's strided copy of 200 GB takes many minutes.
+    """
+
+    parts: tuple[Part, ...]
+    shape: tuple[int, ...]
+    order: tuple[int, ...] | None = None
+
+    def reorder(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Names of the parameter's axes, in the order in which the file has these axes."""
+        if self.order is None:
+            return tuple(names)
+        return tuple(names[self.order.index(axis)] for axis in range(len(names)))
+
+
+def read_box(
+    recipe: Recipe, view: Callable[[str], np.ndarray], box: Box, dtype: Any, pool: Executor
+) -> np.ndarray:
+    """Read a box of a recipe's array (in file order), converted to `dtype`, with a pool's threads.
+
+    Args:
+        view: the stored tensor of a name, without reading it.
+        box: slices without a step, one an axis.
+    """
+    spans = [span.indices(size)[:2] for span, size in zip(box, recipe.shape, strict=True)]
+    out = np.empty([stop - start for start, stop in spans], dtype)
+    copies = []
+    for part in recipe.parts:
+        inside, target = [], []
+        for (start, stop), at, size in zip(spans, part.start, part.shape, strict=True):
+            low, high = max(start, at), min(stop, at + size)
+            inside.append(slice(low - at, high - at))
+            target.append(slice(low - start, high - start))
+        if all(cut.start < cut.stop for cut in inside):
+            source = view(part.name).reshape(part.shape)[tuple(inside)]
+            copies += _cut(out[tuple(target)], source)
+    for _ in pool.map(lambda copy: np.copyto(*copy, casting="unsafe"), copies):
+        pass
+    return out
+
+
+def _cut(target: np.ndarray, source: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Cut a copy along its first axis that can be cut, so that threads share the work."""
+    axis = next((axis for axis, size in enumerate(target.shape) if size > 1), None)
+    count = -(-target.nbytes // _PIECE)
+    if axis is None or count < 2:
+        yield target, source
+        return
+    step = -(-target.shape[axis] // count)
+    for start in range(0, target.shape[axis], step):
+        piece = (slice(None),) * axis + (slice(start, start + step),)
+        yield target[piece], source[piece]

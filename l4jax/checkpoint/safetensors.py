@@ -1,0 +1,282 @@
+"""The safetensors format: what lies in a folder of shards, and views of it that copy nothing.
+
+A file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape,
+offsets into the data), and the data. A shard is mapped into memory once; tensors are views of it.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import mmap
+import os
+import struct
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from l4jax.checkpoint.errors import CheckpointError, list_few
+
+DTYPES: Mapping[str, np.dtype] = {
+    name: np.dtype(kind)
+    for name, kind in {
+        "BOOL": np.bool_,
+        "U8": np.uint8,
+        "I8": np.int8,
+        "U16": np.uint16,
+        "I16": np.int16,
+        "U32": np.uint32,
+        "I32": np.int32,
+        "U64": np.uint64,
+        "I64": np.int64,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+        "BF16": ml_dtypes.bfloat16,
+        "F16": np.float16,
+        "F32": np.float32,
+        "F64": np.float64,
+        "C64": np.complex64,
+    }.items()
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LONGEST_HEADER = (
+    100_000_000  # bytes; the format's own limit, against files that are something else
+)
+_INDEX = "model.safetensors.index.json"
+
+Kind = tuple[str, tuple[int, ...]]  # dtype as the file spells it, shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies: `nbytes` from byte `begin` of the file `path`."""
+
+    path: Path
+    begin: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Index:
+    """The tensors of a folder: what they are at once, their numbers when asked for."""
+
+    def __init__(self, folder: Path, tensors: Mapping[str, Tensor]):
+        self.folder, self.tensors = folder, dict(tensors)
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Index":
+        """Read the headers of a folder: of the shards that its index names, or of its only file.
+
+        Raises `CheckpointError` where there is no checkpoint, a shard is missing or damaged, or the
+        index speaks of tensors that its shards do not hold.
+        """
+        folder = Path(folder)
+        index = folder / _INDEX
+        if not index.is_file():
+            return cls(folder, read_header(_find_single(folder)))
+        try:
+            shard_of = json.loads(index.read_text())["weight_map"]
+            shards = sorted({str(shard) for shard in shard_of.values()})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(
+                f"{index} is not the index of a sharded checkpoint, JSON with a weight_map: "
+                "download it again."
+            ) from None
+        absent = [shard for shard in shards if not (folder / shard).is_file()]
+        if absent:
+            raise CheckpointError(
+                f"{index} names shards that are not in the folder: {list_few(absent)}; "
+                "download them, too."
+            )
+        tensors: dict[str, Tensor] = {}
+        for shard in shards:
+            for name, tensor in read_header(folder / shard).items():
+                # What the index leaves out is kept, so that whoever matches the names sees it.
+                if shard_of.setdefault(name, shard) == shard:
+                    tensors[name] = tensor
+        lost = [name for name in shard_of if name not in tensors]
+        if lost:
+            raise CheckpointError(
+                f"{index} says that {shard_of[lost[0]]} holds {list_few(lost)}, and it does not: "
+                "the index and the shards belong to different downloads; download the folder again."
+            )
+        return cls(folder, tensors)
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """Name -> (dtype, shape) of every tensor."""
+        return {name: (tensor.dtype, tensor.shape) for name, tensor in self.tensors.items()}
+
+    def view(self, name: str) -> np.ndarray:
+        """A tensor as a read-only array in the mapped file: nothing is read until it is touched."""
+        tensor = self.tensors[name]
+        if not tensor.nbytes:
+            return np.empty(tensor.shape, DTYPES[tensor.dtype])
+        return np.ndarray(tensor.shape, DTYPES[tensor.dtype], self._map(tensor.path), tensor.begin)
+
+    def release(self, names: Iterable[str]) -> None:
+        """Let go of the pages of tensors that were read: the system's cache may keep them."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        for tensor in (self.tensors[name] for name in names):
+            start = tensor.begin - tensor.begin % mmap.PAGESIZE
+            if tensor.nbytes:
+                length = tensor.begin + tensor.nbytes - start
+                self._map(tensor.path).madvise(mmap.MADV_DONTNEED, start, length)
+
+    def _map(self, path: Path) -> mmap.mmap:
+        with self._lock:
+            if path not in self._maps:
+                with path.open("rb") as file:
+                    self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return self._maps[path]
+
+
+def find_dtype(index: Index) -> str:
+    """What to compute in: "float32" where most weights are stored so, else "bfloat16".
+
+    float16 is no choice: its range is too small for Llama 4's activations.
+    """
+    total = dict.fromkeys(("BF16", "F16", "F32"), 0)
+    for tensor in index.tensors.values():
+        if tensor.dtype in total:
+            total[tensor.dtype] += tensor.nbytes
+    return "float32" if total["F32"] > total["BF16"] + total["F16"] else "bfloat16"
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """Where the tensors of a file lie. Raises `CheckpointError` if it is not whole and sound."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start == b"version ":
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the file: run `git lfs pull`.")
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _LONGEST_HEADER
+        if length > min(_LONGEST_HEADER, size - 8):
+            raise CheckpointError(
+                f"{path} is cut off or not safetensors: "
+                f"its {size} bytes cannot hold the header that it announces; download it again."
+            )
+        content = file.read(length)
+    try:
+        header = json.loads(content, object_pairs_hook=_refuse_twins)
+        header.pop("__metadata__", None)
+        entries = {name: _read_entry(entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} has a header that is not safetensors' ({error}): download it again."
+        ) from None
+    tensors = {}
+    for name, (dtype, shape, begin, end) in entries.items():
+        if dtype not in DTYPES:
+            raise CheckpointError(
+                f"{path}: {name} has the dtype {dtype}, and l4jax reads {', '.join(DTYPES)}."
+            )
+        nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+        if end - begin != nbytes:
+            raise CheckpointError(
+                f"{path}: {name} is {dtype} {list(shape)}, which takes {nbytes} bytes, "
+                f"and has {end - begin}: the file is damaged; download it again."
+            )
+        if begin < 0 or 8 + length + end > size:
+            raise CheckpointError(
+                f"{path} is cut off: {name} ends at byte {8 + length + end} of {size}; "
+                "download it again."
+            )
+        tensors[name] = Tensor(path, 8 + length + begin, nbytes, dtype, shape)
+    _check_apart(path, tensors)
+    return tensors
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write tensors as one file, in the order given; the same tensors give the same bytes.
+
+    The file appears whole or not at all: it is written beside its place and renamed.
+    Raises `CheckpointError` for a dtype that the format does not have.
+    """
+    path = Path(path)
+    header, begin = {}, 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise CheckpointError(
+                f"{path}: safetensors cannot hold {name}, which is {tensor.dtype}."
+            )
+        end = begin + tensor.nbytes
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": (begin, end),
+        }
+        begin = end
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(struct.pack("<Q", len(content)) + content)
+            for tensor in tensors.values():
+                file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+        unfinished.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            unfinished.unlink()
+
+
+def _read_entry(entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError(f"{entry} counts with something else than whole numbers")
+    return str(entry["dtype"]), shape, begin, end
+
+
+def _refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        seen: set[str] = set()
+        twin = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"{twin} stands there twice")
+    return names
+
+
+def _check_apart(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that share bytes."""
+    last, reached = "", 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
+        if tensor.begin < reached and tensor.nbytes:
+            raise CheckpointError(
+                f"{path}: {last} and {name} overlap: the file is damaged; download it again."
+            )
+        last, reached = name, max(reached, tensor.begin + tensor.nbytes)
+
+
+def _find_single(folder: Path) -> Path:
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return single
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = list_few([path.name for path in found])
+        raise CheckpointError(
+            f"{folder} holds {names} and no {_INDEX} that says which are the model's."
+        )
+    for pattern in ("*.pth", "*.pt", "*.bin"):
+        if pickles := sorted(folder.glob(pattern)):
+            raise CheckpointError(
+                f"{folder} holds {pickles[0].name}: pickled weights, such as Meta's native format, "
+                "are not supported; take the Hugging Face repository of the model, such as "
+                "meta-llama/Llama-4-Scout-17B-16E-Instruct."
+            )
+    raise CheckpointError(
+        f"{folder} holds no checkpoint: "
+        f"looked for {_INDEX}, model.safetensors, one *.safetensors, and orbax/."
+    )

@@ -1,0 +1,134 @@
+"""What the published checkpoints hold, from the golden table; what becomes of it, and where."""
+
+import functools
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from l4jax.checkpoint import Place
+from l4jax.config import Config
+
+_TABLE = Path(__file__).parents[1] / "golden" / "checkpoints.tsv"
+_RANGE = re.compile(r"\{([\d:]+)\}")
+
+
+@functools.cache
+def read_published() -> Mapping[str, dict[str, tuple[str, tuple[int, ...]]]]:
+    """Checkpoint -> tensor -> (dtype, shape)."""
+    found: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
+    owners: list[str] = []
+    for line in _TABLE.read_text().splitlines():
+        if line.startswith("["):
+            owners = line.strip("[]").split()
+        elif not line.startswith("#"):
+            pattern, dtype, shape = line.split("\t")
+            kind = dtype, tuple(int(size) for size in shape.split("x"))
+            for owner, name in itertools.product(owners, _expand(pattern)):
+                found.setdefault(owner, {})[name] = kind
+    return found
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    ranges = [range(*map(int, text.split(":"))) for text in _RANGE.findall(pattern)]
+    form = _RANGE.sub("{}", pattern)
+    return (form.format(*numbers) for numbers in itertools.product(*ranges))
+
+
+def arrange(tensors: Mapping[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
+    """Path -> parameter, written out by hand from the published tensors, fused or not.
+
+    Names count without `language_model.`.
+    """
+    tensors = {name.removeprefix("language_model."): x for name, x in tensors.items()}
+    c = config.text
+    found = {
+        "text/embedding": tensors["model.embed_tokens.weight"],
+        "text/head": tensors["lm_head.weight"],
+        "text/norm/scale": tensors["model.norm.weight"],
+    }
+    for i in range(c.layers):
+        ours, theirs = f"text/layer_{i}/", f"model.layers.{i}."
+        q, k, v, o = (tensors[f"{theirs}self_attn.{x}_proj.weight"] for x in "qkvo")
+        q = q.reshape(c.kv_heads, c.queries, c.head_dim, c.width)
+        k, v = (x.reshape(c.kv_heads, c.head_dim, c.width) for x in (k, v))
+        rows = [np.stack([*q[j], k[j], v[j]]) for j in range(c.kv_heads)]
+        found[ours + "attention/qkv"] = np.stack(rows)
+        found[ours + "attention/out"] = o.reshape(c.width, c.kv_heads, c.queries, c.head_dim)
+        for norm, name in (("attention", "input"), ("feed_forward", "post_attention")):
+            found[f"{ours}{norm}_norm/scale"] = tensors[f"{theirs}{name}_layernorm.weight"]
+        feed, mlp = theirs + "feed_forward.", "feed_forward/"
+        if c.is_moe(i):
+            found[ours + "feed_forward/router"] = tensors[feed + "router.weight"]
+            gates, ups, downs = _find_experts(tensors, feed + "experts.", c.experts)
+            pairs = [np.stack(pair) for pair in zip(gates, ups, strict=True)]
+            found[ours + "feed_forward/gate_up"] = np.stack(pairs)
+            found[ours + "feed_forward/down"] = np.stack(downs)
+            feed, mlp = feed + "shared_expert.", "feed_forward/shared/"
+        gate, up = tensors[feed + "gate_proj.weight"], tensors[feed + "up_proj.weight"]
+        found[ours + mlp + "gate_up"] = np.stack([gate, up])
+        found[ours + mlp + "down"] = tensors[feed + "down_proj.weight"]
+    return found | (_arrange_vision(tensors, config) if config.vision else {})
+
+
+def _find_experts(tensors: Mapping[str, np.ndarray], at: str, experts: int) -> Any:
+    if at + "down_proj" not in tensors:
+        return [
+            [tensors[f"{at}{e}.{x}_proj.weight"] for e in range(experts)]
+            for x in ("gate", "up", "down")
+        ]
+    fused, down = tensors[at + "gate_up_proj"], tensors[at + "down_proj"]
+    half = fused.shape[-1] // 2
+    gates, ups = [x[:, :half].T for x in fused], [x[:, half:].T for x in fused]
+    return gates, ups, [x.T for x in down]
+
+
+def _arrange_vision(tensors: Mapping[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
+    assert config.vision is not None
+    width, heads = config.vision.width, config.vision.heads
+    start = "vision_model."
+    eye = {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
+    found = {
+        "patch": eye["patch_embedding.linear.weight"],
+        "class_embedding": eye["class_embedding"],
+        "position_embedding": eye["positional_embedding_vlm"],
+        "adapter/first": eye["vision_adapter.mlp.fc1.weight"],
+        "adapter/second": eye["vision_adapter.mlp.fc2.weight"],
+        "projector": tensors["multi_modal_projector.linear_1.weight"],
+    }
+    norms = {"norm_before": "layernorm_pre", "norm_after": "layernorm_post"}
+    for i in range(config.vision.layers):
+        ours, theirs = f"layer_{i}/", f"model.layers.{i}."
+        norms[ours + "attention_norm"] = theirs + "input_layernorm"
+        norms[ours + "mlp_norm"] = theirs + "post_attention_layernorm"
+        for end, bias in (("weight", ""), ("bias", "_bias")):
+            qkv = [eye[f"{theirs}self_attn.{x}_proj.{end}"] for x in "qkv"]
+            heads_of = [x.reshape(heads, width // heads, *x.shape[1:]) for x in qkv]
+            found[f"{ours}qkv{bias}"] = np.stack(heads_of)
+            found[f"{ours}up{bias}"] = eye[f"{theirs}mlp.fc1.{end}"]
+            found[f"{ours}down{bias}"] = eye[f"{theirs}mlp.fc2.{end}"]
+        out = eye[theirs + "self_attn.o_proj.weight"]
+        found[ours + "out"] = out.reshape(width, heads, width // heads)
+        found[ours + "out_bias"] = eye[theirs + "self_attn.o_proj.bias"]
+    for ours, theirs in norms.items():
+        found[ours + "/scale"], found[ours + "/bias"] = (
+            eye[f"{theirs}.weight"],
+            eye[f"{theirs}.bias"],
+        )
+    return {f"vision/{path}": x for path, x in found.items()}
+
+
+def place_on_one(names: tuple[str, ...]) -> SingleDeviceSharding:
+    """Everything on the first device."""
+    return SingleDeviceSharding(jax.devices()[0])
+
+
+def place_on_mesh(**rules: str) -> Place:
+    """On a (2, 4) mesh of the axes data and model: logical axis -> mesh axis; others replicated."""
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
+    return lambda names: NamedSharding(mesh, PartitionSpec(*(rules.get(name) for name in names)))

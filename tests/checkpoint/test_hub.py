@@ -1,0 +1,90 @@
+"""Laws of finding a model: a folder is itself, a name is downloaded, errors say the way out."""
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from l4jax.checkpoint import CheckpointError, find_folder
+
+SCOUT = "meta-llama/Llama-4-Scout-17B-16E-Instruct"
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """What was asked of the hub, which answers with a folder."""
+    found: list[Any] = []
+
+    def download(name: str, **kwargs: Any) -> str:
+        found.append((name, kwargs))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return found
+
+
+def test_a_folder_is_itself(tmp_path: Path, asked: list[Any]) -> None:
+    assert find_folder(tmp_path) == find_folder(str(tmp_path)) == tmp_path
+    assert asked == []
+
+
+def test_a_folder_goes_before_a_name(
+    tmp_path: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / SCOUT).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert find_folder(SCOUT) == Path(SCOUT)
+    assert asked == []
+
+
+def test_a_name_is_downloaded_without_pickles(tmp_path: Path, asked: list[Any]) -> None:
+    assert find_folder(SCOUT, revision="abc") == tmp_path
+    [(name, kwargs)] = asked
+    assert (name, kwargs["revision"]) == (SCOUT, "abc")
+    wanted = [Path("x" + pattern.removeprefix("*")).suffix for pattern in kwargs["allow_patterns"]]
+    assert {".safetensors", ".json", ".jinja"} <= set(wanted)
+    assert not {".pth", ".bin", ".pt"} & set(wanted)
+
+
+@pytest.mark.parametrize("text", ["./x", "/no/x", "~/no/such", "", "scout", "a/b/c", "a/", "/x"])
+def test_what_looks_local_is_never_asked_of_the_hub(text: str, asked: list[Any]) -> None:
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        find_folder(text)
+    assert asked == []
+
+
+def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="is a file: pass the folder"):
+        find_folder(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "way_out"),
+    [
+        (errors.GatedRepoError, rf"gated: accept its license on https://.*{SCOUT}.*hf auth login"),
+        (
+            errors.RepositoryNotFoundError,
+            r"neither a folder .* nor such a repository.*hf auth login",
+        ),
+        (errors.RevisionNotFoundError, r"no revision main2"),
+        (errors.LocalEntryNotFoundError, r"cannot be reached: go online.*pass a folder"),
+        (errors.HfHubHTTPError, r"refuses .*401 Unauthorized.*hf auth login"),
+        (errors.HFValidationError, r"is no name on the Hugging Face hub"),
+        (OSError, r"could not be downloaded \(401 Unauthorized\): check network and disk"),
+    ],
+)
+def test_the_hubs_errors_say_the_way_out(
+    kind: type[Exception], way_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        error = kind.__new__(kind)  # without the answer of a server that its constructor wants
+        error.args = ("401 Unauthorized\nand much more",)
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(CheckpointError, match=way_out) as caught:
+        find_folder(SCOUT, revision="main2")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,144 @@
+"""Laws of the table: every published tensor is used once, and what does not fit is named."""
+
+import functools
+import math
+
+import jax.numpy as jnp
+import pytest
+
+from l4jax.checkpoint import CheckpointError
+from l4jax.checkpoint.names import find_quantization, match, survey
+from l4jax.checkpoint.parameters import flatten
+from l4jax.config import MAVERICK, SCOUT, Config
+from l4jax.model import declare_parameters
+from tests.checkpoint.published import read_published
+
+PUBLISHED = {  # tensors, parameters (of the plain ones), config
+    "scout-instruct": (1133, 108_641_793_536, SCOUT),
+    "maverick-instruct": (1061, 401_583_781_376, MAVERICK),
+    "maverick-instruct-fp8": (19445, None, MAVERICK),
+    "scout-instruct-fp8-dynamic": (5789, None, SCOUT),
+    "scout-instruct-w4a16": (8237, None, SCOUT),
+}
+Stored = dict[str, tuple[str, tuple[int, ...]]]
+
+
+@functools.cache
+def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    shapes, _ = declare_parameters(config, jnp.bfloat16)
+    return {path: leaf.shape for path, leaf in flatten(shapes).items()}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_tensor_of_a_published_checkpoint_has_its_place(name: str) -> None:
+    tensors, _, config = PUBLISHED[name]
+    stored = read_published()[name]
+    assert len(stored) == tensors
+    surveyed = survey(_shapes(config), stored)
+    assert surveyed.unknown == ()
+    assert surveyed.missing == ()
+    assert set(surveyed.recipes) == set(_shapes(config))
+
+
+@pytest.mark.parametrize("name", ["scout-instruct", "maverick-instruct"])
+def test_a_plain_checkpoint_fills_every_parameter_exactly_once(name: str) -> None:
+    _, parameters, config = PUBLISHED[name]
+    stored, shapes = read_published()[name], _shapes(config)
+    recipes = match(shapes, stored, name)
+    used = [part.name for recipe in recipes.values() for part in recipe.parts]
+    assert sorted(used) == sorted(stored)
+    assert sum(math.prod(shape) for shape in shapes.values()) == parameters
+    assert sum(math.prod(shape) for _, shape in stored.values()) == parameters
+    for path, recipe in recipes.items():
+        assert sum(math.prod(part.shape) for part in recipe.parts) == math.prod(recipe.shape)
+        assert recipe.reorder([str(size) for size in shapes[path]]) == tuple(
+            str(size) for size in recipe.shape
+        )
+
+
+def test_scout_takes_217_gigabytes() -> None:
+    parameters = sum(math.prod(shape) for shape in _shapes(SCOUT).values())
+    assert round(2 * parameters / 1e9, 1) == 217.3
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("maverick-instruct-fp8", "float-quantized fp8"),
+        ("scout-instruct-fp8-dynamic", "float-quantized fp8"),
+        ("scout-instruct-w4a16", "pack-quantized int4"),
+    ],
+)
+def test_a_quantized_checkpoint_is_recognized_and_refused(name: str, kind: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"{name} is quantized \(.*{kind}\).*BF16"):
+        match(_shapes(PUBLISHED[name][2]), read_published()[name], name)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "found"),
+    [
+        ({"a.weight": "BF16"}, None),
+        ({"a.weight_packed": "U8", "a.weight_global_scale": "F32"}, "nvfp4-pack-quantized"),
+        ({"a.weight": "U8", "a.weight_scale_2": "F32"}, "modelopt nvfp4"),
+        ({"a.weight": "F8_E4M3", "a.k_scale": "F32"}, "modelopt fp8"),
+        ({"experts.down_proj": "F8_E4M3", "experts.down_proj_weight_scale": "F32"}, "modelopt fp8"),
+        ({"a.weight": "F8_E5M2"}, "float-quantized fp8"),
+        ({"a.weight": "I8", "a.weight_scale": "F32"}, "int8"),
+        ({"a.weight": "BF16", "a.weight_scale": "F32"}, "unknown format with weight_scale"),
+    ],
+)
+def test_the_tensors_alone_tell_how_they_are_quantized(
+    kinds: dict[str, str], found: str | None
+) -> None:
+    told = find_quantization({name: (dtype, (2,)) for name, dtype in kinds.items()})
+    assert told == found if told is None or found is None else found in told
+
+
+def test_a_text_model_alone_has_no_prefix_and_no_vision() -> None:
+    config = Config(SCOUT.text, None, 1, (2,), None, None, None)
+    stored = {
+        name.removeprefix("language_model."): kind
+        for name, kind in read_published()["scout-instruct"].items()
+        if name.startswith("language_model.")
+    }
+    assert len(match(_shapes(config), stored, "here")) == len(_shapes(config))
+
+
+def test_saved_rope_frequencies_change_nothing() -> None:
+    stored = dict(read_published()["scout-instruct"])
+    stored["language_model.model.rotary_emb.inv_freq"] = "F32", (64,)
+    stored["vision_model.rotary_embedding.freqs_ci"] = "C64", (577, 44)
+    match(_shapes(SCOUT), stored, "here")
+
+
+def _refuse(stored: Stored, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        match(_shapes(SCOUT), stored, "some folder")
+
+
+def test_what_does_not_fit_is_named() -> None:
+    whole = read_published()["scout-instruct"]
+    layer = "language_model.model.layers.7."
+    router, query = layer + "feed_forward.router.weight", layer + "self_attn.q_proj.weight"
+    _refuse({**whole, "odd.weight": ("BF16", (2,))}, r"some folder has unknown odd\.weight:")
+    _refuse({k: v for k, v in whole.items() if k != router}, rf"some folder lacks {router}:")
+    _refuse(
+        {**whole, query: ("BF16", (5120, 5121))},
+        rf"{query} \[5120, 5121\] instead of \[5120, 5120\]",
+    )
+    _refuse({**whole, query: ("I32", (5120, 5120))}, rf"{query} \(I32\)")
+    _refuse({}, r"lacks .*, .*, .* and 1130 more")
+    # A matrix whose elements fit in another shape is not this matrix.
+    turned = ("BF16", (5120, 1024))
+    _refuse({**whole, layer + "self_attn.k_proj.weight": turned}, r"k_proj\.weight \[5120, 1024\]")
+
+
+def test_fused_and_single_experts_do_not_mix() -> None:
+    stored = dict(read_published()["scout-instruct"])
+    at = "language_model.model.layers.0.feed_forward.experts."
+    stored[at + "3.down_proj.weight"] = "BF16", (5120, 8192)
+    _refuse(stored, r"has unknown .*experts\.3\.down_proj\.weight")
+    del stored[at + "down_proj"]
+    _refuse(
+        stored, r"lacks .*experts\.down_proj .*has unknown .*experts\.3|lacks .*experts\.0\.down"
+    )
