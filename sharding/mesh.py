@@ -65,20 +65,24 @@ def prepare_devices(text: str | int) -> str | None:
     """
     sizes = parse_mesh(text)
     wanted = count_devices(sizes)
-    # Collectives of virtual CPU devices wait for each other inside one thread pool: fewer threads
-    # than devices is a deadlock, and the pool is as large as the machine unless NPROC says
-    # otherwise.
-    if int(os.environ.get("NPROC", "0")) < 2 * wanted:
-        os.environ["NPROC"] = str(2 * wanted)
     if not _has_backend():
-        # This only counts where the CPU is the backend; an accelerator's devices stay as they are.
-        jax.config.update("jax_num_cpu_devices", max(wanted, 1))
+        # Collectives of made-up CPU devices wait for each other inside one thread pool: with fewer
+        # threads than devices that is a deadlock. XLA takes the machine's size unless told.
+        threads = max(int(os.environ.get("NPROC", "0")), os.cpu_count() or 1, 2 * wanted)
+        os.environ["NPROC"] = str(threads)
+        # This counts where the CPU is the backend; an accelerator's devices stay as they are.
+        made = getattr(jax.config, "jax_num_cpu_devices", 1)
+        jax.config.update("jax_num_cpu_devices", max(made, wanted))
     found = jax.devices()
     if len(found) < wanted:
-        kind = found[0].device_kind if found[0].platform != "cpu" else "CPU device"
+        is_cpu = found[0].platform == "cpu"
+        way_out = "CPU devices are made once: start Python anew with the larger mesh"
+        if not is_cpu:
+            way_out = "JAX_PLATFORMS=cpu tries it on made-up CPU devices"
         raise MeshError(
-            f"--mesh {text}: it needs {wanted} devices and there are {len(found)} ({kind}); "
-            f"give a mesh of at most {len(found)}, or JAX_PLATFORMS=cpu for made-up CPU devices."
+            f"--mesh {text}: it needs {wanted} devices and there are {len(found)} "
+            f"({'CPU' if is_cpu else found[0].device_kind}); "
+            f"give a mesh of at most {len(found)}. {way_out}."
         )
     if found[0].platform == "cpu" and wanted > 1:
         return f"No accelerator found: the mesh {describe(sizes)} is made of {wanted} CPU devices."

@@ -95,8 +95,8 @@ def plan_limits(
     if fits < (asked or 2):
         raise CapacityError(
             f"max_model_len {wanted} needs {count_pages(wanted) * page_bytes / 2**30:.2f} GiB "
-            f"of page pool, and there are {max(memory, 0) / 2**30:.2f}: give a max_model_len of at most "
-            f"{fits}, or raise kv_cache_memory_bytes or gpu_memory_utilization."
+            f"of page pool, and there are {max(memory, 0) / 2**30:.2f}: give a max_model_len of at "
+            f"most {fits}, or raise kv_cache_memory_bytes or gpu_memory_utilization."
         )
     return Limits(
         shards=shards,

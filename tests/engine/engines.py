@@ -1,0 +1,57 @@
+"""Engines on the golden models, read from disk once for each mesh."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+from l4jax.config import Config
+from l4jax.engine.capacity import Capacity
+from l4jax.engine.engine import Engine
+from l4jax.engine.request import SamplingParams
+from l4jax.engine.runner import Runner
+from l4jax.text.image import Tiles
+from tests import weights
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
+
+
+@functools.cache
+def load_runner(name: str, mesh: str) -> Runner:
+    """A runner in float32 with the weights of a golden; `reserve` anew for each engine."""
+    golden = weights.read_golden(name)
+    with tempfile.TemporaryDirectory() as folder:
+        weights.write_checkpoint(folder, golden.config, golden.weights_seed)
+        runner = Runner(Config.from_folder(folder), mesh, "float32")
+        runner.load(Path(folder), progress=False)
+    return runner
+
+
+def make_engine(name: str, mesh: str = "1", seed: int = 0, **capacity) -> Engine:
+    """An engine with a pool of its own."""
+    defaults = {"max_model_len": 256, "max_num_seqs": 4, "block_size": 4}
+    runner = load_runner(name, mesh)
+    return Engine(runner, runner.reserve(Capacity(**{**defaults, **capacity})), seed)
+
+
+def run_all(engine: Engine, max_steps: int = 2000) -> dict[int, list[int]]:
+    """Run until nothing is left: the tokens of each request."""
+    found: dict[int, list[int]] = {}
+    for _ in range(max_steps):
+        if not engine.has_work:
+            return found
+        for update in engine.step():
+            found.setdefault(update.request_id, []).extend(update.token_ids)
+    raise AssertionError(f"not done after {max_steps} steps")
+
+
+def find_tiles(golden: weights.Golden) -> tuple[Tiles, ...]:
+    """The image of a golden: one row of two tiles, and the whole."""
+    return () if golden.pixels is None else (Tiles(golden.pixels, 1, 2),)
+
+
+def assert_all_free(engine: Engine) -> None:
+    """Every page and every feature slot is back."""
+    for pages in engine.scheduler.pages:
+        assert pages.free == pages.size
+    assert engine.scheduler.features.free == engine.limits.feature_slots
+    assert not engine.scheduler.running and not engine.scheduler.waiting

@@ -1,0 +1,227 @@
+"""The engine's laws: the reference's tokens, on every mesh, in any company, and nothing left behind."""
+
+import jax
+import numpy as np
+import pytest
+
+from l4jax import cache, decode
+from l4jax.engine.request import SamplingParams
+from l4jax.text.chat import PromptError
+from tests import weights
+from tests.engine.engines import (
+    GREEDY,
+    assert_all_free,
+    find_tiles,
+    load_runner,
+    make_engine,
+    run_all,
+)
+
+
+@pytest.mark.parametrize("name", weights.GOLDENS)
+def test_greedy_tokens_equal_the_reference_over_64_steps(name):
+    golden = weights.read_golden(name)
+    engine = make_engine(name)
+    engine.add(golden.ids.tolist(), GREEDY, find_tiles(golden))
+    assert run_all(engine)[0] == golden.greedy_tokens.tolist()
+    assert_all_free(engine)
+
+
+@pytest.mark.parametrize("mesh", ["8", "2x4"])
+@pytest.mark.parametrize("name", ["scout-8-image", "maverick-32-image"])
+def test_sharded_equals_unsharded(name, mesh):
+    golden = weights.read_golden(name)
+    engine = make_engine(name, mesh)
+    for _ in range(2):  # on 2x4 one for each data shard
+        engine.add(golden.ids.tolist(), GREEDY, find_tiles(golden))
+    found = run_all(engine)
+    assert found[0] == found[1] == golden.greedy_tokens.tolist()
+    assert_all_free(engine)
+
+
+@pytest.mark.parametrize("mesh", ["1", "2x4"])
+@pytest.mark.parametrize("tokens", [4, 16, 2048], ids="{} a step".format)
+def test_a_row_alone_equals_the_row_in_a_batch(mesh, tokens):
+    """Prompts of all lengths around the chunk, more of them than run at once, greedy and drawn."""
+    name, rng = "scout-8-text", np.random.default_rng(0)
+    prompts = [rng.integers(4, 300, n).tolist() for n in (1, 7, 8, 9, 16, 29, 50, 2)]
+    params = [
+        SamplingParams(temperature=t, top_p=0.9, seed=i, max_tokens=12 + i, ignore_eos=True)
+        for i, t in enumerate([0.0, 1.0, 0.0, 0.7, 0.0, 1.3, 0.0, 1.0])
+    ]
+    together = make_engine(name, mesh, max_num_batched_tokens=tokens)
+    for prompt, its in zip(prompts, params, strict=True):
+        together.add(prompt, its)
+    found = run_all(together)
+    assert_all_free(together)
+    alone = make_engine(name, "1")
+    for i, (prompt, its) in enumerate(zip(prompts, params, strict=True)):
+        alone.add(prompt, its)
+        assert run_all(alone)[i] == found[i], f"prompt {i}"
+
+
+def test_decode_compiles_once_per_bucket():
+    engine = make_engine("scout-32-text", max_model_len=252)  # shapes that no other test has
+    rng = np.random.default_rng(1)
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            length = int(rng.integers(1, 100))
+            engine.add(rng.integers(4, 300, length).tolist(), GREEDY)
+        run_all(engine)
+
+    before = decode.decode_loop._cache_size(), decode.step._cache_size()
+    for count in (1, 2, 4, 3, 1, 4, 2):
+        run(count)
+    after = decode.decode_loop._cache_size(), decode.step._cache_size()
+    assert after[0] - before[0] == len(engine.runner.buckets.loops) == 3
+    assert after[1] - before[1] <= len(engine.runner.buckets.steps)
+    for count in (4, 1, 2):
+        run(count)
+    assert (decode.decode_loop._cache_size(), decode.step._cache_size()) == after
+
+
+@pytest.mark.parametrize("mesh", ["1", "8"])
+def test_the_pool_is_donated_and_updated_in_place(mesh, monkeypatch):
+    """Read off the compiled executables: every byte of the pool is aliased to an output."""
+    engine = make_engine("scout-8-text", mesh, max_num_seqs=1)
+    compiled = {}
+    for function in ("step", "decode_loop"):
+        jitted = getattr(decode, function)
+
+        def spy(*args, _name=function, _jitted=jitted, **kwargs):
+            compiled[_name] = _jitted.lower(*args, **kwargs).compile()
+            return _jitted(*args, **kwargs)
+
+        monkeypatch.setattr(decode, function, spy)
+    pool = engine.runner.pool
+    addresses = {a.addressable_shards[0].data.unsafe_buffer_pointer() for a in jax.tree.leaves(pool)}
+    engine.add([5, 6, 7], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    run_all(engine)
+    pool_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.runner.pool))
+    devices = engine.runner.layout.mesh.size
+    for name, executable in compiled.items():
+        aliased = executable.memory_analysis().alias_size_in_bytes
+        assert aliased == pool_bytes // devices, name
+    assert pool.k[0].is_deleted()
+    after = jax.tree.leaves(engine.runner.pool)
+    assert {a.addressable_shards[0].data.unsafe_buffer_pointer() for a in after} == addresses
+
+
+@pytest.mark.parametrize("mesh", ["8", "2x4"])
+def test_what_a_step_returns_lives_where_the_table_says(mesh):
+    engine = make_engine("scout-8-image", mesh)
+    golden = weights.read_golden("scout-8-image")
+    engine.add(golden.ids.tolist(), GREEDY, find_tiles(golden))
+    run_all(engine)
+    runner, place = engine.runner, engine.runner.layout.place
+    model = 8 if mesh == "8" else 4
+    for leaf in jax.tree.leaves(runner.pool):
+        assert leaf.sharding.is_equivalent_to(place(cache.POOL_AXES), leaf.ndim)
+        assert leaf.sharding.shard_shape(leaf.shape)[1] == runner.config.text.kv_heads // model
+    text = runner.params["text"]
+    names = {
+        "embedding": ("vocab", "width"),
+        "head": ("vocab", "width"),
+    }
+    for key, its in names.items():
+        assert text[key].sharding.spec == runner.layout.spec(its)
+    layer = text["layer_0"]
+    assert layer["attention"]["qkv"].sharding.spec[0] == "model"
+    assert layer["feed_forward"]["down"].sharding.spec[2] == "model"
+
+
+def test_logits_leave_a_step_cut_by_vocabulary():
+    runner = load_runner("scout-8-text", "8")
+    engine = make_engine("scout-8-text", "8", max_num_seqs=1)
+    batch = cache.Batch(
+        token_T=np.array([5], np.int32),
+        position_T=np.array([0], np.int32),
+        row_T=np.array([0], np.int32),
+        tables=cache.Tables(
+            np.zeros((1, 64), np.int32), np.zeros((engine.limits.local_groups, 1, 2), np.int32)
+        ),
+    )
+    with runner.layout.active():
+        runner.pool, logits = decode.score(runner.params, runner.pool, batch, model=runner.model)
+    assert logits.shape == (1, 320)
+    assert logits.sharding.shard_shape(logits.shape) == (1, 40)
+
+
+def test_a_stop_id_ends_a_request_within_the_loop_and_after_it():
+    golden = weights.read_golden("scout-8-text")
+    tokens = golden.greedy_tokens.tolist()
+    stop = tokens[10]
+    first = tokens.index(stop)
+    engine = make_engine("scout-8-text")
+    params = SamplingParams(temperature=0, max_tokens=64, stop_token_ids=[stop], ignore_eos=True)
+    engine.add(golden.ids.tolist(), params)
+    assert run_all(engine)[0] == tokens[: first + 1]
+    # More ids than the device watches for: the host does.
+    many = [300 + i for i in range(20)] + [stop]
+    engine.add(golden.ids.tolist(), params.__class__(**{**vars(params), "stop_token_ids": many}))
+    found = run_all(engine)[1]
+    assert found == tokens[: first + 1]
+    assert_all_free(engine)
+
+
+def test_logprobs_come_for_who_asks_and_change_nothing():
+    golden = weights.read_golden("scout-8-text")
+    engine = make_engine("scout-8-text")
+    asks = engine.add(golden.ids.tolist(), GREEDY.replace(logprobs=3, max_tokens=20))
+    silent = engine.add(golden.ids.tolist(), GREEDY.replace(max_tokens=20))
+    tokens: dict[int, list[int]] = {asks: [], silent: []}
+    logprobs: dict[int, list] = {asks: [], silent: []}
+    while engine.has_work:
+        for update in engine.step():
+            tokens[update.request_id] += update.token_ids
+            logprobs[update.request_id] += update.logprobs
+    assert tokens[asks] == tokens[silent] == golden.greedy_tokens[:20].tolist()
+    assert logprobs[silent] == [] and len(logprobs[asks]) == 20
+    for token, entry in zip(tokens[asks], logprobs[asks], strict=True):
+        best = next(iter(entry.top))
+        assert len(entry.top) == 3 and best == token
+        assert entry.chosen == pytest.approx(entry.top[best], abs=1e-6) and entry.chosen < 0
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_cancelling_at_any_moment_frees_everything(steps):
+    golden = weights.read_golden("scout-8-image")
+    engine = make_engine("scout-8-image", max_num_batched_tokens=16)
+    ids = [engine.add(golden.ids.tolist(), GREEDY, find_tiles(golden)) for _ in range(6)]
+    for _ in range(steps):
+        engine.step()
+    for request_id in ids[:5]:
+        engine.cancel(request_id)
+        engine.cancel(request_id)  # once more does nothing
+    assert run_all(engine).get(ids[5], [])[-5:] == golden.greedy_tokens[-5:].tolist()
+    assert_all_free(engine)
+
+
+def test_an_answer_may_hold_the_patch_token():
+    """It is a token like any other there, and takes no image's features."""
+    engine = make_engine("scout-8-text")
+    request = engine.add([5], GREEDY.replace(max_tokens=2))
+    while engine.has_work:
+        for update in engine.step():
+            assert update.request_id == request
+
+
+@pytest.mark.parametrize(
+    ("tokens", "images", "says"),
+    [
+        ([], 0, "the prompt is empty"),
+        ([5] * 256, 0, "the prompt has 256 tokens, and with the answer 256 fit: shorten it to 255"),
+        ([5, 320], 0, "token id 320 is not in the vocabulary of 320"),
+        ([5, -1], 0, "token id -1"),
+        ([5, weights.PATCH_ID], 0, "1 image tokens .* for 0 image features"),
+        ([5], 1, "0 image tokens .* for 12 image features"),
+        ([5], 11, "11 images, and 10 are allowed"),
+    ],
+)
+def test_a_prompt_that_cannot_be_run_is_refused_in_words(tokens, images, says):
+    engine = make_engine("scout-8-image")
+    tiles = find_tiles(weights.read_golden("scout-8-image")) * images
+    with pytest.raises(PromptError, match=says):
+        engine.add(tokens, GREEDY, tiles)
+    assert not engine.has_work
