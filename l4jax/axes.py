@@ -3,15 +3,16 @@
 Letters, in suffixes and einsums alike (`q_TKGH` has tokens, kv heads, query heads per kv head, head
 dim):
 
-    T tokens of this step      D width                 V vocabulary
-    R rows of this step        K kv heads              E experts
-    S positions in the cache   G query heads per kv    F feed-forward
-    P pages                    H head dim              B pages in a row's table
-    Z slots of a page          I image tiles           N patches of a tile
-    C channels                 L stop ids, log-probabilities: a short list
+    T tokens of this step      D width                   V vocabulary
+    R rows of this step        K kv heads                E experts
+    S positions in the cache   G query heads per kv      F feed-forward
+    P pages                    J those, key and value    H head dim
+    Z slots of a page          B pages in a row's table  L a short list
+    I image tiles              N patches, vision heads   M image features
+    C channels, Y X pixels     W vision width            A adapter width
+    U what a matrix joins: a patch's pixels, a block's channels
 
 A row is a run of tokens of one request inside one attention chunk: see `l4jax.cache`.
-The vision tower uses the same letters for its own width, heads and feed-forward.
 
 The model says `("kv_heads", "width")`; `sharding/rules.py` says which mesh axis that is, if any.
 A name that stands in no table is an error, so a misspelt axis cannot replicate silently.

@@ -109,7 +109,6 @@ class Config:
     eos_ids: tuple[int, ...]
     pad_id: int | None
     patch_id: int | None  # the token that an image feature replaces
-    quantization: str | None  # "compressed-tensors/float-quantized", ...; None is plain
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Config":
@@ -135,7 +134,7 @@ class Config:
         kind = keys.take("model_type", None)
         if kind == "llama4_text":
             text, eos_ids, bos_id, pad_id = _read_text(raw, "")
-            return cls(text, None, bos_id, eos_ids, pad_id, None, _read_quantization(raw))
+            return cls(text, None, bos_id, eos_ids, pad_id, None)
         if kind != "llama4":
             raise ConfigError(
                 f"model_type is {kind!r}: l4jax computes Llama 4 only, 'llama4' or 'llama4_text'."
@@ -150,7 +149,7 @@ class Config:
         bos_id = keys.take("bos_token_id", bos_id)
         pad_id = keys.take("pad_token_id", pad_id)
         keys.require("tie_word_embeddings", False)
-        keys.drop("quantization_config", *_INERT)
+        keys.drop(*_INERT)
         keys.finish()
         return cls(
             text=text,
@@ -159,13 +158,12 @@ class Config:
             eos_ids=eos_ids,
             pad_id=pad_id,
             patch_id=patch_id if vision is not None else None,
-            quantization=_read_quantization(raw),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The content of a `config.json` that `from_hf` reads back as this, in the published style.
 
-        How the weights are quantized is not in it: that belongs to whoever writes the weights.
+        How weights are quantized is not in it: that belongs to whoever writes them.
         """
         t, v = self.text, self.vision
         scaling = None
@@ -252,6 +250,7 @@ _INERT = (
     "_attn_implementation_autoset",
     "_attn_implementation",
     "attn_implementation",
+    "quantization_config",  # each tensor tells its own format, and its scales
     "for_llm_compressor",  # how a quantiser unrolled the experts; names.py reads it off the tensors
     "initializer_range",
     "router_aux_loss_coef",
@@ -372,7 +371,7 @@ def _read_text(raw: Any, prefix: str) -> tuple[TextConfig, tuple[int, ...], int 
         )
     eos_ids = _read_ids(keys.take("eos_token_id", None))
     bos_id, pad_id = keys.take("bos_token_id", None), keys.take("pad_token_id", None)
-    keys.drop("quantization_config", *_INERT)
+    keys.drop(*_INERT)
     keys.finish()
     return config, eos_ids, bos_id, pad_id
 
@@ -472,15 +471,6 @@ def _read_ids(value: Any) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-def _read_quantization(raw: Mapping[str, Any]) -> str | None:
-    found = raw.get("quantization_config") or None
-    if found is None:
-        return None
-    return "/".join(
-        str(found[key]) for key in ("quant_method", "format", "quant_algo") if found.get(key)
-    )
-
-
 _SCOUT_TEXT = TextConfig(
     vocab=202048,
     width=5120,
@@ -522,7 +512,6 @@ SCOUT = Config(
     eos_ids=(200001, 200007, 200008),
     pad_id=200018,
     patch_id=200092,
-    quantization=None,
 )
 MAVERICK = SCOUT.replace_text(
     experts=128, moe_interval=2, max_positions=1048576, rope_scaling=None, has_qk_norm=False
@@ -568,5 +557,4 @@ TINY = Config(
     eos_ids=(),
     pad_id=None,
     patch_id=None,
-    quantization=None,
 )

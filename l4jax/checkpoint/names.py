@@ -7,6 +7,8 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
+
 from l4jax.checkpoint.errors import CheckpointError, list_few
 from l4jax.checkpoint.recipe import Recipe
 from l4jax.checkpoint.rules import (
@@ -180,6 +182,24 @@ def match(shapes: Mapping[str, Shape], stored: Mapping[str, Kind], where: str) -
     if odd:
         raise CheckpointError(f"{where} has {list_few(odd)}: weights must be {', '.join(_FLOATS)}.")
     return dict(surveyed.recipes)
+
+
+def publish(path: str, value: np.ndarray, *, is_whole: bool) -> dict[str, np.ndarray]:
+    """The tensors that a parameter is published as, in BF16's layout: the inverse of loading it.
+
+    Args:
+        path: of the parameter, as in "text/layer_3/attention/qkv".
+        value: of the parameter.
+        is_whole: whether the checkpoint holds the vision tower too, which changes the names.
+    """
+    recipe = _choose(path, value.shape, _PREFIX if is_whole else "", set())
+    if recipe.order is not None:
+        value = value.transpose(np.argsort(recipe.order))
+    boxes = {
+        part.name: value[tuple(map(slice, part.start, np.add(part.start, part.shape)))]
+        for part in recipe.parts
+    }
+    return {part.name: boxes[part.name].reshape(part.stored) for part in recipe.parts}
 
 
 def find_quantization(stored: Mapping[str, Kind]) -> str | None:

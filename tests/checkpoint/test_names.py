@@ -95,7 +95,7 @@ def test_the_tensors_alone_tell_how_they_are_quantized(
 
 
 def test_a_text_model_alone_has_no_prefix_and_no_vision() -> None:
-    config = Config(SCOUT.text, None, 1, (2,), None, None, None)
+    config = Config(SCOUT.text, None, 1, (2,), None, None)
     stored = {
         name.removeprefix("language_model."): kind
         for name, kind in read_published()["scout-instruct"].items()

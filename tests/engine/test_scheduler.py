@@ -97,13 +97,19 @@ arrivals = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(arrivals, st.sampled_from([1, 2]), st.integers(30, 80), st.integers(4, 40), st.integers(5, 9))
+@given(
+    arrivals, st.sampled_from([1, 2]), st.integers(30, 80), st.integers(4, 40), st.integers(5, 9)
+)
 def test_all_end_no_page_is_shared_and_every_page_comes_back(work, shards, pages, tokens, rows):
     limits = make_limits(shards=shards, pages=pages, tokens=tokens, rows=rows)
     scheduler = Scheduler(limits)
     longest = max(n for n in range(1, 65) if scheduler.count_pages(n) <= pages)
     pending = [
-        (at, make_request(i, max(1, min(prompt, longest - output)), min(output, longest - 1)), cancels)
+        (
+            at,
+            make_request(i, max(1, min(prompt, longest - output)), min(output, longest - 1)),
+            cancels,
+        )
         for i, (at, prompt, output, cancels) in enumerate(work)
     ]
     ended: list[int] = []
@@ -137,7 +143,7 @@ def test_who_decodes_is_in_every_step_however_long_a_prompt_is():
     scheduler.add(long)
     for _ in range(3):
         plan = scheduler.plan()
-        assert [run.request.id for run in plan.runs[0]][0] == short.id and not plan.is_loop
+        assert plan.runs[0][0].request.id == short.id and not plan.is_loop
         before = len(short.tokens)
         advance(scheduler, plan)
         assert len(short.tokens) == before + 1

@@ -1,0 +1,87 @@
+"""The first door, as a newcomer opens it: in a process of its own."""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+FIRST_TOKEN_SECONDS = 20  # on two cores, nothing compiled before
+
+
+def open_door(*words: str, cache: os.PathLike, stdin: str = "") -> subprocess.CompletedProcess:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "NPROC", "XLA_"))}
+    environment = {**kept, "L4JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, "-m", "l4jax.generate", *words],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+
+
+def read_seconds(stderr: str) -> float:
+    found = re.search(r"([\d.]+) s with loading and compiling", stderr)
+    assert found, stderr
+    return float(found[1])
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.slow
+def test_the_first_command_streams_within_twenty_seconds_and_the_second_run_is_faster(cache):
+    first = open_door("--mesh", "8", cache=cache)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.strip()
+    assert "its words mean nothing" in first.stderr
+    assert "the mesh data=1,model=8 is made of 8 CPU devices" in first.stderr
+    assert re.search(r"\d+ tokens, [\d.]+ tokens/s; time to first token", first.stderr)
+    assert "Traceback" not in first.stderr
+    second = open_door("--mesh", "8", cache=cache)
+    assert second.returncode == 0, second.stderr
+    seconds = read_seconds(first.stderr), read_seconds(second.stderr)
+    print(f"first token after {seconds[0]:.1f} s, on the second run after {seconds[1]:.1f} s")
+    assert seconds[0] < FIRST_TOKEN_SECONDS
+    assert seconds[1] < seconds[0]
+
+
+@pytest.mark.slow
+def test_options_images_and_standard_input(cache, tmp_path):
+    picture = tmp_path / "picture.png"
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (200, 300, 3), np.uint8)).save(picture)
+    words = ["--tensor-parallel-size", "2", "--image", str(picture), "--image", str(picture)]
+    words += ["--system", "Be brief.", "--max-tokens", "5", "--temperature", "0", "--seed", "3"]
+    words += ["--dtype", "float32", "--max-model-len", "2048", "--attn-temperature-tuning", "off"]
+    piped = open_door(*words, cache=cache, stdin="What is it?")
+    asked = open_door(*words, "--prompt", "What is it?", cache=cache)
+    assert piped.returncode == asked.returncode == 0, piped.stderr
+    assert piped.stdout == asked.stdout
+    assert "5 tokens" in piped.stderr or "tokens/s" in piped.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--mesh", "16x"], "write 8, 2x4 (data x model)"),
+        (["--model", "./nowhere"], "nowhere"),
+        (["--image", "nothing.png"], "nothing.png"),
+        (["--max-tokens", "0"], "max_tokens is 0"),
+        (["--top-p", "7"], "top_p is 7.0"),
+    ],
+)
+def test_what_is_asked_wrongly_is_answered_in_one_line(cache, words, says):
+    done = open_door(*words, "--prompt", "a", cache=cache)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("l4jax.generate: ") and says in last
+    assert "Traceback" not in done.stderr and done.stdout == ""
