@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from l4jax import cache
 from l4jax.config import MAVERICK, SCOUT, RopeScaling
 from l4jax.kernels import PORTABLE, REFERENCE
 from l4jax.model import declare_parameters
-from l4jax.model.attention import find_temperature
+from l4jax.model.attention import Attention, Positions, find_temperature
 from l4jax.model.rope import find_angles, rotate, scale_frequencies
 from tests import models, weights
 
@@ -129,6 +130,25 @@ def test_positions_within_the_chunk_give_the_exact_scores_at_any_length(position
     scale = np.linalg.norm(q_H) * np.linalg.norm(k_H)
     assert abs(ours - exact) / scale < 1e-5
     assert abs(score(position, position - back, np.float32) - exact) / scale > 1e-4
+
+
+def test_a_local_layer_computes_the_same_in_every_chunk():
+    """Bit for bit, at any distance: it knows nothing but the position within its chunk."""
+    tiny, _ = models.load_golden("scout-8-text")
+    text, rng = tiny.config.text, np.random.default_rng(0)
+    module, params = Attention(text, False, PORTABLE), tiny.params["text"]["layer_0"]["attention"]
+    x_TD = rng.standard_normal((text.chunk, text.width)).astype(np.float32)
+    pool = cache.make_pool(text, 2, 4, jnp.float32)
+    found = []
+    for start in (0, text.chunk, 1_250_000 * text.chunk):
+        at_T = np.arange(start, start + text.chunk, dtype=np.int32)
+        tables = cache.Tables(np.zeros((1, 1), np.int32), np.array([[[1, 0]]] * 3, np.int32))
+        batch = cache.Batch(np.zeros_like(at_T), at_T, np.zeros_like(at_T), tables)
+        positions = Positions.of(batch, text, 0)
+        y_TD, _, _ = module.apply({"params": params}, x_TD, pool.k[0], pool.v[0], positions)
+        found.append(np.asarray(y_TD))
+    np.testing.assert_array_equal(found[1], found[0])
+    np.testing.assert_array_equal(found[2], found[0])
 
 
 def test_temperature_is_one_up_to_the_last_position_of_the_first_stretch():

@@ -54,15 +54,19 @@ class Runner:
         """Random weights instead, made on the devices: for measuring."""
         shapes, names = declare_parameters(self.config, self.dtype)
 
-        def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-            salt = zlib.crc32(jax.tree_util.keystr(path).encode())
-            key = jax.random.fold_in(jax.random.key(seed), salt)
-            return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        # One program a shape, not one for all: a hundred generators in one took minutes to compile.
+        @functools.partial(jax.jit, static_argnames=("shape", "place"))
+        def draw(salt: Any, shape: tuple[int, ...], place: Any) -> jax.Array:
+            key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), salt)
+            values = 0.02 * jax.random.normal(key, shape, self.dtype)
+            return jax.lax.with_sharding_constraint(values, place)
 
-        def draw_all() -> Any:
-            return jax.tree_util.tree_map_with_path(draw, shapes)
+        def fill(path: Any, leaf: jax.ShapeDtypeStruct, place: Any) -> jax.Array:
+            salt = np.uint32(zlib.crc32(jax.tree_util.keystr(path).encode()))
+            return draw(salt, leaf.shape, place)
 
-        self.params = jax.jit(draw_all, out_shardings=self.layout.place_all(names))()
+        places = self.layout.place_all(names)
+        self.params = jax.tree_util.tree_map_with_path(fill, shapes, places)
 
     def reserve(self, capacity: Capacity) -> Limits:
         """Allocate the page pool; how much there is of everything. Raises `CapacityError`."""

@@ -1,18 +1,20 @@
-"""What transformers itself saves is loaded with every tensor equal."""
+"""What transformers itself saves is loaded with every tensor equal, and gives its logits."""
 
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import torch
 from jax.sharding import SingleDeviceSharding
 
 from l4jax import checkpoint
 from l4jax.checkpoint.parameters import flatten
 from l4jax.config import Config
-from tests import weights
+from tests import models, weights
 from tests.checkpoint.published import arrange
 from tests.reference import oracle
+from tests.test_model import assert_close
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -36,3 +38,20 @@ def test_what_transformers_saves_is_loaded(
     assert set(found) == set(expected)
     for path, array in found.items():
         np.testing.assert_array_equal(np.asarray(array), expected[path], err_msg=path)
+
+
+@pytest.mark.parametrize("kind", ["scout", "maverick"])
+def test_what_transformers_saves_in_bf16_gives_its_logits(
+    kind: weights.Kind, tmp_path: Path
+) -> None:
+    """The weights are exact in bfloat16; both sides compute with them in float32."""
+    model, ids = oracle.build(weights.tiny_config(kind), 3), weights.random_ids(40, 3)
+    wanted = oracle.logits(model, ids)
+    for parameter in model.parameters():  # and not the buffers: see the traps of `model.to`
+        parameter.data = parameter.data.to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    oracle.save(model, tmp_path, sharded=True)
+    assert checkpoint.find_dtype(tmp_path) == "bfloat16"
+    config, here = Config.from_folder(tmp_path), SingleDeviceSharding(jax.devices()[0])
+    params = checkpoint.load(tmp_path, config, np.float32, lambda _: here, progress=False)
+    assert_close(models.run_in_pieces(models.Tiny(config, params), ids, [9]), wanted)
