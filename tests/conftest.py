@@ -8,8 +8,6 @@ import pytest
 # Set before jax starts, and in the environment so that the processes that tests start have it too.
 os.environ.setdefault("NPROC", "16")  # XLA's threads: with as few as cores, collectives deadlock
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Nearly all the time goes into compiling programs that run for a millisecond: optimize less.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # A law that counts compilations must not depend on what an earlier run left behind.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
@@ -22,6 +20,8 @@ collect_ignore = [] if HAS_TORCH else ["reference"]
 def pytest_configure(config: pytest.Config) -> None:
     if not _wants_gpu(config):
         os.environ["JAX_PLATFORMS"] = "cpu"
+        # Nearly all the time goes into compiling programs that run for a millisecond.
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
     import jax
 
