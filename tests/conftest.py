@@ -1,7 +1,9 @@
 """The ground that all tests stand on: eight CPU devices, no network, no cache of programs."""
 
+import gc
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -29,6 +31,16 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
     jax.config.update("jax_enable_compilation_cache", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs() -> Iterator[None]:
+    """Each program is some mappings of memory, and a process may have 65,530: beyond, it crashes."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
