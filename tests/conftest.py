@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs() -> Iterator[None]:
-    """Each program is some mappings of memory, and a process may have 65,530: beyond, it crashes."""
+    """Each program takes mappings of memory; a process may have 65,530, and crashes beyond."""
     yield
     import jax
 
