@@ -53,4 +53,5 @@ FEATURES = "features"  # image features of a tile
 CHANNELS = "channels"  # of a tile of pixels, as its rows and columns below
 PIXELS_Y = "pixels_y"
 PIXELS_X = "pixels_x"
+LAYERS = "layers"
 LIST = "list"  # stop ids of a row, log-probabilities of a token

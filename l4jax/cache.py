@@ -37,6 +37,15 @@ class PagePool:
 
     k: tuple[Array, ...]
     v: tuple[Array, ...]
+    # float32 [layers]: what stored keys and values are multiplied by, where the pages are fp8.
+    k_scale: Array | None = None
+    v_scale: Array | None = None
+
+    def find_scales(self, layer: int) -> tuple[Array, Array] | None:
+        """The scales of a layer's keys and values; None where pages hold them as they are."""
+        if self.k_scale is None or self.v_scale is None:
+            return None
+        return self.k_scale[layer], self.v_scale[layer]
 
     @property
     def pages(self) -> int:
@@ -79,6 +88,13 @@ class Batch:
 POOL_AXES = (axes.PAGES, axes.KV_HEADS, axes.PAGE, axes.HEAD_DIM)
 
 
+def name_pool_axes(pool: PagePool) -> PagePool:
+    """The logical names of the axes of a pool; every device has all scales."""
+    scales = None if pool.k_scale is None else (axes.LAYERS,)
+    names = tuple(POOL_AXES for _ in pool.k)
+    return PagePool(names, names, scales, scales)  # type: ignore[arg-type]
+
+
 def add_features(batch: Batch, feature_T: Leaf) -> Batch:
     """The same tokens, some of which are image features."""
     return dataclasses.replace(batch, feature_T=feature_T)
@@ -108,7 +124,10 @@ def make_pool(config: TextConfig, pages: int, page: int, dtype: jnp.dtype) -> Pa
     """
     shape = (pages, config.kv_heads, page, config.head_dim)
     arrays = range(count_arrays(config))
+    has_scales = jnp.dtype(dtype).itemsize == 1
     return PagePool(
         k=tuple(jnp.zeros(shape, dtype) for _ in arrays),
         v=tuple(jnp.zeros(shape, dtype) for _ in arrays),
+        k_scale=jnp.ones(config.layers, jnp.float32) if has_scales else None,
+        v_scale=jnp.ones(config.layers, jnp.float32) if has_scales else None,
     )

@@ -1,13 +1,17 @@
-"""The door `python -m l4jax.convert SRC DST`: a checkpoint that loads faster, and onto any mesh."""
+"""The door `python -m l4jax.convert SRC DST`: a checkpoint that loads faster, and onto any mesh.
+
+Or, with `--quantization fp8`, one of half the size, which other servers read, too.
+"""
 
 import argparse
 import sys
 import time
 from collections.abc import Sequence
 
-EXAMPLES = """example:
+EXAMPLES = """examples:
   python -m l4jax.convert meta-llama/Llama-4-Scout-17B-16E-Instruct scout
   python -m l4jax.generate --model scout --mesh 8
+  python -m l4jax.convert --quantization fp8 FOLDER scout-fp8
 """
 
 
@@ -15,7 +19,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="l4jax.convert",
-        description="Write a published Llama 4 checkpoint as Orbax, with config and tokenizer. "
+        description="Write a published Llama 4 checkpoint as Orbax, or in fp8 as "
+        "compressed-tensors, with config and tokenizer. "
         "Nothing appears at DST before all of it is written.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -25,6 +30,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("folder", metavar="DST", help="folder to make; a --model for the other doors")
     add("--revision", help="branch, tag or commit of SRC on the hub")
     add("--dtype", choices=["bfloat16", "float32"], help="(default: that of the checkpoint)")
+    add(
+        "--quantization",
+        choices=["fp8"],
+        help="write safetensors instead, with feed-forward weights in fp8",
+    )
     add("--overwrite", action="store_true", help="replace DST, once all is written")
     add("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(argv)
@@ -37,13 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # leaves the accelerators to others
-    from l4jax.checkpoint import conversion, find_folder
+    from l4jax.checkpoint import compressed, conversion, find_folder
 
     try:
+        if args.quantization and args.dtype:
+            raise ValueError(
+                f"--dtype {args.dtype} is for Orbax: with --quantization, what is not quantized "
+                "stays as it is; leave one of the two out."
+            )
         source = find_folder(args.source, revision=args.revision)
-        nbytes = conversion.convert_folder(
-            source, args.folder, dtype=args.dtype, overwrite=args.overwrite, progress=not args.quiet
-        )
+        how = {"overwrite": args.overwrite, "progress": not args.quiet}
+        if args.quantization:
+            nbytes = compressed.quantize_folder(source, args.folder, **how)
+        else:
+            nbytes = conversion.convert_folder(source, args.folder, dtype=args.dtype, **how)
     except (ValueError, OSError) as error:
         print(f"l4jax.convert: {error}", file=sys.stderr)
         return 1

@@ -12,6 +12,7 @@ EXAMPLES = """examples:
   python -m l4jax.generate --model FOLDER --mesh 8 --image chart.png --prompt "What does it show?"
   echo "Why is the sky blue?" | python -m l4jax.generate --model FOLDER --temperature 0
 """
+SWITCH = {"on": True, "off": False, None: None}
 PROMPT = "Why is the sky blue?"  # where none is given and nobody pipes one in
 
 
@@ -46,6 +47,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--top-p", type=float, help="(default: the model's own)")
     add("--seed", type=int, help="the same seed gives the same answer")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="(default: auto)")
+    add(
+        "--kv-cache-dtype",
+        default="auto",
+        choices=["auto", "fp8"],
+        help="of cached keys and values (default: that of the weights)",
+    )
+    add(
+        "--quantization",
+        choices=["fp8", "int4"],
+        help="of the weights, while they are loaded (default: as they are stored)",
+    )
+    add(
+        "--quantize-attention",
+        choices=["on", "off"],
+        help="its projections, too (default: on for fp8, off for int4)",
+    )
     add(
         "--max-model-len",
         type=int,
@@ -85,11 +102,12 @@ def _answer(args: argparse.Namespace, started: float) -> int:
         args.model,
         mesh=args.mesh,
         dtype=args.dtype,
+        quantization=args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
+        quantize_attention=SWITCH[args.quantize_attention],
         max_model_len=args.max_model_len,
         max_num_seqs=1,
-        attn_temperature_tuning={"on": True, "off": False, None: None}[
-            args.attn_temperature_tuning
-        ],
+        attn_temperature_tuning=SWITCH[args.attn_temperature_tuning],
     )
     given = {key: getattr(args, key) for key in ("max_tokens", "temperature", "top_p", "seed")}
     params = llm.get_default_sampling_params().replace(

@@ -81,13 +81,17 @@ class LLM:
             the same.
         tensor_parallel_size: another spelling of `mesh`, as in vLLM.
         dtype: "auto" (that of the checkpoint), "bfloat16" or "float32".
+        quantization: "fp8" or "int4" quantizes the weights of a BF16 checkpoint while they are
+            loaded; None takes them as they are stored.
+        quantize_attention: whether its projections, too; None is yes for fp8, no for int4.
         max_model_len: tokens of prompt and answer together; None is as many as fit, up to the
             model's own.
         max_num_seqs: requests that run together.
         max_num_batched_tokens: tokens of a step.
         block_size: positions of a page of the cache.
-        kv_cache_memory_bytes: for the page pool; None is what is free on an accelerator, 1 GiB on a
-            CPU.
+        kv_cache_dtype: of cached keys and values, "auto" (the weights') or "fp8": half the bytes.
+        kv_cache_memory_bytes: for the page pool; None is what is free on an accelerator, and
+            256 MiB on a CPU.
         gpu_memory_utilization: share of an accelerator's memory for weights and pool.
         limit_mm_per_prompt: `{"image": 10}` allows ten images a prompt.
         attn_temperature_tuning: True or False overrides the model's config.
@@ -109,10 +113,13 @@ class LLM:
         mesh: str | int | None = None,
         tensor_parallel_size: int | None = None,
         dtype: str = "auto",
+        quantization: str | None = None,
+        quantize_attention: bool | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 8,
         max_num_batched_tokens: int = 2048,
         block_size: int | None = None,
+        kv_cache_dtype: str = "auto",
         kv_cache_memory_bytes: int | None = None,
         gpu_memory_utilization: float = 0.9,
         limit_mm_per_prompt: Mapping[str, int] | None = None,
@@ -151,18 +158,33 @@ class LLM:
         self.chat_template, self.max_images = chat_template, max_images
         self.default_params = _read_generation_config(folder)
         if load_format == "dummy":
-            runner.initialize(seed)
+            runner.initialize(
+                seed, quantization=quantization, quantize_attention=quantize_attention
+            )
         else:
-            runner.load(folder, progress=not quiet)
+            runner.load(
+                folder,
+                quantization=quantization,
+                quantize_attention=quantize_attention,
+                progress=not quiet,
+            )
+            if "nvfp4" in (checkpoint.find_quantization(folder) or ""):
+                self._tell(f"The checkpoint is nvfp4; it is computed in {runner.dtype.name}.")
         capacity = Capacity(
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             block_size=block_size,
+            kv_cache_dtype=kv_cache_dtype,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             gpu_memory_utilization=gpu_memory_utilization,
             max_images=max_images,
         )
+        if kv_cache_dtype != "auto" and runner.kv_scales is None:
+            self._tell(
+                "The fp8 KV cache has no scales in the checkpoint and takes 1: keys and values "
+                "beyond 448 are cut, small ones are coarse."
+            )
         self.engine = Engine(runner, runner.reserve(capacity), seed, max_images)
 
     def get_default_sampling_params(self) -> SamplingParams:

@@ -44,7 +44,7 @@ REPLICATED = Rules(
             *("vision_width", "vision_heads", "vision_head_dim", "vision_hidden", "qkv"),
             *("patch", "patches", "adapter_input", "adapter_hidden", "adapter_width"),
             *("tokens", "rows", "pages", "page", "table", "groups"),
-            *("tiles", "features", "channels", "pixels_y", "pixels_x", "list"),
+            *("tiles", "features", "channels", "pixels_y", "pixels_x", "layers", "list"),
         )
     ),
 )

@@ -1,24 +1,44 @@
 """Checkpoints: where one is, what it is in, and its parameters on devices.
 
 `safetensors` reads the format; `names` says which stored tensors make up a parameter, `rules` how;
-`recipe` and `parameters` put them on devices. `orbax` is our own layout, which `conversion` writes.
+`recipe` and `parameters` put them on devices, `narrow` in fewer bits. `orbax` is our own layout,
+which `conversion` writes.
 """
 
 from pathlib import Path
 from typing import Any
 
-from l4jax.checkpoint import safetensors
+import numpy as np
+
+from l4jax.checkpoint import names, parameters, safetensors
 from l4jax.checkpoint.errors import CheckpointError
 from l4jax.checkpoint.hub import find_folder
+from l4jax.checkpoint.narrow import Narrowing
 from l4jax.checkpoint.parameters import Place, load_parameters
+from l4jax.checkpoint.safetensors import Index
 from l4jax.config import Config
 from l4jax.model import Parameters
 
-__all__ = ["CheckpointError", "Place", "find_dtype", "find_folder", "load"]
+__all__ = [
+    "CheckpointError",
+    "Narrowing",
+    "Place",
+    "find_dtype",
+    "find_folder",
+    "find_quantization",
+    "load",
+    "load_kv_scales",
+]
 
 
 def load(
-    folder: str | Path, config: Config, dtype: Any, place: Place, *, progress: bool = True
+    folder: str | Path,
+    config: Config,
+    dtype: Any,
+    place: Place,
+    *,
+    narrowing: Narrowing | None = None,
+    progress: bool = True,
 ) -> Parameters:
     """Load the parameters of a model: safetensors under the published names, or a converted folder.
 
@@ -27,10 +47,12 @@ def load(
         config: of the model.
         dtype: of the parameters; what is stored in another is converted.
         place: the sharding of an array whose axes have these logical names, in any order of axes.
+        narrowing: what to quantize on the way, and how; nothing if None.
         progress: whether to show a bar on standard error.
 
     Returns:
-        The tree of `l4jax.model.declare_parameters`, of arrays: its own slices on each device.
+        The tree of `l4jax.model.declare_parameters`, of arrays: its own slices on each device. What
+        is quantized is a `Quantized` of two arrays.
 
     Raises:
         CheckpointError: in one sentence, for what is missing, damaged, or not this model.
@@ -38,8 +60,13 @@ def load(
     if _is_orbax(folder):
         from l4jax.checkpoint import orbax  # slow to import, and seldom needed
 
-        return orbax.load(folder, config, dtype, place, progress=progress)
-    return load_parameters(folder, config, dtype, place, progress=progress)
+        return orbax.load(folder, config, dtype, place, narrowing=narrowing, progress=progress)
+    return load_parameters(folder, config, dtype, place, narrowing=narrowing, progress=progress)
+
+
+def load_kv_scales(folder: str | Path, config: Config) -> tuple[np.ndarray, np.ndarray] | None:
+    """What keys and values are divided by in an fp8 cache, per layer; None if nobody says."""
+    return None if _is_orbax(folder) else parameters.load_kv_scales(folder, config)
 
 
 def find_dtype(folder: str | Path) -> str:
@@ -49,6 +76,11 @@ def find_dtype(folder: str | Path) -> str:
 
         return orbax.find_dtype(folder)
     return safetensors.find_dtype(safetensors.Index.open(folder))
+
+
+def find_quantization(folder: str | Path) -> str | None:
+    """How a checkpoint is quantized, in words that its tensors tell; None for a plain one."""
+    return None if _is_orbax(folder) else names.find_quantization(Index.open(folder).kinds)
 
 
 def _is_orbax(folder: str | Path) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from jax.sharding import SingleDeviceSharding
 
 from l4jax.checkpoint import orbax
 from l4jax.checkpoint.errors import CheckpointError
+from l4jax.checkpoint.names import find_quantization
 from l4jax.checkpoint.parameters import THREADS, find_recipes, load_parameter, make_bar
 from l4jax.checkpoint.recipe import Recipe
 from l4jax.checkpoint.safetensors import Index, find_dtype
@@ -48,32 +50,19 @@ def convert_folder(
         CheckpointError: no checkpoint, or quantized; `folder` is taken; the disk is full.
     """
     source, folder = Path(source), Path(folder).absolute()
-    if (source / orbax.FOLDER).is_dir():
-        raise CheckpointError(
-            f"{source} holds orbax/ already: convert the checkpoint that it was made from."
-        )
-    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
-        raise CheckpointError(
-            f"{folder} exists and is not empty: choose another folder, or --overwrite it."
-        )
-    if folder.resolve() in (source.resolve(), *source.resolve().parents):
-        raise CheckpointError(
-            f"{folder} holds the checkpoint that is to be converted: choose another folder."
-        )
+    check_folders(source, folder, overwrite=overwrite)
     index = Index.open(source)
-    recipes, names = find_recipes(index, Config.from_folder(source))
+    found, names = find_recipes(index, Config.from_folder(source))
+    recipes = {path: recipe for path, recipe in found.items() if isinstance(recipe, Recipe)}
+    if len(recipes) < len(found):
+        raise CheckpointError(
+            f"{source} is quantized ({find_quantization(index.kinds)}), which Orbax's layout does "
+            "not hold: give it to --model as it is, or convert the BF16 checkpoint."
+        )
     kind = np.dtype(jax.numpy.dtype(dtype or find_dtype(index)))
     sizes = {path: _size(recipe) * kind.itemsize for path, recipe in recipes.items()}
     total = sum(sizes.values())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < total:
-        raise CheckpointError(
-            f"{folder.parent} has {free / 1e9:.1f} GB free, and {total / 1e9:.1f} are needed."
-        )
     cpu = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     with make_bar(total, "converting", progress) as bar, ThreadPoolExecutor(THREADS) as pool:
 
         def defer(path: str, recipe: Recipe) -> orbax.Deferred:
@@ -87,16 +76,54 @@ def convert_folder(
             order = recipe.order or tuple(range(len(recipe.shape)))
             return orbax.Deferred(tuple(recipe.shape[axis] for axis in order), kind, read)
 
-        try:
-            unfinished.mkdir()
+        with write_aside(source, folder, total) as unfinished:
             orbax.save(
                 unfinished, {path: defer(path, recipe) for path, recipe in recipes.items()}, names
             )
-            _copy_files(source, unfinished)
-            _put_in_place(unfinished, folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
     return total
+
+
+def check_folders(source: Path, folder: Path, *, overwrite: bool) -> None:
+    """Refuse a source that is converted already, and a folder that would lose what it holds."""
+    if (source / orbax.FOLDER).is_dir():
+        raise CheckpointError(
+            f"{source} holds orbax/ already: convert the checkpoint that it was made from."
+        )
+    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
+        raise CheckpointError(
+            f"{folder} exists and is not empty: choose another folder, or --overwrite it."
+        )
+    if folder.resolve() in (source.resolve(), *source.resolve().parents):
+        raise CheckpointError(
+            f"{folder} holds the checkpoint that is to be converted: choose another folder."
+        )
+
+
+@contextlib.contextmanager
+def write_aside(source: Path, folder: Path, total: int) -> Iterator[Path]:
+    """A new folder for weights: in the end it gets the other files of `source`, and takes the place
+    of `folder`. Of one that was not finished nothing remains.
+
+    Args:
+        source: the checkpoint.
+        folder: to be made.
+        total: the bytes that will be written; refused where the disk has less.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < total:
+        raise CheckpointError(
+            f"{folder.parent} has {free / 1e9:.1f} GB free, and {total / 1e9:.1f} are needed."
+        )
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    try:
+        unfinished.mkdir()
+        yield unfinished
+        _copy_files(source, unfinished)
+        _put_in_place(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _size(recipe: Recipe) -> int:
@@ -104,10 +131,10 @@ def _size(recipe: Recipe) -> int:
 
 
 def _copy_files(source: Path, folder: Path) -> None:
-    """Copy all that is not weights, config.json last: without it nothing loads."""
+    """Copy all but weights and what is there, config.json last: without it nothing loads."""
     files = [path for path in source.iterdir() if path.is_file() and not path.name.startswith(".")]
     for path in sorted(files, key=lambda path: (path.name == "config.json", path.name)):
-        if not path.name.endswith(_WEIGHTS):
+        if not path.name.endswith(_WEIGHTS) and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
 
 

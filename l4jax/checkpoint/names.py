@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from l4jax.checkpoint.errors import CheckpointError, list_few
+from l4jax.checkpoint.quantize import Nvfp4Recipe, QuantizedRecipe, resolve
 from l4jax.checkpoint.recipe import Recipe
 from l4jax.checkpoint.rules import (
     Shape,
@@ -102,10 +103,21 @@ TABLE: Mapping[str, list[Row]] = {
 _PREFIX = "language_model."
 # RoPE's frequencies, which some tools save: they follow from the config, and are computed from it.
 _HARMLESS = re.compile(r".*rotary_emb(edding)?\.(inv_freq|original_inv_freq|freqs_ci)")
+# What cached keys and values are divided by, where a quantizer calibrated it: one of each a layer.
+_KV_SCALE = re.compile(
+    r"(language_model\.)?model\.layers\.(\d+)\.self_attn\.([kv]_proj\.)?([kv])_scale"
+)
 # What quantizers write beside a weight, or instead of it (`weight_packed`).
 _BESIDE = re.compile(
     r"(?P<base>.*)(?P<joint>[._])(?P<what>weight_(packed|shape|scale|scale_2|g_idx|zero_point|global_scale)"
     r"|(input|output)_(scale|zero_point|global_scale)|[kv]_scale)"
+)
+# What `find_quantization` may say of a checkpoint that can be loaded.
+COMPUTED = (
+    "compressed-tensors float-quantized fp8",
+    "compressed-tensors pack-quantized int4",
+    "compressed-tensors nvfp4-pack-quantized",
+    "modelopt fp8",
 )
 _FLOATS = ("BF16", "F16", "F32", "F64")
 
@@ -121,7 +133,8 @@ class Survey:
 
 def survey(shapes: Mapping[str, Shape], stored: Iterable[str]) -> Survey:
     """Pair parameters (path -> shape) with stored names, quantized or not; look no further."""
-    left = {name for name in stored if not _HARMLESS.fullmatch(name)}
+    passed_over = (_HARMLESS, _KV_SCALE)
+    left = {name for name in stored if not any(rule.fullmatch(name) for rule in passed_over)}
     weights, beside = set(left), {}
     for name in left:
         if found := _BESIDE.fullmatch(name):
@@ -141,7 +154,9 @@ def survey(shapes: Mapping[str, Shape], stored: Iterable[str]) -> Survey:
     return Survey(recipes, tuple(sorted(unknown)), tuple(sorted(wanted - weights)))
 
 
-def match(shapes: Mapping[str, Shape], stored: Mapping[str, Kind], where: str) -> dict[str, Recipe]:
+def match(
+    shapes: Mapping[str, Shape], stored: Mapping[str, Kind], where: str
+) -> dict[str, Recipe | QuantizedRecipe | Nvfp4Recipe]:
     """The recipe of every parameter: each stored tensor is used exactly once, each shape is right.
 
     Args:
@@ -152,10 +167,10 @@ def match(shapes: Mapping[str, Shape], stored: Mapping[str, Kind], where: str) -
     Raises:
         CheckpointError: naming the tensors that are unknown, missing, or of another shape.
     """
-    if found := find_quantization(stored):
+    if (found := find_quantization(stored)) and found not in COMPUTED:
         raise CheckpointError(
             f"{where} is quantized ({found}), which is not supported yet: "
-            "take the BF16 checkpoint of the model."
+            f"take one in BF16, or one of these: {', '.join(COMPUTED)}."
         )
     surveyed = survey(shapes, stored)
     lists = {"lacks": surveyed.missing, "has unknown": surveyed.unknown}
@@ -164,7 +179,11 @@ def match(shapes: Mapping[str, Shape], stored: Mapping[str, Kind], where: str) -
             f"{where} {' and '.join(problems)}: "
             "its tensors are not those of the model in its config.json."
         )
-    parts = [part for recipe in surveyed.recipes.values() for part in recipe.parts]
+    resolved = {
+        path: resolve(path, recipe, stored, where) for path, recipe in surveyed.recipes.items()
+    }
+    plain = [recipe for recipe in resolved.values() if isinstance(recipe, Recipe)]
+    parts = [part for recipe in plain for part in recipe.parts]
     wrong = [
         f"{part.name} {list(stored[part.name][1])} instead of {list(part.stored)}"
         for part in parts
@@ -181,7 +200,7 @@ def match(shapes: Mapping[str, Shape], stored: Mapping[str, Kind], where: str) -
     ]
     if odd:
         raise CheckpointError(f"{where} has {list_few(odd)}: weights must be {', '.join(_FLOATS)}.")
-    return dict(surveyed.recipes)
+    return resolved
 
 
 def publish(path: str, value: np.ndarray, *, is_whole: bool) -> dict[str, np.ndarray]:
@@ -202,11 +221,40 @@ def publish(path: str, value: np.ndarray, *, is_whole: bool) -> dict[str, np.nda
     return {part.name: boxes[part.name].reshape(part.stored) for part in recipe.parts}
 
 
+def find_kv_scales(stored: Iterable[str]) -> dict[tuple[str, int], str]:
+    """The stored scales of cached keys and values: ("k" or "v", layer) -> name."""
+    found = (_KV_SCALE.fullmatch(name) for name in stored)
+    return {(match[4], int(match[2])): match[0] for match in found if match}
+
+
+def separate(path: str, shape: Shape, stored: Iterable[str]) -> Recipe:
+    """The recipe of a parameter from matrices, the experts one by one: as the quantizers write it.
+
+    Args:
+        path: of the parameter, as in "text/layer_3/feed_forward/down".
+        shape: of it.
+        stored: the names of the tensors that it is made from now, which tell how names begin.
+    """
+    prefix = _PREFIX if any(name.startswith(_PREFIX) for name in stored) else ""
+    return _list_ways(path, shape, prefix)[-1]
+
+
+def list_linears(stored: Mapping[str, Kind]) -> list[str]:
+    """The modules that quantizers count as `Linear`, by their stored weights."""
+    return [
+        name.removesuffix(".weight")
+        for name, (_, shape) in stored.items()
+        if name.endswith(".weight") and len(shape) == 2 and "embed_tokens" not in name
+    ]
+
+
 def find_quantization(stored: Mapping[str, Kind]) -> str | None:
     """How tensors are quantized, told by names and dtypes alone; None for a plain checkpoint."""
     packed: set[str] = set()
     beside: set[str] = set()
     for name, (dtype, _) in stored.items():
+        if _KV_SCALE.fullmatch(name):
+            continue
         if found := _BESIDE.fullmatch(name):
             beside.add(found["what"] if found["joint"] == "." else "fused")
             if found["what"] == "weight_packed":
@@ -218,7 +266,7 @@ def find_quantization(stored: Mapping[str, Kind]) -> str | None:
         return "compressed-tensors nvfp4-pack-quantized"
     if packed:
         return "compressed-tensors pack-quantized int4"
-    if beside & {"fused", "k_scale", "v_scale"}:
+    if "fused" in beside or "input_scale" in beside:
         return "modelopt fp8"
     if dtypes & {"F8_E4M3", "F8_E5M2"}:
         return "compressed-tensors float-quantized fp8"
@@ -229,6 +277,11 @@ def find_quantization(stored: Mapping[str, Kind]) -> str | None:
 
 def _choose(path: str, shape: Shape, prefix: str, weights: set[str]) -> Recipe:
     """The way that the stored names take; where they take none, the published one."""
+    recipes = _list_ways(path, shape, prefix)
+    return next((recipe for recipe in recipes if recipe.parts[0].name in weights), recipes[0])
+
+
+def _list_ways(path: str, shape: Shape, prefix: str) -> list[Recipe]:
     layer = re.search(r"/layer_(\d+)/", path)
     rows = TABLE[re.sub(r"/layer_\d+/", "/layer_*/", path)]
     recipes = []
@@ -238,4 +291,4 @@ def _choose(path: str, shape: Shape, prefix: str, weights: set[str]) -> Recipe:
             if path.startswith("text/"):
                 names = [prefix + name for name in names]
             recipes.append(row.rule(shape, *names))
-    return next((recipe for recipe in recipes if recipe.parts[0].name in weights), recipes[0])
+    return recipes

@@ -12,6 +12,7 @@ from orbax.checkpoint import type_handlers
 
 from l4jax import axes
 from l4jax.checkpoint.errors import CheckpointError, list_few
+from l4jax.checkpoint.narrow import Narrowing
 from l4jax.checkpoint.parameters import Place, flatten, make_bar, unflatten
 from l4jax.config import Config
 from l4jax.model import Parameters, declare_parameters
@@ -75,9 +76,16 @@ def save(
 
 
 def load(
-    folder: str | Path, config: Config, dtype: Any, place: Place, *, progress: bool = True
+    folder: str | Path,
+    config: Config,
+    dtype: Any,
+    place: Place,
+    *,
+    narrowing: Narrowing | None = None,
+    progress: bool = True,
 ) -> Parameters:
-    """Load `folder/orbax`, each device its own slice, layer by layer.
+    """Load `folder/orbax`, each device its own slice, layer by layer; what is to be quantized, one
+    by one.
 
     Args, errors: as `l4jax.checkpoint.load`.
     """
@@ -86,9 +94,11 @@ def load(
     shapes, names = flatten(declared), flatten(named)
     _check(path, shapes, read_kinds(folder))
     layers: dict[str, list[str]] = {}
+    inners = {name: narrowing and narrowing.count_inner(name) for name in shapes}
     for name in shapes:
-        layers.setdefault("/".join(name.split("/")[:2]), []).append(name)
-    loaded: dict[str, jax.Array] = {}
+        part = name if inners[name] else "/".join(name.split("/")[:2])
+        layers.setdefault(part, []).append(name)
+    loaded: dict[str, Any] = {}
     largest = max(
         np.prod(place(names[name]).shard_shape(leaf.shape), dtype=np.int64) * leaf.dtype.itemsize
         for name, leaf in shapes.items()
@@ -110,8 +120,14 @@ def load(
                 item=unflatten(item), restore_args=unflatten(arguments), partial_restore=True
             )
             arrays = flatten(_restore(checkpointer, path, wanted))
-            loaded |= arrays
             bar.update(sum(array.nbytes for array in arrays.values()))
+            for name, array in arrays.items():
+                inner = inners[name]
+                loaded[name] = (
+                    narrowing.quantize(array, inner, names[name], place)
+                    if narrowing and inner
+                    else array
+                )
     return unflatten(loaded)
 
 

@@ -8,34 +8,59 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 from tqdm import tqdm
 
-from l4jax.checkpoint.names import match
-from l4jax.checkpoint.recipe import Recipe, read_box
+from l4jax.checkpoint.errors import CheckpointError, list_few
+from l4jax.checkpoint.names import find_kv_scales, find_quantization, match
+from l4jax.checkpoint.narrow import Narrowing
+from l4jax.checkpoint.quantize import (
+    FP4_GROUP,
+    WORD,
+    Nvfp4Recipe,
+    QuantizedRecipe,
+    check_beside,
+    decode_nvfp4,
+    make_scale_view,
+    unpack,
+)
+from l4jax.checkpoint.recipe import Box, Recipe, read_box
 from l4jax.checkpoint.safetensors import Index
 from l4jax.config import Config
+from l4jax.kernels.formats import Quantized
 from l4jax.model import Parameters, declare_parameters
 
+AnyRecipe = Recipe | QuantizedRecipe | Nvfp4Recipe
 Place = Callable[[tuple[str, ...]], Sharding]
 # That copy out of the mapped files: one alone fills neither a disk nor the memory's bandwidth.
 THREADS = 8
 
 
 def load_parameters(
-    folder: str | Path, config: Config, dtype: Any, place: Place, *, progress: bool = True
+    folder: str | Path,
+    config: Config,
+    dtype: Any,
+    place: Place,
+    *,
+    narrowing: Narrowing | None = None,
+    progress: bool = True,
 ) -> Parameters:
     """Load a checkpoint in the published layout, plain or sharded, onto devices.
 
     Host memory holds one slice that is being read and one that is on its way. While an expert
-    matrix is transposed, a device holds its slice of that twice.
+    matrix is transposed, a device holds its slice of that twice. Of the parameters that are
+    quantized, one at a time is on the devices in `dtype`, transposed in the program that quantizes.
 
     Args:
         folder: with safetensors under the published names.
         config: of the model; every parameter that it declares is filled, every stored tensor used.
         dtype: of the parameters; what is stored in another is converted slice by slice.
         place: the sharding of an array whose axes have these logical names, in any order of axes.
+        narrowing: what to quantize, and how; a checkpoint that is in that format already is loaded
+            as it is.
         progress: whether to show a bar on standard error.
 
     Raises:
@@ -43,7 +68,9 @@ def load_parameters(
     """
     index = Index.open(folder)
     recipes, names = find_recipes(index, config)
-    loaded: dict[str, jax.Array] = {}
+    if narrowing and _is_narrow(index, recipes, narrowing):
+        narrowing = None
+    loaded: dict[str, Any] = {}
     sizes = {
         path: sum(index.tensors[part.name].nbytes for part in recipe.parts)
         for path, recipe in recipes.items()
@@ -53,16 +80,43 @@ def load_parameters(
         ThreadPoolExecutor(THREADS) as pool,
     ):
         for count, (path, recipe) in enumerate(recipes.items(), start=1):
-            loaded[path] = load_parameter(index, recipe, names[path], dtype, place, pool)
+            inner = narrowing.count_inner(path) if narrowing else None
+            if narrowing is None or inner is None:
+                loaded[path] = load_parameter(index, recipe, names[path], dtype, place, pool)
+            else:
+                assert isinstance(recipe, Recipe)
+                wide = _read_parameter(index, recipe, names[path], dtype, place, pool)
+                loaded[path] = narrowing.quantize(wide, inner, names[path], place, recipe.order)
             bar.set_postfix_str(f"{count}/{len(recipes)} parameters", refresh=False)
             bar.update(sizes[path])
         jax.block_until_ready(loaded)
     return unflatten(loaded)
 
 
+def load_kv_scales(folder: str | Path, config: Config) -> tuple[np.ndarray, np.ndarray] | None:
+    """What cached keys and values are divided by: two of [layers] float32; None if nobody says.
+
+    Raises:
+        CheckpointError: where some layers have scales and others lack them.
+    """
+    index = Index.open(folder)
+    names = find_kv_scales(index.kinds)
+    if not names:
+        return None
+    wanted = [(kind, layer) for kind in "kv" for layer in range(config.text.layers)]
+    missing = [f"{kind}_scale of layer {i}" for kind, i in wanted if (kind, i) not in names]
+    if missing:
+        raise CheckpointError(
+            f"{folder} has scales for an fp8 KV cache, but lacks {list_few(missing)}."
+        )
+    scales = [float(index.view(names[key]).astype(np.float32).reshape(())) for key in wanted]
+    k_scale, v_scale = np.array(scales, np.float32).reshape(2, -1)
+    return k_scale, v_scale
+
+
 def find_recipes(
     index: Index, config: Config
-) -> tuple[dict[str, Recipe], dict[str, tuple[str, ...]]]:
+) -> tuple[dict[str, AnyRecipe], dict[str, tuple[str, ...]]]:
     """How to make each parameter, in the order of the files; and the logical names of its axes."""
     shapes, names = declare_parameters(config, jnp.float32)
     wanted = {path: leaf.shape for path, leaf in flatten(shapes).items()}
@@ -77,18 +131,84 @@ def find_recipes(
 
 
 def load_parameter(
-    index: Index, recipe: Recipe, names: tuple[str, ...], dtype: Any, place: Place, pool: Executor
-) -> jax.Array:
+    index: Index,
+    recipe: AnyRecipe,
+    names: tuple[str, ...],
+    dtype: Any,
+    place: Place,
+    pool: Executor,
+) -> Any:
     """Load one parameter; the last of its slices may still be on the way when it is returned."""
-    array = _read_array(index, recipe, place(recipe.reorder(names)), dtype, pool)
-    index.release(part.name for part in recipe.parts)
+    if isinstance(recipe, QuantizedRecipe):
+        return _load_quantized(index, recipe, names, place, pool)
+    if isinstance(recipe, Nvfp4Recipe):
+        return _load_nvfp4(index, recipe, place(names), dtype, pool)
+    array = _read_parameter(index, recipe, names, dtype, place, pool)
+    return _turn(array, recipe, place(names))
+
+
+def _turn(array: jax.Array, recipe: Recipe, sharding: Sharding) -> jax.Array:
+    """A parameter as we have it, of one as the file has it, which is freed if it differs."""
     if recipe.order is None:
         return array
-    turned = _make_turn(recipe.order, place(names))(array)
+    turned = _make_turn(recipe.order, sharding)(array)
     # Not donated: XLA reuses a buffer for an output of the same shape only. Freed by hand.
     turned.block_until_ready()
     array.delete()
     return turned
+
+
+def _read_parameter(
+    index: Index,
+    recipe: Recipe,
+    names: tuple[str, ...],
+    dtype: Any,
+    place: Place,
+    pool: Executor,
+) -> jax.Array:
+    """A parameter as the file has it, not yet transposed."""
+    array = _read_array(index, recipe, place(recipe.reorder(names)), dtype, pool)
+    index.release(part.name for part in recipe.parts)
+    return array
+
+
+def _is_narrow(index: Index, recipes: Mapping[str, AnyRecipe], narrowing: Narrowing) -> bool:
+    """Whether a checkpoint is quantized already, which has to be in the format asked for."""
+    forms = {
+        "nvfp4" if isinstance(recipe, Nvfp4Recipe) else "int4" if recipe.is_packed else "fp8"
+        for recipe in recipes.values()
+        if not isinstance(recipe, Recipe)
+    }
+    if forms - {narrowing.format}:
+        raise CheckpointError(
+            f"{index.folder} is quantized already ({find_quantization(index.kinds)}), and cannot "
+            f"be made {narrowing.format}: leave quantization out, or take the BF16 checkpoint."
+        )
+    return bool(forms)
+
+
+def _load_quantized(
+    index: Index, recipe: QuantizedRecipe, names: tuple[str, ...], place: Place, pool: Executor
+) -> Quantized:
+    """Data and scales as they are stored; each device its own slices of both."""
+    sharding = place(names)
+    if recipe.is_packed:
+        check_beside(index, [part.name for part in recipe.data.parts])
+        data = _read_array(index, recipe.data, sharding, np.int32, pool, unpack)
+    else:
+        in_file = place(recipe.data.reorder(names))
+        data = _read_array(index, recipe.data, in_file, ml_dtypes.float8_e4m3fn, pool)
+        data = _turn(data, recipe.data, sharding)
+    scale = _read_array(
+        index,
+        recipe.scale,
+        place(names[: len(recipe.scale.shape)]),
+        index.view(recipe.scale.parts[0].name).dtype,
+        pool,
+        view=make_scale_view(index, recipe.scale),
+    )
+    index.release(part.name for part in recipe.parts)
+    return Quantized(data, scale)
 
 
 def make_bar(total: int, what: str, progress: bool) -> tqdm:
@@ -105,24 +225,85 @@ def make_bar(total: int, what: str, progress: bool) -> tqdm:
     )
 
 
+def _load_nvfp4(
+    index: Index, recipe: Nvfp4Recipe, sharding: Sharding, dtype: Any, pool: Executor
+) -> jax.Array:
+    """The values that nvfp4 stands for, each device its own slices, computed on the host."""
+
+    def read(box: Box) -> np.ndarray:
+        packed = read_box(recipe.data, index.view, _narrow_box(box, 2), np.uint8, pool)
+        few = _narrow_box(box, FP4_GROUP)
+        scale = read_box(recipe.scale, index.view, few, ml_dtypes.float8_e4m3fn, pool)
+        whole = read_box(recipe.whole, make_scale_view(index, recipe.whole), few, np.float32, pool)
+        return decode_nvfp4(packed, scale, whole).astype(dtype)
+
+    shape = (*recipe.data.shape[:-1], 2 * recipe.data.shape[-1])
+    array = _put_slices(index, recipe.data, shape, sharding, FP4_GROUP, read)
+    index.release(part.name for part in recipe.parts)
+    return array
+
+
 def _read_array(
-    index: Index, recipe: Recipe, sharding: Sharding, dtype: Any, pool: Executor
+    index: Index,
+    recipe: Recipe,
+    sharding: Sharding,
+    dtype: Any,
+    pool: Executor,
+    widen: Callable[[np.ndarray], np.ndarray] | None = None,
+    view: Callable[[str], np.ndarray] | None = None,
+) -> jax.Array:
+    """The array of a recipe, in the order of the file, on devices.
+
+    Args:
+        widen: makes more of a slice's last axis, `WORD` values of each, after it was read.
+        view: in place of the index's own.
+    """
+    factor = WORD if widen else 1
+
+    def read(box: Box) -> np.ndarray:
+        values = read_box(recipe, view or index.view, _narrow_box(box, factor), dtype, pool)
+        return widen(values) if widen else values
+
+    shape = (*recipe.shape[:-1], recipe.shape[-1] * factor) if recipe.shape else ()
+    return _put_slices(index, recipe, shape, sharding, factor, read)
+
+
+def _put_slices(
+    index: Index,
+    recipe: Recipe,
+    shape: tuple[int, ...],
+    sharding: Sharding,
+    unit: int,
+    read: Callable[[Box], np.ndarray],
 ) -> jax.Array:
     """Read each distinct slice once and put it on all devices that want it; then the next.
 
     `jax.make_array_from_callback` would have all slices of an array in host memory at a time.
+
+    Args:
+        unit: columns that stand together in the file: no device may have a part of them.
     """
     takers: dict[tuple[tuple[int, int], ...], list[Any]] = {}
-    for device, box in sharding.addressable_devices_indices_map(recipe.shape).items():
+    for device, box in sharding.addressable_devices_indices_map(shape).items():
         assert box is not None
-        spans = (cut.indices(size)[:2] for cut, size in zip(box, recipe.shape, strict=True))
+        spans = [cut.indices(size)[:2] for cut, size in zip(box, shape, strict=True)]
+        if any(at % unit for at in spans[-1]):
+            raise CheckpointError(
+                f"{index.folder}: {recipe.parts[0].name} keeps {unit} values together, and "
+                f"{len(sharding.device_set)} devices would cut through them: take fewer devices."
+            )
         takers.setdefault(tuple(spans), []).append(device)
     pieces: list[jax.Array] = []
     for spans, devices in takers.items():
-        values = read_box(recipe, index.view, tuple(slice(*span) for span in spans), dtype, pool)
+        values = read(tuple(slice(*span) for span in spans))
         jax.block_until_ready(pieces)  # so that no more than the last slice is still on its way
         pieces += [jax.device_put(values, device) for device in devices]
-    return jax.make_array_from_single_device_arrays(recipe.shape, sharding, pieces)
+    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+
+
+def _narrow_box(box: Box, factor: int) -> Box:
+    """A box of values as one of what holds `factor` of them."""
+    return (*box[:-1], slice(box[-1].start // factor, box[-1].stop // factor))
 
 
 def flatten(tree: Any) -> dict[str, Any]:

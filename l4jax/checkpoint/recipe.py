@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 Box = tuple[slice, ...]
+OfAxis = TypeVar("OfAxis")
 _PIECE = 16 * 2**20  # bytes that one thread copies at a time
 
 
@@ -32,8 +33,8 @@ class Recipe:
     shape: tuple[int, ...]
     order: tuple[int, ...] | None = None
 
-    def reorder(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Names of the parameter's axes, in the order in which the file has these axes."""
+    def reorder(self, names: Sequence[OfAxis]) -> tuple[OfAxis, ...]:
+        """What each of the parameter's axes has, such as names, in the file's order."""
         if self.order is None:
             return tuple(names)
         return tuple(names[self.order.index(axis)] for axis in range(len(names)))

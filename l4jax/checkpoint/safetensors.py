@@ -47,7 +47,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = (
     100_000_000  # bytes; the format's own limit, against files that are something else
 )
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 Kind = tuple[str, tuple[int, ...]]  # dtype as the file spells it, shape
 
@@ -79,7 +79,7 @@ class Index:
         index speaks of tensors that its shards do not hold.
         """
         folder = Path(folder)
-        index = folder / _INDEX
+        index = folder / INDEX
         if not index.is_file():
             return cls(folder, read_header(_find_single(folder)))
         try:
@@ -180,7 +180,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path}: {name} has the dtype {dtype}, and l4jax reads {', '.join(DTYPES)}."
             )
-        nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+        nbytes = count_bytes((dtype, shape))
         if end - begin != nbytes:
             raise CheckpointError(
                 f"{path}: {name} is {dtype} {list(shape)}, which takes {nbytes} bytes, "
@@ -202,19 +202,31 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> No
     The file appears whole or not at all: it is written beside its place and renamed.
     Raises `CheckpointError` for a dtype that the format does not have.
     """
-    path = Path(path)
-    header, begin = {}, 0
+    kinds: dict[str, Kind] = {}
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES:
             raise CheckpointError(
                 f"{path}: safetensors cannot hold {name}, which is {tensor.dtype}."
             )
-        end = begin + tensor.nbytes
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": tensor.shape,
-            "data_offsets": (begin, end),
-        }
+        kinds[name] = _NAMES[tensor.dtype], tensor.shape
+    stream_safetensors(path, kinds, tensors.values())
+
+
+def stream_safetensors(
+    path: str | Path, kinds: Mapping[str, Kind], tensors: Iterable[np.ndarray]
+) -> None:
+    """Write tensors as one file as they come, so that memory holds one of them.
+
+    Args:
+        path: of the file, which appears whole or not at all.
+        kinds: name -> (dtype, shape) of each, in the order in which they come.
+        tensors: as many, and what `kinds` says of them.
+    """
+    path = Path(path)
+    header, begin = {}, 0
+    for name, kind in kinds.items():
+        end = begin + count_bytes(kind)
+        header[name] = {"dtype": kind[0], "shape": kind[1], "data_offsets": (begin, end)}
         begin = end
     content = json.dumps(header, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
@@ -222,12 +234,18 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> No
     try:
         with unfinished.open("wb") as file:
             file.write(struct.pack("<Q", len(content)) + content)
-            for tensor in tensors.values():
+            for (name, (dtype, shape)), tensor in zip(kinds.items(), tensors, strict=True):
+                assert (tensor.dtype, tensor.shape) == (DTYPES[dtype], shape), name
                 file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
         unfinished.replace(path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             unfinished.unlink()
+
+
+def count_bytes(kind: Kind) -> int:
+    """Of the values of a tensor."""
+    return math.prod(kind[1]) * DTYPES[kind[0]].itemsize
 
 
 def _read_entry(entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
@@ -267,7 +285,7 @@ def _find_single(folder: Path) -> Path:
     if found:
         names = list_few([path.name for path in found])
         raise CheckpointError(
-            f"{folder} holds {names} and no {_INDEX} that says which are the model's."
+            f"{folder} holds {names} and no {INDEX} that says which are the model's."
         )
     for pattern in ("*.pth", "*.pt", "*.bin"):
         if pickles := sorted(folder.glob(pattern)):
@@ -278,5 +296,5 @@ def _find_single(folder: Path) -> Path:
             )
     raise CheckpointError(
         f"{folder} holds no checkpoint: "
-        f"looked for {_INDEX}, model.safetensors, one *.safetensors, and orbax/."
+        f"looked for {INDEX}, model.safetensors, one *.safetensors, and orbax/."
     )

@@ -25,6 +25,7 @@ class Capacity:
         max_num_seqs: requests that run together, over all data shards.
         max_num_batched_tokens: tokens of a step, over all data shards.
         block_size: positions of a page.
+        kv_cache_dtype: of keys and values, "auto" (the model's) or "fp8".
         kv_cache_memory_bytes: for the page pool, over all devices of a data shard.
         gpu_memory_utilization: share of an accelerator's memory that weights and pool may take.
         max_images: images of a prompt, at most.
@@ -35,6 +36,7 @@ class Capacity:
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 2048
     block_size: int | None = None
+    kv_cache_dtype: str = "auto"
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     max_images: int = 10
@@ -45,6 +47,10 @@ class Capacity:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise CapacityError(f"{name} is {value}: it must be at least 1.")
+        if self.kv_cache_dtype not in ("auto", "fp8", "fp8_e4m3"):
+            raise CapacityError(
+                f"kv_cache_dtype is {self.kv_cache_dtype!r}: it is auto or fp8 (e4m3)."
+            )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise CapacityError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}: "

@@ -2,6 +2,7 @@
 planned.
 """
 
+import dataclasses
 import functools
 import os
 import zlib
@@ -19,6 +20,7 @@ from l4jax.engine.capacity import Buckets, Capacity, choose_page, plan_limits
 from l4jax.engine.request import MAX_LOGPROBS, Request, TokenLogprobs
 from l4jax.engine.scheduler import Limits, Plan
 from l4jax.kernels import PORTABLE, Kernels
+from l4jax.kernels.formats import FP8, name_axes
 from l4jax.model import Llama4, VisionTower, declare_parameters
 from sharding import STRATEGIES, Layout, make_mesh, prepare_devices
 
@@ -41,17 +43,42 @@ class Runner:
         self.model = Llama4(config.text, make_kernels(PORTABLE, self.layout))
         self.tower = VisionTower(config.vision, config.text.width) if config.vision else None
         self.features: jax.Array | None = None
+        self.kv_scales: tuple[np.ndarray, np.ndarray] | None = None  # of a checkpoint that has them
         # On a GPU float32 would be multiplied as TF32, 13 bits shorter; bfloat16 is not touched by
         # this.
         self._precision = "highest" if self.dtype == jnp.float32 else "default"
 
-    def load(self, folder: Path, *, progress: bool = True) -> None:
-        """Read the weights, each device its own part."""
-        place = self.layout.place
-        self.params = checkpoint.load(folder, self.config, self.dtype, place, progress=progress)
+    def load(
+        self,
+        folder: Path,
+        *,
+        quantization: str | None = None,
+        quantize_attention: bool | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Read the weights, each device its own part; quantized on the way to "fp8" or "int4".
 
-    def initialize(self, seed: int) -> None:
-        """Random weights instead, made on the devices: for measuring."""
+        Attention is quantized by default in fp8, and not in int4.
+        """
+        self.params = checkpoint.load(
+            folder,
+            self.config,
+            self.dtype,
+            self.layout.place,
+            narrowing=checkpoint.Narrowing.choose(quantization, quantize_attention),
+            progress=progress,
+        )
+        self.kv_scales = checkpoint.load_kv_scales(folder, self.config)
+
+    def initialize(
+        self,
+        seed: int,
+        *,
+        quantization: str | None = None,
+        quantize_attention: bool | None = None,
+    ) -> None:
+        """Random weights instead, made on the devices: for measuring. Quantized as in `load`."""
+        narrowing = checkpoint.Narrowing.choose(quantization, quantize_attention)
         shapes, names = declare_parameters(self.config, self.dtype)
 
         # One program a shape, not one for all: a hundred generators in one took minutes to compile.
@@ -61,24 +88,32 @@ class Runner:
             values = 0.02 * jax.random.normal(key, shape, self.dtype)
             return jax.lax.with_sharding_constraint(values, place)
 
-        def fill(path: Any, leaf: jax.ShapeDtypeStruct, place: Any) -> jax.Array:
+        def fill(path: Any, leaf: jax.ShapeDtypeStruct, names: tuple[str, ...]) -> Any:
             salt = np.uint32(zlib.crc32(jax.tree_util.keystr(path).encode()))
-            return draw(salt, leaf.shape, place)
+            array = draw(salt, leaf.shape, self.layout.place(names))
+            inner = narrowing and narrowing.count_inner("/".join(key.key for key in path))
+            if not narrowing or not inner:
+                return array
+            return narrowing.quantize(array, inner, names, self.layout.place)
 
-        places = self.layout.place_all(names)
-        self.params = jax.tree_util.tree_map_with_path(fill, shapes, places)
+        self.params = jax.tree_util.tree_map_with_path(fill, shapes, names)
 
     def reserve(self, capacity: Capacity) -> Limits:
         """Allocate the page pool; how much there is of everything. Raises `CapacityError`."""
         text, shards = self.config.text, self.layout.count(axes.ROWS)
         page = choose_page(self.config, capacity)
-        page_bytes = cache.count_page_bytes(text, page, self.dtype)
+        dtype = self.dtype if capacity.kv_cache_dtype == "auto" else FP8
+        page_bytes = cache.count_page_bytes(text, page, dtype)
         memory = self._find_memory(capacity)
         self.limits = plan_limits(self.config, capacity, shards, page_bytes, memory)
         self.buckets = Buckets.of(self.limits)
         pages = shards * self.limits.pages
-        make = functools.partial(cache.make_pool, text, pages, page, self.dtype)
-        self.pool = jax.jit(make, out_shardings=self.layout.place(cache.POOL_AXES))()
+        make = functools.partial(cache.make_pool, text, pages, page, dtype)
+        names = cache.name_pool_axes(jax.eval_shape(make))
+        self.pool = jax.jit(make, out_shardings=self.layout.place_all(names))()
+        if self.kv_scales is not None and self.pool.k_scale is not None:
+            k_scale, v_scale = self._put(self.kv_scales, ((axes.LAYERS,), (axes.LAYERS,)))
+            self.pool = dataclasses.replace(self.pool, k_scale=k_scale, v_scale=v_scale)
         return self.limits
 
     def run(self, plan: Plan) -> list[Chosen]:
@@ -191,10 +226,16 @@ def make_kernels(kernels: Kernels, layout: Layout) -> Kernels:
     x, gate_up = (axes.TOKENS, axes.WIDTH), (axes.EXPERTS, axes.GATE_UP, axes.HIDDEN, axes.WIDTH)
     down = (axes.EXPERTS, axes.WIDTH, axes.HIDDEN)
     local = layout.local
+
+    def run_experts(x_TD: Any, expert_T: Any, gate_up_EcFD: Any, down_EDF: Any) -> jax.Array:
+        ins = (x, at, name_axes(gate_up_EcFD, gate_up), name_axes(down_EDF, down))
+        run = local(kernels.run_experts, ins, x, sum_over=axes.HIDDEN)
+        return run(x_TD, expert_T, gate_up_EcFD, down_EDF)
+
     return Kernels(
         store=local(kernels.store, (pool, pool, kv, kv, table, at, at), (pool, pool)),
         attend=local(kernels.attend, (q, pool, pool, table, at, at), q),
-        run_experts=local(kernels.run_experts, (x, at, gate_up, down), x, sum_over=axes.HIDDEN),
+        run_experts=run_experts,
     )
 
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from l4jax.kernels.formats import Weight, multiply, narrow
+
 
 def store(
     k_PKZH: Array,
@@ -33,8 +35,8 @@ def store(
         position_T >= 0, page_T, pages
     )  # beyond the pool, so that the write is dropped
     slot_T = position_T % page
-    k_PKZH = k_PKZH.at[page_T, :, slot_T].set(k_TKH.astype(k_PKZH.dtype), mode="drop")
-    v_PKZH = v_PKZH.at[page_T, :, slot_T].set(v_TKH.astype(v_PKZH.dtype), mode="drop")
+    k_PKZH = k_PKZH.at[page_T, :, slot_T].set(narrow(k_TKH, k_PKZH.dtype), mode="drop")
+    v_PKZH = v_PKZH.at[page_T, :, slot_T].set(narrow(v_TKH, v_PKZH.dtype), mode="drop")
     return k_PKZH, v_PKZH
 
 
@@ -54,7 +56,9 @@ def attend(
         [T, K, G, H] in the dtype of the queries.
     """
     head_dim = q_TKGH.shape[-1]
-    k_TKSH, v_TKSH = (_gather(pages, table_RB[row_T]) for pages in (k_PKZH, v_PKZH))
+    k_TKSH, v_TKSH = (
+        _gather(pages, table_RB[row_T]).astype(q_TKGH.dtype) for pages in (k_PKZH, v_PKZH)
+    )
     is_visible_TS = jnp.arange(k_TKSH.shape[2]) <= position_T[:, None]
     score_TKGS = jnp.einsum("TKGH,TKSH->TKGS", q_TKGH, k_TKSH, preferred_element_type=jnp.float32)
     score_TKGS = jnp.where(is_visible_TS[:, None, None], score_TKGS * head_dim**-0.5, -jnp.inf)
@@ -75,18 +79,18 @@ def _gather(pages_PKZH: Array, table_TB: Array) -> Array:
     return found_TKBZH.reshape(tokens, kv_heads, width * page, head_dim)
 
 
-def run_experts(x_TD: Array, expert_T: Array, gate_up_EcFD: Array, down_EDF: Array) -> Array:
+def run_experts(x_TD: Array, expert_T: Array, gate_up_EcFD: Weight, down_EDF: Weight) -> Array:
     """Each token through its own expert: `down @ (silu(gate @ x) * (up @ x))`.
 
     Args:
         x_TD: the tokens, already scaled by their router's gate.
         expert_T: int32 expert of each token.
-        gate_up_EcFD: gate (c = 0) and up (c = 1) matrices of all experts.
+        gate_up_EcFD: gate (c = 0) and up (c = 1) matrices of all experts, in any format.
         down_EDF: down matrices of all experts.
     """
     experts = jnp.arange(gate_up_EcFD.shape[0])
     # An expert maps zeros to zeros, so what it is not asked for it does not add to.
     x_ETD = jnp.where((experts[:, None] == expert_T)[..., None], x_TD, 0)
-    hidden_EcTF = jnp.einsum("ETD,EcFD->EcTF", x_ETD, gate_up_EcFD)
+    hidden_EcTF = multiply("ETD,EcFD->EcTF", x_ETD, gate_up_EcFD)
     hidden_ETF = jax.nn.silu(hidden_EcTF[:, 0]) * hidden_EcTF[:, 1]
-    return jnp.einsum("ETF,EDF->TD", hidden_ETF, down_EDF)
+    return multiply("ETF,EDF->ETD", hidden_ETF, down_EDF).sum(axis=0)

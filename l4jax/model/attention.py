@@ -49,7 +49,12 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_TD: Array, k_PKZH: Array, v_PKZH: Array, positions: Positions
+        self,
+        x_TD: Array,
+        k_PKZH: Array,
+        v_PKZH: Array,
+        positions: Positions,
+        scales: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Array, Array]:
         c = self.config
         # The query heads of a kv head, its key and its value, side by side: one matmul, cut between
@@ -80,9 +85,16 @@ class Attention(nn.Module):
             if c.has_qk_norm:
                 qk_TKJH = norm(qk_TKJH, c.norm_eps)
             q_TKGH, k_TKH = qk_TKJH[:, :, :-1], qk_TKJH[:, :, -1]
+        if (
+            scales is not None
+        ):  # of stored keys and values: the scores and the sums are linear in them
+            k_scale, v_scale = (scale.astype(x_TD.dtype) for scale in scales)
+            k_TKH, v_TKH, q_TKGH = k_TKH / k_scale, v_TKH / v_scale, q_TKGH * k_scale
         where = (positions.table_RB, positions.row_T, positions.position_T)
         k_PKZH, v_PKZH = self.kernels.store(k_PKZH, v_PKZH, k_TKH, v_TKH, *where)
         y_TKGH = self.kernels.attend(q_TKGH, k_PKZH, v_PKZH, *where)
+        if scales is not None:
+            y_TKGH = y_TKGH * scales[1].astype(x_TD.dtype)
         return project("TKGH,DKGH->TD", y_TKGH, out_DKGH), k_PKZH, v_PKZH
 
 

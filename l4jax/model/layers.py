@@ -9,6 +9,7 @@ from flax.linen.spmd import RulesFallback, with_logical_constraint
 from jax import Array
 
 from l4jax import axes
+from l4jax.kernels.formats import Weight, multiply
 
 
 def declare(module: nn.Module, name: str, shape: tuple[int, ...], names: tuple[str, ...]) -> Array:
@@ -17,11 +18,12 @@ def declare(module: nn.Module, name: str, shape: tuple[int, ...], names: tuple[s
     return module.param(name, initialize, shape)  # type: ignore[return-value]
 
 
-def project(subscripts: str, x: Array, weight: Array) -> Array:
-    """Multiply by a weight: `einsum`, in the dtype of x. Weights end in the axis that is summed
-    over.
+def project(subscripts: str, x: Array, weight: Weight) -> Array:
+    """Multiply by a weight of any format: `einsum`, in the dtype of x.
+
+    Weights end in the axes that are summed over.
     """
-    return jnp.einsum(subscripts, x, weight)
+    return multiply(subscripts, x, weight)
 
 
 def constrain(x: Array, *names: str) -> Array:

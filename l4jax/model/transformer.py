@@ -2,6 +2,7 @@
 the head.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -30,12 +31,17 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_TD: Array, k_PKZH: Array, v_PKZH: Array, positions: Positions
+        self,
+        x_TD: Array,
+        k_PKZH: Array,
+        v_PKZH: Array,
+        positions: Positions,
+        scales: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Array, Array]:
         c = self.config
         attention = Attention(c, c.is_nope(self.index), self.kernels, name="attention")
         y_TD = RMSNorm(c.norm_eps, name="attention_norm")(x_TD)
-        y_TD, k_PKZH, v_PKZH = attention(y_TD, k_PKZH, v_PKZH, positions)
+        y_TD, k_PKZH, v_PKZH = attention(y_TD, k_PKZH, v_PKZH, positions, scales)
         x_TD = constrain(x_TD + y_TD, axes.TOKENS, axes.WIDTH)
         y_TD = RMSNorm(c.norm_eps, name="feed_forward_norm")(x_TD)
         if c.is_moe(self.index):
@@ -86,9 +92,9 @@ class Llama4(nn.Module):
             repetition, group = divmod(i, self.config.nope_interval)
             positions = Positions.of(batch, self.config, group)
             x_TD, k[repetition], v[repetition] = layer(
-                x_TD, k[repetition], v[repetition], positions
+                x_TD, k[repetition], v[repetition], positions, pool.find_scales(i)
             )
-        return self.norm(x_TD), PagePool(tuple(k), tuple(v))
+        return self.norm(x_TD), dataclasses.replace(pool, k=tuple(k), v=tuple(v))
 
     def find_logits(self, x_RD: Array) -> Array:
         """[R, V] float32 logits of hidden states [R, D]."""

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax.numpy as jnp
 import pytest
@@ -9,8 +10,11 @@ import pytest
 from l4jax.checkpoint import CheckpointError
 from l4jax.checkpoint.names import find_quantization, match, survey
 from l4jax.checkpoint.parameters import flatten
+from l4jax.checkpoint.quantize import QuantizedRecipe
+from l4jax.checkpoint.recipe import Recipe
 from l4jax.config import MAVERICK, SCOUT, Config
 from l4jax.model import declare_parameters
+from sharding import TENSOR, Layout, make_mesh
 from tests.checkpoint.published import read_published
 
 PUBLISHED = {  # tensors, parameters (of the plain ones), config
@@ -20,6 +24,7 @@ PUBLISHED = {  # tensors, parameters (of the plain ones), config
     "scout-instruct-fp8-dynamic": (5789, None, SCOUT),
     "scout-instruct-w4a16": (8237, None, SCOUT),
 }
+BYTES = {"BF16": 2, "F8_E4M3": 1, "I32": 4, "I64": 8}
 Stored = dict[str, tuple[str, tuple[int, ...]]]
 
 
@@ -62,16 +67,44 @@ def test_scout_takes_217_gigabytes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("name", "gigabytes", "narrow"),
     [
-        ("maverick-instruct-fp8", "float-quantized fp8"),
-        ("scout-instruct-fp8-dynamic", "float-quantized fp8"),
-        ("scout-instruct-w4a16", "pack-quantized int4"),
+        ("scout-instruct", 217.3, set()),
+        ("maverick-instruct-fp8", 416.8, {"gate_up", "down"}),
+        ("scout-instruct-fp8-dynamic", 114.6, {"gate_up", "down", "shared/gate_up", "shared/down"}),
+        ("scout-instruct-w4a16", 64.9, {"gate_up", "down", "shared/gate_up", "shared/down"}),
     ],
 )
-def test_a_quantized_checkpoint_is_recognized_and_refused(name: str, kind: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"{name} is quantized \(.*{kind}\).*BF16"):
-        match(_shapes(PUBLISHED[name][2]), read_published()[name], name)
+def test_on_devices_a_checkpoint_takes_the_bytes_of_its_files(
+    name: str, gigabytes: float, narrow: set[str]
+) -> None:
+    """On one device, and an eighth of it on each of eight but for what all of them hold."""
+    stored = read_published()[name]
+    config = PUBLISHED[name][2]
+    names = flatten(declare_parameters(config, jnp.bfloat16)[1])
+    recipes = match(_shapes(config), stored, name)
+    found = {path for path, recipe in recipes.items() if isinstance(recipe, QuantizedRecipe)}
+    assert {re.sub(r"text/layer_\d+/feed_forward/", "", path) for path in found} == narrow
+    layout = Layout(make_mesh("8"), TENSOR)
+
+    def count(path: str, part: Recipe, size: float) -> tuple[float, float]:
+        order = part.order or tuple(range(len(part.shape)))
+        shape = tuple(part.shape[axis] for axis in order)
+        place = layout.place(names[path][: len(shape)])
+        return math.prod(shape) * size, math.prod(place.shard_shape(shape)) * size
+
+    counts = []
+    for path, recipe in recipes.items():
+        if isinstance(recipe, QuantizedRecipe):
+            counts.append(count(path, recipe.data, 4 if recipe.is_packed else 1))
+            counts.append(count(path, recipe.scale, 2))
+        else:
+            counts.append(count(path, recipe, 2))
+    total, each = map(sum, zip(*counts, strict=True))
+    in_files = sum(math.prod(shape) * BYTES[dtype] for dtype, shape in stored.values())
+    assert total == pytest.approx(in_files, rel=1e-6)  # all but `weight_shape`, 16 bytes a matrix
+    assert total / 1e9 == pytest.approx(gigabytes, abs=0.06)
+    assert 1 / 8 <= each / total < 1.03 / 8
 
 
 @pytest.mark.parametrize(
@@ -80,7 +113,7 @@ def test_a_quantized_checkpoint_is_recognized_and_refused(name: str, kind: str) 
         ({"a.weight": "BF16"}, None),
         ({"a.weight_packed": "U8", "a.weight_global_scale": "F32"}, "nvfp4-pack-quantized"),
         ({"a.weight": "U8", "a.weight_scale_2": "F32"}, "modelopt nvfp4"),
-        ({"a.weight": "F8_E4M3", "a.k_scale": "F32"}, "modelopt fp8"),
+        ({"a.weight": "F8_E4M3", "a.input_scale": "F32"}, "modelopt fp8"),
         ({"experts.down_proj": "F8_E4M3", "experts.down_proj_weight_scale": "F32"}, "modelopt fp8"),
         ({"a.weight": "F8_E5M2"}, "float-quantized fp8"),
         ({"a.weight": "I8", "a.weight_scale": "F32"}, "int8"),

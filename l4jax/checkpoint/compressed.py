@@ -1,0 +1,226 @@
+"""From a published checkpoint to an fp8 one in compressed-tensors' layout, for other servers, too.
+
+Routed and shared experts and dense layers are e4m3; all else is as it was.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from l4jax.checkpoint.conversion import check_folders, write_aside
+from l4jax.checkpoint.errors import CheckpointError
+from l4jax.checkpoint.names import find_quantization, list_linears, separate
+from l4jax.checkpoint.narrow import Narrowing
+from l4jax.checkpoint.parameters import THREADS, find_recipes, make_bar
+from l4jax.checkpoint.recipe import Part, Recipe, read_box
+from l4jax.checkpoint.safetensors import (
+    INDEX,
+    Index,
+    Kind,
+    count_bytes,
+    stream_safetensors,
+)
+from l4jax.config import Config
+from l4jax.kernels.formats import quantize_fp8
+
+SHARD_BYTES = 5 * 10**9  # of a file, at most: as transformers cuts checkpoints
+_NARROWING = Narrowing("fp8", attention=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """Stored tensors that are made together: a copy of one, or data and scales.
+
+    Attributes:
+        kinds: name -> (dtype, shape).
+        recipe: of the parameter that they are a part of, as the source has it.
+        part: the part of it that is quantized; None for a copy.
+        is_last: whether no other entry needs the tensors of the recipe afterwards.
+    """
+
+    kinds: Mapping[str, Kind]
+    recipe: Recipe
+    part: Part | None
+    is_last: bool
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(count_bytes, self.kinds.values()))
+
+
+def quantize_folder(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> int:
+    """Write a model as an fp8 checkpoint under the published names, its other files beside it.
+
+    Experts are written one by one: e4m3 `[out, in]` with BF16 scales `[out, 1]`, amax / 448. Host
+    memory holds one expert's matrix a few times (0.5 GB), or one tensor that is copied. A run that
+    is cut off leaves `folder` as it was.
+
+    Args:
+        source: a folder with safetensors under the published names, not quantized.
+        folder: to be made; one that is not empty is refused.
+        overwrite: replace `folder`, once all is written.
+
+    Returns:
+        The bytes of the tensors.
+
+    Raises:
+        CheckpointError: no checkpoint, or quantized; `folder` is taken; the disk is full.
+    """
+    source, folder = Path(source), Path(folder).absolute()
+    check_folders(source, folder, overwrite=overwrite)
+    index = Index.open(source)
+    found, _ = find_recipes(index, Config.from_folder(source))
+    recipes = {path: recipe for path, recipe in found.items() if isinstance(recipe, Recipe)}
+    if len(recipes) < len(found):
+        raise CheckpointError(
+            f"{source} is quantized already ({find_quantization(index.kinds)}): give it to --model "
+            "as it is, or quantize the BF16 checkpoint."
+        )
+    entries = [entry for path, recipe in recipes.items() for entry in _plan(index, path, recipe)]
+    shards = _cut(entries)
+    total = sum(entry.nbytes for entry in entries)
+    cpu = jax.local_devices(backend="cpu")[0]
+    with (
+        make_bar(total, "quantizing", progress) as bar,
+        ThreadPoolExecutor(THREADS) as pool,
+        jax.default_device(cpu),
+        write_aside(source, folder, total) as unfinished,
+    ):
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(shards, 1):
+            many = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            name = many if len(shards) > 1 else "model.safetensors"
+            kinds = {name: kind for entry in shard for name, kind in entry.kinds.items()}
+            weight_map |= dict.fromkeys(kinds, name)
+            stream_safetensors(unfinished / name, kinds, _make_all(index, shard, pool, bar))
+        if len(shards) > 1:
+            _write_json(
+                unfinished / INDEX,
+                {"metadata": {"total_size": total}, "weight_map": weight_map},
+            )
+        quantized = {name for entry in entries if entry.part for name in entry.kinds}
+        kinds = {name: kind for entry in entries for name, kind in entry.kinds.items()}
+        ignored = [name for name in list_linears(kinds) if f"{name}.weight" not in quantized]
+        # What stands here already is not copied from `source`.
+        raw = json.loads((source / "config.json").read_text())
+        described = raw | {"quantization_config": _describe(ignored)}
+        _write_json(unfinished / "config.json", described)
+    return total
+
+
+def _plan(index: Index, path: str, recipe: Recipe) -> Iterator[_Entry]:
+    """What is written of a parameter, in order."""
+    if _NARROWING.count_inner(path) is None:
+        for part in recipe.parts:
+            kind = index.kinds[part.name]
+            yield _Entry({part.name: kind}, Recipe((part,), part.shape), None, is_last=True)
+        return
+    order = _find_order(recipe)
+    shape = tuple(recipe.shape[axis] for axis in order)
+    parts = separate(path, shape, index.tensors).parts
+    for part in parts:
+        kinds: dict[str, Kind] = {
+            part.name: ("F8_E4M3", part.stored),
+            part.name + "_scale": ("BF16", (part.stored[0], 1)),
+        }
+        yield _Entry(kinds, recipe, part, is_last=part is parts[-1])
+
+
+def _cut(entries: Sequence[_Entry]) -> list[list[_Entry]]:
+    """Into files: each as full as `SHARD_BYTES` allows, in order."""
+    shards: list[list[_Entry]] = []
+    left = 0
+    for entry in entries:
+        if not shards or entry.nbytes > left:
+            shards.append([])
+            left = SHARD_BYTES
+        shards[-1].append(entry)
+        left -= entry.nbytes
+    return shards
+
+
+def _make_all(
+    index: Index, entries: Sequence[_Entry], pool: Executor, bar: Any
+) -> Iterator[np.ndarray]:
+    """The tensors of entries, each made when its turn comes."""
+    for entry in entries:
+        if entry.part is None:
+            yield from map(index.view, entry.kinds)
+        else:
+            yield from _quantize(index, entry.recipe, entry.part, pool)
+        if entry.is_last:
+            index.release(part.name for part in entry.recipe.parts)
+        bar.update(entry.nbytes)
+
+
+def _quantize(
+    index: Index, recipe: Recipe, part: Part, pool: Executor
+) -> tuple[np.ndarray, np.ndarray]:
+    """Data [out, in] and scales [out, 1] of one matrix of a parameter."""
+    box = tuple(slice(at, at + size) for at, size in zip(part.start, part.shape, strict=True))
+    dtypes = {index.tensors[other.name].dtype for other in recipe.parts}
+    dtype = ml_dtypes.bfloat16 if dtypes == {"BF16"} else np.float32
+    values = read_box(recipe, index.view, recipe.reorder(box), dtype, pool)
+    data, scale = _quantize_matrix(values, _find_order(recipe), part.stored)
+    return np.asarray(data), np.asarray(scale)
+
+
+@functools.partial(jax.jit, static_argnames=("order", "shape"))
+def _quantize_matrix(values: Any, order: tuple[int, ...], shape: tuple[int, ...]) -> Any:
+    """Scales are rounded to BF16 first, so that the data fit what is stored of them."""
+    matrix = jnp.transpose(values, order).reshape(shape)
+    quantized = quantize_fp8(matrix, 1, jnp.bfloat16)
+    return quantized.data, quantized.scale[:, None].astype(jnp.bfloat16)
+
+
+def _find_order(recipe: Recipe) -> tuple[int, ...]:
+    return recipe.order or tuple(range(len(recipe.shape)))
+
+
+def _describe(ignored: list[str]) -> dict[str, Any]:
+    """`quantization_config`, key for key as llm-compressor writes FP8 with dynamic activations."""
+    common = {
+        "actorder": None,
+        "block_structure": None,
+        "group_size": None,
+        "num_bits": 8,
+        "observer_kwargs": {},
+        "symmetric": True,
+        "type": "float",
+    }
+    weights = common | {"dynamic": False, "observer": "minmax", "strategy": "channel"}
+    inputs = common | {"dynamic": True, "observer": None, "strategy": "token"}
+    group = {
+        "input_activations": inputs,
+        "output_activations": None,
+        "targets": ["Linear"],
+        "weights": weights,
+    }
+    return {
+        "config_groups": {"group_0": group},
+        "format": "float-quantized",
+        "global_compression_ratio": None,
+        "ignore": ignored,
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

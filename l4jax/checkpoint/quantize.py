@@ -1,0 +1,247 @@
+"""Quantized weights on disk: which stored tensors make up the data and the scales of a parameter.
+
+What a tensor is quantized as is read off the tensors themselves: an fp8 weight has an fp8 dtype and
+a `weight_scale`, an int4 one is `weight_packed` in words of 32 bits, an nvfp4 one in bytes. Which
+layers are is not asked. Scales of activations (`input_scale`) are not needed: ours are found token
+by token.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import ml_dtypes
+import numpy as np
+
+from l4jax.checkpoint.errors import CheckpointError
+from l4jax.checkpoint.recipe import Part, Recipe
+from l4jax.checkpoint.safetensors import Index, Kind
+
+WORD = 8  # values of 4 bits in a word of 32
+FP4_GROUP = 16  # neighbors that share a scale in nvfp4
+# e2m1: a sign, then 0, 1/2, 1, 3/2, 2, 3, 4, 6.
+_FP4_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+_FP4_VALUES = np.concatenate([_FP4_VALUES, -_FP4_VALUES])
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedRecipe:
+    """A parameter as data and scales, each put together like a plain one.
+
+    Attributes:
+        data: of float8_e4m3fn values; or of the words that hold int4 values, `WORD` each.
+        scale: one for each output channel, [out..]; or for each group, [out.., in / group].
+        is_packed: whether the data are words of int4.
+    """
+
+    data: Recipe
+    scale: Recipe
+    is_packed: bool
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.data.parts + self.scale.parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Nvfp4Recipe:
+    """A parameter that is computed in the model's dtype and stored in 4 bits: e2m1 values, times
+    `scale` for each 16 neighbors, divided by `whole`, one number a stored matrix.
+
+    Attributes:
+        data: of bytes, two values each, the low nibble first.
+        scale: of float8_e4m3fn, [out.., in / 16].
+        whole: float32, as if it were stored for each scale.
+    """
+
+    data: Recipe
+    scale: Recipe
+    whole: Recipe
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.data.parts + self.scale.parts + self.whole.parts
+
+
+def resolve(
+    path: str, recipe: Recipe, stored: Mapping[str, Kind], where: str
+) -> Recipe | QuantizedRecipe | Nvfp4Recipe:
+    """The recipe for what is stored of a parameter, given the one for the plain weight.
+
+    Raises:
+        CheckpointError: for parts in different formats, a missing scale, or one of a wrong shape.
+    """
+    forms = {_find_form(part.name, stored) for part in recipe.parts}
+    if len(forms) > 1:
+        raise CheckpointError(
+            f"{where}: the tensors of {path} ({recipe.parts[0].name}, ..) are quantized in "
+            f"different ways: {', '.join(sorted(forms))}."
+        )
+    form = forms.pop()
+    if form == "plain":
+        return recipe
+    if recipe.order is not None and form == "fp8":
+        return QuantizedRecipe(recipe, _share_scale(recipe, stored, where), is_packed=False)
+    if recipe.order is not None:
+        raise CheckpointError(
+            f"{where}: {recipe.parts[0].name} is {form} and holds all experts in one tensor: "
+            "experts have to be stored one by one."
+        )
+    inner = _count_inner(recipe)
+    if form == "fp8":
+        scale = _change(recipe, "_scale", stored, where, lambda part: (part.stored[0],), inner)
+        return QuantizedRecipe(recipe, scale, is_packed=False)
+    if inner != 1 or recipe.shape[-1] % (FP4_GROUP if form == "nvfp4" else WORD):
+        raise CheckpointError(
+            f"{where}: {recipe.parts[0].name} cannot be {form}: {path} has other columns."
+        )
+    if form == "nvfp4":
+        return _resolve_nvfp4(recipe, stored, where)
+    groups = {_count_groups(part, stored, where) for part in recipe.parts}
+    if len(groups) > 1:
+        raise CheckpointError(f"{where}: the tensors of {path} have groups of different sizes.")
+    words, count = recipe.shape[-1] // WORD, groups.pop()
+    return QuantizedRecipe(
+        _narrow(recipe, "_packed", words), _narrow(recipe, "_scale", count), is_packed=True
+    )
+
+
+def make_scale_view(index: Index, recipe: Recipe) -> Callable[[str], np.ndarray]:
+    """A view of stored scales, one number for a whole matrix spread over its channels."""
+    shapes = {part.name: part.stored for part in recipe.parts}
+
+    def view(name: str) -> np.ndarray:
+        found = index.view(name)
+        return np.broadcast_to(found.reshape(-1), shapes[name]) if found.size == 1 else found
+
+    return view
+
+
+def unpack(words: np.ndarray) -> np.ndarray:
+    """int32 words to int4 values, eight for each on the last axis: low nibble first, less 8."""
+    nibbles = words.astype(np.int32, copy=False)[..., None] >> (4 * np.arange(WORD, dtype=np.int32))
+    values = (nibbles & 15).astype(np.int8) - 8
+    return values.reshape(*words.shape[:-1], -1).astype(ml_dtypes.int4)
+
+
+def check_beside(index: Index, names: list[str]) -> None:
+    """Refuse int4 tensors whose `weight_shape` or `weight_g_idx` says something else than we read.
+
+    Args:
+        names: of the packed tensors.
+    """
+    for packed in names:
+        base = packed.removesuffix("_packed")
+        rows, words = index.kinds[packed][1]
+        if base + "_shape" in index.kinds:
+            shape = index.view(base + "_shape").tolist()
+            if shape != [rows, words * WORD]:
+                raise CheckpointError(
+                    f"{index.folder}: {base}_shape says {shape}, and {packed} holds "
+                    f"{[rows, words * WORD]}."
+                )
+        if base + "_g_idx" in index.kinds:
+            order = index.view(base + "_g_idx")
+            groups = index.kinds[base + "_scale"][1][-1]
+            if not np.array_equal(order, np.arange(len(order)) // (len(order) // groups)):
+                raise CheckpointError(
+                    f"{index.folder}: {base}_g_idx puts columns into groups out of order, which is "
+                    "not supported: quantize without activation ordering (actorder)."
+                )
+
+
+def decode_nvfp4(packed: np.ndarray, scale: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """float32 values of bytes [.., in / 2], with scales and their divisors [.., in / 16]."""
+    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*scale.shape, FP4_GROUP)
+    factor = scale.astype(np.float32) / whole
+    return (_FP4_VALUES[nibbles] * factor[..., None]).reshape(*packed.shape[:-1], -1)
+
+
+def _resolve_nvfp4(recipe: Recipe, stored: Mapping[str, Kind], where: str) -> Nvfp4Recipe:
+    columns = recipe.shape[-1]
+    data = _narrow(recipe, "_packed", columns // 2)
+    scale, whole = (
+        _narrow(recipe, suffix, columns // FP4_GROUP) for suffix in ("_scale", "_global_scale")
+    )
+    for part in (*data.parts, *scale.parts):
+        if part.name not in stored or stored[part.name][1] != part.stored:
+            found = list(stored[part.name][1]) if part.name in stored else "nothing"
+            raise CheckpointError(f"{where} has {part.name} {found} instead of {[*part.stored]}.")
+    for part in whole.parts:
+        if part.name not in stored or math.prod(stored[part.name][1]) != 1:
+            raise CheckpointError(f"{where} lacks {part.name}, one number: nvfp4 needs it.")
+    return Nvfp4Recipe(data, scale, whole)
+
+
+def _share_scale(recipe: Recipe, stored: Mapping[str, Kind], where: str) -> Recipe:
+    """The one scale of fused experts, as if there were one for each output channel."""
+    (part,), order = recipe.parts, recipe.order or ()
+    name, shape = part.name + "_weight_scale", tuple(recipe.shape[axis] for axis in order)[:-1]
+    if name not in stored or math.prod(stored[name][1]) != 1:
+        raise CheckpointError(f"{where} lacks {name}, one number: {part.name} is fp8.")
+    return Recipe((Part(name, (math.prod(shape),), (0,) * len(shape), shape),), shape)
+
+
+def _find_form(name: str, stored: Mapping[str, Kind]) -> str:
+    if name + "_packed" in stored:
+        return "nvfp4" if stored[name + "_packed"][0] == "U8" else "int4"
+    dtype = stored[name][0]
+    return "fp8" if dtype == "F8_E4M3" else "plain"
+
+
+def _count_inner(recipe: Recipe) -> int:
+    """How many of a parameter's last axes are the `in` of the matrices that it is stored as."""
+    part = recipe.parts[0]
+    return next(n for n in range(1, 9) if math.prod(part.shape[-n:]) == part.stored[-1])
+
+
+def _change(
+    recipe: Recipe,
+    suffix: str,
+    stored: Mapping[str, Kind],
+    where: str,
+    find_stored: Callable[[Part], tuple[int, ...]],
+    inner: int,
+) -> Recipe:
+    """The recipe without its last axes, of the tensors that are named alike but for a suffix."""
+    parts = []
+    for part in recipe.parts:
+        name, wanted = part.name + suffix, find_stored(part)
+        if name not in stored:
+            raise CheckpointError(f"{where} lacks {name}: {part.name} means nothing without it.")
+        shape = stored[name][1]
+        if math.prod(shape) not in (1, math.prod(wanted)):
+            raise CheckpointError(f"{where} has {name} {list(shape)} instead of {[*wanted, 1]}.")
+        parts.append(Part(name, wanted, part.start[:-inner], part.shape[:-inner]))
+    return Recipe(tuple(parts), recipe.shape[:-inner])
+
+
+def _count_groups(part: Part, stored: Mapping[str, Kind], where: str) -> int:
+    packed, name = part.name + "_packed", part.name + "_scale"
+    wanted = (part.stored[0], part.stored[1] // WORD)
+    if stored[packed] != ("I32", wanted):
+        raise CheckpointError(
+            f"{where} has {packed} {stored[packed]} instead of I32 {list(wanted)}."
+        )
+    if name not in stored:
+        raise CheckpointError(f"{where} lacks {name}: {packed} means nothing without it.")
+    shape = stored[name][1]
+    if len(shape) != 2 or shape[0] != part.stored[0] or not shape[1] or part.stored[1] % shape[1]:
+        raise CheckpointError(
+            f"{where} has {name} {list(shape)}, which fits no groups of {list(part.stored)}."
+        )
+    return shape[1]
+
+
+def _narrow(recipe: Recipe, suffix: str, columns: int) -> Recipe:
+    """The recipe of tensors named alike but for a suffix, with another last axis."""
+    parts = (
+        Part(
+            part.name + suffix,
+            (*part.stored[:-1], columns),
+            part.start,
+            (*part.shape[:-1], columns),
+        )
+        for part in recipe.parts
+    )
+    return Recipe(tuple(parts), (*recipe.shape[:-1], columns))

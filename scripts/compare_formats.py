@@ -1,0 +1,78 @@
+"""Prints what fewer bits cost: each format's next-token distributions against those of BF16.
+
+    python -m scripts.compare_formats [--model FOLDER] [--tokens 256]
+
+KL divergence in nats and how often the likeliest token is the same, over random prompts. Random
+weights are the worst case: their distributions are flat and their routers are undecided.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l4jax import cache, decode
+from l4jax.config import Config
+from l4jax.engine.runner import Runner
+from l4jax.kernels.formats import FP8
+from l4jax.testing import write_model
+
+# Name -> (quantization while loading, dtype of keys and values).
+FORMATS = {
+    "bf16": (None, jnp.bfloat16),
+    "fp8": ("fp8", jnp.bfloat16),
+    "int4": ("int4", jnp.bfloat16),
+    "fp8 KV": (None, FP8),
+    "fp8, fp8 KV": ("fp8", FP8),
+}
+PAGE = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What fewer bits cost, in a table.")
+    parser.add_argument("--model", type=Path, help="default: a tiny model with random weights")
+    parser.add_argument("--tokens", type=int, default=256, help="of a prompt (default: 256)")
+    parser.add_argument("--prompts", type=int, default=4, help="(default: 4)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.model or Path(scratch) / "tiny"
+        if args.model is None:
+            write_model(folder)
+        rows = {name: score(folder, args, *form) for name, form in FORMATS.items()}
+    wanted = rows["bf16"]
+    print(f"{'':14}{'KL, nats':>10}{'top 1':>8}")
+    for name, found in rows.items():
+        kl = float((np.exp(wanted) * (wanted - found)).sum(-1).mean())
+        same = float((wanted.argmax(-1) == found.argmax(-1)).mean())
+        print(f"{name:14}{kl:10.5f}{same:8.1%}")
+
+
+def score(folder: Path, args: argparse.Namespace, quantization: str | None, dtype) -> np.ndarray:
+    """[prompts * tokens, V] float32 log-probabilities of the same random prompts."""
+    config = Config.from_folder(folder)
+    runner = Runner(config, 1, "bfloat16")
+    runner.load(folder, quantization=quantization, progress=False)
+    text, rng = config.text, np.random.default_rng(0)
+    at_T = np.arange(args.tokens, dtype=np.int32)
+    rows, whole, part = -(-args.tokens // text.chunk), -(-args.tokens // PAGE), text.chunk // PAGE
+    local = (text.nope_interval - 1, rows, part)
+    tables = cache.Tables(
+        np.tile(np.arange(whole, dtype=np.int32), (rows, 1)),
+        whole + np.arange(np.prod(local), dtype=np.int32).reshape(local),
+    )
+    found = []
+    for _ in range(args.prompts):
+        tokens_T = rng.integers(0, min(text.vocab, 256), args.tokens).astype(np.int32)
+        pool = cache.make_pool(text, whole + int(np.prod(local)), PAGE, dtype)
+        batch = cache.Batch(tokens_T, at_T, at_T // text.chunk, tables)
+        with runner.layout.active():
+            _, logits_TV = decode.score(runner.params, pool, batch, model=runner.model)
+        found.append(np.asarray(jax.nn.log_softmax(logits_TV)))
+    return np.concatenate(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Laws of writing fp8 checkpoints: what is read back is numpy's own rounding of what was there."""
+
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from l4jax import checkpoint, convert
+from l4jax.checkpoint import CheckpointError, compressed, conversion
+from l4jax.checkpoint.names import list_linears
+from l4jax.checkpoint.parameters import flatten
+from l4jax.checkpoint.safetensors import Index
+from l4jax.config import Config
+from l4jax.kernels.formats import Quantized
+from tests import quantized, weights
+from tests.checkpoint.published import place_on_mesh, place_on_one, read_published
+
+RAW = weights.tiny_config("maverick", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published checkpoint with files beside its weights."""
+    folder = tmp_path_factory.mktemp("published")
+    weights.write_checkpoint(folder, RAW, 5, dtype="BF16", shards=2)
+    (folder / "tokenizer.json").write_text("tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def narrow(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That in fp8, through the door."""
+    folder = tmp_path_factory.mktemp("converted") / "fp8"
+    assert convert.main(["--quantization", "fp8", str(source), str(folder), "--quiet"]) == 0
+    return folder
+
+
+def _read(folder: Path) -> dict[str, np.ndarray]:
+    index = Index.open(folder)
+    return {name: np.array(index.view(name)) for name in index.tensors}
+
+
+def _load(folder: Path, place: Any) -> dict[str, Any]:
+    config = Config.from_folder(folder)
+    return flatten(checkpoint.load(folder, config, "bfloat16", place, progress=False))
+
+
+def _same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    assert set(found) == set(wanted)
+    for name, values in found.items():
+        assert values.dtype == wanted[name].dtype, name
+        np.testing.assert_array_equal(values, wanted[name], err_msg=name)
+
+
+def _expect(raw: dict[str, Any]) -> dict[str, np.ndarray]:
+    """By `tests.quantized` but for the rounding, which here multiplies by reciprocals."""
+    tensors = weights.random_tensors(weights.tensor_shapes(raw), 5)
+    found, _ = quantized.quantize_tensors(tensors, "fp8-dynamic")
+    for name, values in weights.unfuse_experts(dict(tensors)).items():
+        if name + "_scale" in found:
+            scale = np.abs(values).max(-1, keepdims=True) * np.float32(1 / 448)
+            found[name + "_scale"] = scale.astype(ml_dtypes.bfloat16)
+            steps = values * (1 / found[name + "_scale"].astype(np.float32))
+            found[name] = np.clip(steps, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["scout", "maverick"])
+@pytest.mark.parametrize("form", [{}, {"fused": False}, {"shards": 3}], ids=str)
+def test_what_is_written_is_each_matrix_rounded(
+    kind: weights.Kind, form: dict[str, Any], tmp_path: Path
+) -> None:
+    raw = weights.tiny_config(kind, num_hidden_layers=2)
+    raw = weights.text_only(raw) if "fused" in form else raw
+    weights.write_checkpoint(tmp_path / "wide", raw, 5, dtype="BF16", **form)
+    compressed.quantize_folder(tmp_path / "wide", tmp_path / "narrow", progress=False)
+    found, wanted = _read(tmp_path / "narrow"), _expect(raw)
+    if "fused" in form:
+        wanted = {name.removeprefix("language_model."): x for name, x in wanted.items()}
+        found = {name.removeprefix("language_model."): x for name, x in found.items()}
+    _same(found, wanted)
+
+
+def test_data_and_scales_agree(source: Path, narrow: Path) -> None:
+    decoded = quantized.decode_tensors(_read(narrow), "fp8-dynamic")
+    wide = weights.random_tensors(weights.tensor_shapes(RAW), 5)
+    for name, values in weights.unfuse_experts(dict(wide)).items():
+        largest = np.abs(values).max(-1, keepdims=True) if values.ndim > 1 else np.abs(values)
+        # Half of a mantissa's 2^-3; and the largest may be clipped by half of BF16's 2^-8.
+        bound = np.maximum(np.abs(values) / 16, largest * 2.0**-18)
+        assert (np.abs(decoded[name] - values) <= 1.0001 * bound).all(), name
+
+
+@pytest.mark.parametrize(
+    "place", [place_on_one, place_on_mesh(experts="data", hidden="model", kv_heads="model")]
+)
+def test_what_is_written_is_read_back(place: Any, narrow: Path, tmp_path: Path) -> None:
+    # The same tensors in a file of safetensors' own library.
+    from safetensors.numpy import save_file
+
+    save_file(_expect(RAW), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(RAW))
+    found, wanted = _load(narrow, place), _load(tmp_path, place)
+    assert set(found) == set(wanted)
+    for path, array in found.items():
+        assert isinstance(array, Quantized) == ("feed_forward/" in path and "router" not in path)
+        pairs = zip(jax.tree.leaves(array), jax.tree.leaves(wanted[path]), strict=True)
+        for left, right in pairs:
+            assert left.dtype == right.dtype
+            np.testing.assert_array_equal(np.asarray(left), np.asarray(right), err_msg=path)
+
+
+def test_config_says_how_and_what_is_left(source: Path, narrow: Path) -> None:
+    raw = json.loads((narrow / "config.json").read_text())
+    described = raw.pop("quantization_config")
+    assert raw == json.loads((source / "config.json").read_text())
+    tensors = weights.random_tensors(weights.tensor_shapes(RAW), 5)
+    _, wanted = quantized.quantize_tensors(tensors, "fp8-dynamic")
+    assert sorted(described.pop("ignore")) == sorted(wanted.pop("ignore"))
+    assert described == wanted
+    assert sorted(path.name for path in narrow.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+
+
+def test_of_the_published_scout_as_many_modules_are_left() -> None:
+    kinds = read_published()["scout-instruct-fp8-dynamic"]
+    left = [name for name in list_linears(kinds) if kinds[f"{name}.weight"][0] != "F8_E4M3"]
+    assert len(left) == 449  # as its config.json lists
+
+
+def test_shards_are_full_and_not_larger(
+    source: Path, narrow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 100_000
+    monkeypatch.setattr(compressed, "SHARD_BYTES", limit)
+    total = compressed.quantize_folder(source, tmp_path / "x", progress=False)
+    files = sorted((tmp_path / "x").glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[-1].name == f"model-{len(files):05}-of-{len(files):05}.safetensors"
+    sizes = [
+        sum(x.nbytes for x in Index.open(tmp_path / "x").tensors.values() if x.path == file)
+        for file in files
+    ]
+    assert max(sizes) <= limit
+    assert sum(sizes) == total
+    index = json.loads((tmp_path / "x" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == total
+    _same(_read(tmp_path / "x"), _read(narrow))
+
+
+def test_a_failure_leaves_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    original = compressed.read_box
+
+    def fail(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise OSError("no more")
+        return original(*arguments)
+
+    monkeypatch.setattr(compressed, "read_box", fail)
+    with pytest.raises(OSError, match="no more"):
+        compressed.quantize_folder(source, tmp_path / "model", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_quantized_is_refused(
+    source: Path, narrow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(message: str, *words: str) -> None:
+        assert convert.main(["--quantization", "fp8", *words]) == 1
+        assert message in capsys.readouterr().err
+
+    refuse("quantized already", str(narrow), str(tmp_path / "x"))
+    refuse("leave one of the two out", str(source), str(tmp_path / "x"), "--dtype", "float32")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "precious").touch()
+    refuse("not empty", str(source), str(tmp_path / "taken"))
+    with pytest.raises(CheckpointError, match="Orbax's layout does not hold"):
+        conversion.convert_folder(narrow, tmp_path / "x", progress=False)
+
+
+@pytest.mark.slow
+def test_host_memory_holds_a_few_matrices_at_most(tmp_path: Path) -> None:
+    raw = weights.text_only(
+        weights.tiny_config("scout", intermediate_size=4096, num_local_experts=16)
+    )
+    weights.write_checkpoint(tmp_path / "wide", raw, 3, dtype="BF16")
+    compressed.quantize_folder(tmp_path / "wide", tmp_path / "first", progress=False)
+    tracemalloc.start()
+    compressed.quantize_folder(tmp_path / "wide", tmp_path / "narrow", progress=False)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 6 * 4096 * 64 * 2 < 16 * 4096 * 64 * 2  # an expert's matrix, all of a layer

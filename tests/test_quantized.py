@@ -1,0 +1,271 @@
+"""Laws of the quantized test checkpoints: the rounding, the names, and a decoder that is right."""
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from l4jax.checkpoint.names import find_quantization, survey
+from l4jax.checkpoint.parameters import flatten
+from l4jax.checkpoint.safetensors import Index
+from l4jax.config import Config
+from l4jax.model import declare_parameters
+from tests import quantized, weights
+from tests.checkpoint.published import read_published
+
+PUBLISHED: dict[str, tuple[quantized.Form, weights.Kind]] = {
+    "maverick-instruct-fp8": ("maverick-fp8", "maverick"),
+    "scout-instruct-fp8-dynamic": ("fp8-dynamic", "scout"),
+    "scout-instruct-w4a16": ("w4a16", "scout"),
+}
+# Sizes that differ from each other, from their eighths and from their 32nds: (ours, published).
+DISTINCT: dict[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 320,
+    "intermediate_size_mlp": 96,
+    "head_dim": 16,
+    "vocab_size": 352,
+    "num_local_experts": 7,
+    "num_hidden_layers": 2,
+}
+SIZES = {192: 5120, 320: 8192, 96: 16384, 256: 5120, 128: 1024, 352: 202048}
+SIZES |= {192 // 8: 5120 // 8, 320 // 8: 8192 // 8, 192 // 32: 5120 // 128, 320 // 32: 8192 // 128}
+CHOICES = [
+    {},
+    {"scale_dtype": "F32"},
+    {"scale_shape": "vector"},
+    {"scale_shape": "single", "scale_dtype": "F32"},
+    {"scale_shape": "scalar", "scale_dtype": "F32"},
+]
+
+
+@functools.cache
+def _make(kind: weights.Kind) -> weights.Tensors:
+    return weights.random_tensors(weights.tensor_shapes(weights.tiny_config(kind)), 5)
+
+
+def _assert_near(
+    stored: weights.Tensors, plain: weights.Tensors, form: quantized.Form, group_size: int = 32
+) -> None:
+    """Decoded, every weight is its own within the rounding, and what is not quantized is equal."""
+    decoded, wanted = quantized.decode_tensors(stored, form), weights.unfuse_experts(plain)
+    assert set(decoded) == set(wanted)
+    changed = 0
+    for name, values in wanted.items():
+        assert decoded[name].dtype == np.float32
+        if stored.get(name, np.empty(0)).dtype == ml_dtypes.bfloat16:
+            np.testing.assert_array_equal(decoded[name], values, err_msg=name)
+            continue
+        bound = _bound(values, _find_amax(name, plain, form, group_size), form)
+        off = np.abs(decoded[name] - values)
+        assert (off <= bound).all(), name
+        assert off.max() > bound.min() / 8, name
+        changed += 1
+    assert changed > 0
+
+
+def _find_amax(
+    name: str, plain: weights.Tensors, form: quantized.Form, group_size: int
+) -> np.ndarray:
+    """``[out, in]``: no less than the largest absolute value under the scale of each weight."""
+    values = weights.unfuse_experts(plain)[name]
+    if form in ("w4a16", "nvfp4"):
+        size = group_size if form == "w4a16" else 16
+        groups = np.abs(values).reshape(len(values), -1, size).max(-1)
+        return np.repeat(groups, size, 1)
+    fused = re.sub(r"\.\d+\.(gate|up)_proj\.weight$", ".gate_up_proj", name)
+    fused = re.sub(r"(experts)\.\d+\.down_proj\.weight$", r"\1.down_proj", fused)
+    return np.broadcast_to(np.abs(plain[fused]).max(), values.shape)
+
+
+def _bound(values: np.ndarray, amax: np.ndarray, form: quantized.Form) -> np.ndarray:
+    if form == "w4a16":  # half a step; the largest positive value is 7.5 steps, and becomes 7
+        return 0.54 * amax / 7.5
+    if form == "nvfp4":  # half of steps of 0.5, 1 and 2; the scale itself is off by up to 1/16
+        unit = amax / 6
+        ratio = np.abs(values) / unit
+        return 1.07 * unit * np.where(ratio > 3.7, 1, np.where(ratio > 1.8, 0.5, 0.25))
+    # Three mantissa bits, down to 2**-6 of a scale; below that, steps of 2**-9.
+    return 1.01 * np.maximum(np.abs(values) / 16, amax / 448 / 1024)
+
+
+@pytest.mark.parametrize("kind", ["scout", "maverick"])
+@pytest.mark.parametrize("form", quantized.FORMS)
+def test_decoded_weights_are_the_weights_within_the_rounding(
+    form: quantized.Form, kind: weights.Kind
+) -> None:
+    stored, _ = quantized.quantize_tensors(_make(kind), form)
+    _assert_near(stored, _make(kind), form)
+
+
+@pytest.mark.parametrize("choices", CHOICES)
+@pytest.mark.parametrize("form", ["maverick-fp8", "fp8-dynamic"])
+def test_scales_of_every_dtype_and_shape_mean_the_same(
+    form: quantized.Form, choices: dict[str, Any]
+) -> None:
+    stored, _ = quantized.quantize_tensors(_make("maverick"), form, **choices)
+    name = "language_model.model.layers.1.feed_forward.experts.3.up_proj.weight"
+    scale = stored[name + "_scale"]
+    shapes = {"column": (32, 1), "vector": (32,), "single": (1,), "scalar": ()}
+    assert scale.shape == shapes[choices.get("scale_shape", "column")]
+    assert scale.dtype == (np.float32 if "scale_dtype" in choices else ml_dtypes.bfloat16)
+    _assert_near(stored, _make("maverick"), form)
+
+
+@pytest.mark.parametrize("group_size", [8, 16, 32])
+def test_groups_of_every_size_are_decoded(group_size: int) -> None:
+    stored, described = quantized.quantize_tensors(_make("scout"), "w4a16", group_size=group_size)
+    _assert_near(stored, _make("scout"), "w4a16", group_size)
+    assert described["config_groups"]["group_0"]["weights"]["group_size"] == group_size
+
+
+def test_fused_and_single_experts_of_modelopt_are_both_decoded() -> None:
+    for fused in (True, False):
+        stored, _ = quantized.quantize_tensors(_make("scout"), "modelopt-fp8", fused=fused)
+        assert any(name.endswith("experts.down_proj") for name in stored) == fused
+        _assert_near(stored, _make("scout"), "modelopt-fp8")
+
+
+def test_scales_of_activations_change_no_weight() -> None:
+    for form in ("nvfp4", "modelopt-fp8"):
+        with_them, _ = quantized.quantize_tensors(_make("scout"), form)
+        without, _ = quantized.quantize_tensors(_make("scout"), form, input_scales=False)
+        assert set(without) < set(with_them)
+        wanted = quantized.decode_tensors(without, form)
+        for name, values in quantized.decode_tensors(with_them, form).items():
+            np.testing.assert_array_equal(values, wanted[name])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_names_dtypes_and_shapes_are_the_published_ones(name: str, tmp_path: Path) -> None:
+    form, kind = PUBLISHED[name]
+    config = weights.tiny_config(kind, **DISTINCT)
+    quantized.write_checkpoint(tmp_path, config, 0, form)
+    ours = _as_patterns(Index.open(tmp_path).kinds)
+    theirs = _as_patterns(read_published()[name])
+    assert set(ours) == set(theirs)
+    experts = {7: 16 if kind == "scout" else 128}
+    for pattern, (dtype, shape) in ours.items():
+        assert dtype == theirs[pattern][0], pattern
+        if pattern.startswith(("vision_model", "multi_modal")):
+            assert len(shape) == len(theirs[pattern][1]), pattern
+        else:
+            grown = tuple((SIZES | experts).get(size, size) for size in shape)
+            assert grown == theirs[pattern][1], pattern
+
+
+def _as_patterns(kinds: Any) -> dict[str, Any]:
+    return {re.sub(r"\b\d+\b", "*", name): kind for name, kind in kinds.items()}
+
+
+@pytest.mark.parametrize("prefixed", [True, False])
+@pytest.mark.parametrize(
+    ("form", "told"),
+    [
+        ("maverick-fp8", "compressed-tensors float-quantized fp8"),
+        ("fp8-dynamic", "compressed-tensors float-quantized fp8"),
+        ("w4a16", "compressed-tensors pack-quantized int4"),
+        ("nvfp4", "compressed-tensors nvfp4-pack-quantized"),
+        ("modelopt-fp8", "modelopt fp8"),
+    ],
+)
+def test_each_form_is_recognized_and_every_tensor_has_its_place(
+    form: quantized.Form, told: str, prefixed: bool, tmp_path: Path
+) -> None:
+    quantized.write_checkpoint(
+        tmp_path, weights.tiny_config("maverick"), 1, form, prefixed=prefixed
+    )
+    kinds = Index.open(tmp_path).kinds
+    assert find_quantization(kinds) == told
+    shapes, _ = declare_parameters(Config.from_folder(tmp_path), jnp.bfloat16)
+    surveyed = survey({path: leaf.shape for path, leaf in flatten(shapes).items()}, kinds)
+    assert surveyed.unknown == surveyed.missing == ()
+
+
+@pytest.mark.parametrize("form", quantized.FORMS)
+def test_files_hold_what_was_quantized(form: quantized.Form, tmp_path: Path) -> None:
+    config = weights.text_only(weights.tiny_config("scout"))
+    wanted = quantized.write_checkpoint(tmp_path, config, 2, form, shards=3)
+    index = Index.open(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    assert set(index.kinds) == set(wanted)
+    for name, values in wanted.items():
+        found = index.view(name)
+        assert (found.dtype, found.shape) == (values.dtype, values.shape)
+        assert found.tobytes() == values.tobytes(), name
+    read = json.loads((tmp_path / "config.json").read_text())
+    method = "modelopt" if form == "modelopt-fp8" else "compressed-tensors"
+    assert read.pop("quantization_config")["quant_method"] == method
+    assert read == config
+
+
+def test_ignored_are_exactly_the_plain_matrices_of_linear_layers() -> None:
+    for form in quantized.FORMS:
+        stored, described = quantized.quantize_tensors(_make("maverick"), form)
+        plain = {
+            name.removesuffix(".weight")
+            for name, values in stored.items()
+            if values.dtype == ml_dtypes.bfloat16 and values.ndim == 2 and name.endswith(".weight")
+        }
+        assert set(described["ignore"]) == plain - {"language_model.model.embed_tokens"}
+
+
+def _quantize_row(row: list[float], form: quantized.Form, **choices: Any) -> weights.Tensors:
+    name = "model.layers.0.feed_forward.up_proj.weight"
+    tensors = {name: np.array([row], np.float32)}
+    stored, _ = quantized.quantize_tensors(tensors, form, **choices)
+    return stored
+
+
+def _decode_row(row: list[float], form: quantized.Form, **choices: Any) -> list[float]:
+    (decoded,) = quantized.decode_tensors(_quantize_row(row, form, **choices), form).values()
+    return decoded[0].tolist()
+
+
+def test_ties_go_to_even_and_the_ends_are_clamped() -> None:
+    # fp8: a scale of 1; between 1 and 2 the steps are 1/8, below 2**-6 they are 2**-9
+    row = [448, 1.0625, 1.1875, 2**-10, 3 * 2**-10, -1.0625]
+    assert _decode_row(row, "fp8-dynamic") == [448, 1, 1.25, 0, 2**-8, -1]
+    # bfloat16 rounds 451 / 448 down to 1, which leaves 451 above the range: it must not be NaN
+    assert _decode_row([449, -449], "fp8-dynamic") == [448, -448]
+    # int4: a scale of 1; 7.5 would round to 8
+    row = [7.5, 0.5, 1.5, -0.5, -7.5, 2.5, 0, -2]
+    assert _decode_row(row, "w4a16", group_size=8) == [7, 0, 2, 0, -8, 2, 0, -2]
+    # e2m1: the group's scale is 1; halves between its eight sizes
+    row = [6, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, -0.25, -0.75, -5, 4, 3, 2, 1, 0]
+    wanted = [6, 0, 1, 1, 2, 2, 4, 4, 0, -1, -4, 4, 3, 2, 1, 0]
+    assert _decode_row(row, "nvfp4") == wanted
+
+
+def test_zeros_stay_zeros() -> None:
+    for form in ("fp8-dynamic", "w4a16", "nvfp4", "modelopt-fp8"):
+        assert _decode_row([0.0] * 32, form) == [0.0] * 32
+
+
+def test_the_low_nibble_is_the_first_value() -> None:
+    stored = _quantize_row([-7.5, -7, -6, -5, -4, -3, -2, -1], "w4a16", group_size=8)
+    packed = stored["model.layers.0.feed_forward.up_proj.weight_packed"]
+    assert packed.view(np.uint32).tolist() == [[0x76543210]]
+    stored = _quantize_row([6, -0.5] + [0] * 14, "nvfp4")
+    packed = stored["model.layers.0.feed_forward.up_proj.weight_packed"]
+    assert packed[0, 0] == 0x97
+
+
+def test_the_decoder_reads_all_fp8_numbers() -> None:
+    every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).reshape(2, 128)
+    scale = np.ones((2, 1), np.float32)
+    found = quantized.decode_tensors({"x.weight": every, "x.weight_scale": scale}, "fp8-dynamic")
+    np.testing.assert_array_equal(found["x.weight"], every.astype(np.float32))
+
+
+def test_widths_that_groups_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"up_proj is 40 wide, which groups of 32 do not divide"):
+        _quantize_row([1.0] * 40, "w4a16")
+    with pytest.raises(ValueError, match=r"40 wide, which groups of 16"):
+        _quantize_row([1.0] * 40, "nvfp4")
