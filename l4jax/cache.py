@@ -47,16 +47,6 @@ class PagePool:
             return None
         return self.k_scale[layer], self.v_scale[layer]
 
-    @property
-    def pages(self) -> int:
-        """Pages in all, over every data shard."""
-        return self.k[0].shape[0]
-
-    @property
-    def page(self) -> int:
-        """Positions that a page holds."""
-        return self.k[0].shape[2]
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +83,6 @@ def name_pool_axes(pool: PagePool) -> PagePool:
     scales = None if pool.k_scale is None else (axes.LAYERS,)
     names = tuple(POOL_AXES for _ in pool.k)
     return PagePool(names, names, scales, scales)  # type: ignore[arg-type]
-
-
-def add_features(batch: Batch, feature_T: Leaf) -> Batch:
-    """The same tokens, some of which are image features."""
-    return dataclasses.replace(batch, feature_T=feature_T)
 
 
 def name_axes(*, has_features: bool = False) -> Batch:

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -83,12 +83,6 @@ class Layout:
         """
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(tuple(self.rules.table.items())):
             yield
-
-
-def check_all(layout: Layout, sizes: Mapping[str, tuple[int, str]]) -> None:
-    """`Layout.check` for several axes: name -> (size, what they are)."""
-    for axis, (size, what) in sizes.items():
-        layout.check(axis, size, what)
 
 
 def _is_names(leaf: Any) -> bool:

@@ -16,9 +16,6 @@ class Rules:
     name: str
     table: Mapping[str, str | None]
 
-    def __hash__(self) -> int:
-        return hash((self.name, tuple(self.table.items())))
-
     def change(self, name: str, **table: str | None) -> "Rules":
         """Another strategy, told by what it does differently. A new axis is a typing error, and
         refused.

@@ -30,9 +30,14 @@ from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
-from tests.weights import Tensors, random_tensors, tensor_shapes, unfuse_experts
+from tests.weights import (
+    Tensors,
+    random_tensors,
+    tensor_shapes,
+    unfuse_experts,
+    write_shards,
+)
 
 Form = Literal["maverick-fp8", "fp8-dynamic", "w4a16", "nvfp4", "modelopt-fp8"]
 ScaleShape = Literal["column", "vector", "single", "scalar"]  # [out, 1], [out], [1], []
@@ -370,16 +375,5 @@ def write_checkpoint(
     quantized, description = quantize_tensors(tensors, form, group_size=group_size, **choices)
     described = {**config, "quantization_config": description}
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-    if shards == 1:
-        save_file(quantized, folder / "model.safetensors", metadata={"format": "pt"})
-        return quantized
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(np.array_split(list(quantized), shards), start=1):
-        file = f"model-{i:05}-of-{shards:05}.safetensors"
-        shard = {str(name): quantized[str(name)] for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total_size = sum(tensor.nbytes for tensor in quantized.values())
-    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_shards(folder, quantized, shards)
     return quantized

@@ -307,6 +307,11 @@ def write_checkpoint(
         tensors = unfuse_experts(tensors)
     if dtype == "BF16":
         tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
+    write_shards(folder, tensors, shards)
+
+
+def write_shards(folder: Path, tensors: Tensors, shards: int) -> None:
+    """Writes ``model.safetensors``, or as many files as asked for and the index that names them."""
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return

@@ -16,11 +16,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from l4jax.checkpoint.conversion import check_folders, write_aside
-from l4jax.checkpoint.errors import CheckpointError
-from l4jax.checkpoint.names import find_quantization, list_linears, separate
+from l4jax.checkpoint.conversion import open_plain, write_aside
+from l4jax.checkpoint.names import list_linears, separate
 from l4jax.checkpoint.narrow import Narrowing
-from l4jax.checkpoint.parameters import THREADS, find_recipes, make_bar
+from l4jax.checkpoint.parameters import THREADS, make_bar
 from l4jax.checkpoint.recipe import Part, Recipe, read_box
 from l4jax.checkpoint.safetensors import (
     INDEX,
@@ -29,7 +28,6 @@ from l4jax.checkpoint.safetensors import (
     count_bytes,
     stream_safetensors,
 )
-from l4jax.config import Config
 from l4jax.kernels.formats import quantize_fp8
 
 SHARD_BYTES = 5 * 10**9  # of a file, at most: as transformers cuts checkpoints
@@ -82,15 +80,7 @@ def quantize_folder(
         CheckpointError: no checkpoint, or quantized; `folder` is taken; the disk is full.
     """
     source, folder = Path(source), Path(folder).absolute()
-    check_folders(source, folder, overwrite=overwrite)
-    index = Index.open(source)
-    found, _ = find_recipes(index, Config.from_folder(source))
-    recipes = {path: recipe for path, recipe in found.items() if isinstance(recipe, Recipe)}
-    if len(recipes) < len(found):
-        raise CheckpointError(
-            f"{source} is quantized already ({find_quantization(index.kinds)}): give it to --model "
-            "as it is, or quantize the BF16 checkpoint."
-        )
+    index, recipes, _ = open_plain(source, folder, overwrite=overwrite)
     entries = [entry for path, recipe in recipes.items() for entry in _plan(index, path, recipe)]
     shards = _cut(entries)
     total = sum(entry.nbytes for entry in entries)
@@ -130,9 +120,7 @@ def _plan(index: Index, path: str, recipe: Recipe) -> Iterator[_Entry]:
             kind = index.kinds[part.name]
             yield _Entry({part.name: kind}, Recipe((part,), part.shape), None, is_last=True)
         return
-    order = _find_order(recipe)
-    shape = tuple(recipe.shape[axis] for axis in order)
-    parts = separate(path, shape, index.tensors).parts
+    parts = separate(path, recipe.parameter_shape, index.tensors).parts
     for part in parts:
         kinds: dict[str, Kind] = {
             part.name: ("F8_E4M3", part.stored),
@@ -176,7 +164,7 @@ def _quantize(
     dtypes = {index.tensors[other.name].dtype for other in recipe.parts}
     dtype = ml_dtypes.bfloat16 if dtypes == {"BF16"} else np.float32
     values = read_box(recipe, index.view, recipe.reorder(box), dtype, pool)
-    data, scale = _quantize_matrix(values, _find_order(recipe), part.stored)
+    data, scale = _quantize_matrix(values, recipe.turn, part.stored)
     return np.asarray(data), np.asarray(scale)
 
 
@@ -186,10 +174,6 @@ def _quantize_matrix(values: Any, order: tuple[int, ...], shape: tuple[int, ...]
     matrix = jnp.transpose(values, order).reshape(shape)
     quantized = quantize_fp8(matrix, 1, jnp.bfloat16)
     return quantized.data, quantized.scale[:, None].astype(jnp.bfloat16)
-
-
-def _find_order(recipe: Recipe) -> tuple[int, ...]:
-    return recipe.order or tuple(range(len(recipe.shape)))
 
 
 def _describe(ignored: list[str]) -> dict[str, Any]:

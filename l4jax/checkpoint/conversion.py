@@ -50,15 +50,9 @@ def convert_folder(
         CheckpointError: no checkpoint, or quantized; `folder` is taken; the disk is full.
     """
     source, folder = Path(source), Path(folder).absolute()
-    check_folders(source, folder, overwrite=overwrite)
-    index = Index.open(source)
-    found, names = find_recipes(index, Config.from_folder(source))
-    recipes = {path: recipe for path, recipe in found.items() if isinstance(recipe, Recipe)}
-    if len(recipes) < len(found):
-        raise CheckpointError(
-            f"{source} is quantized ({find_quantization(index.kinds)}), which Orbax's layout does "
-            "not hold: give it to --model as it is, or convert the BF16 checkpoint."
-        )
+    index, recipes, names = open_plain(
+        source, folder, overwrite=overwrite, why=", which Orbax's layout does not hold"
+    )
     kind = np.dtype(jax.numpy.dtype(dtype or find_dtype(index)))
     sizes = {path: _size(recipe) * kind.itemsize for path, recipe in recipes.items()}
     total = sum(sizes.values())
@@ -73,8 +67,7 @@ def convert_folder(
                 bar.update(sizes[path])
                 return values
 
-            order = recipe.order or tuple(range(len(recipe.shape)))
-            return orbax.Deferred(tuple(recipe.shape[axis] for axis in order), kind, read)
+            return orbax.Deferred(recipe.parameter_shape, kind, read)
 
         with write_aside(source, folder, total) as unfinished:
             orbax.save(
@@ -83,7 +76,33 @@ def convert_folder(
     return total
 
 
-def check_folders(source: Path, folder: Path, *, overwrite: bool) -> None:
+def open_plain(
+    source: Path, folder: Path, *, overwrite: bool, why: str = ""
+) -> tuple[Index, dict[str, Recipe], dict[str, tuple[str, ...]]]:
+    """A checkpoint to be converted into `folder`: its tensors, and as `find_recipes` gives them how
+    they make the parameters, with the logical names of axes.
+
+    Args:
+        source, folder, overwrite: as `convert_folder` has them.
+        why: what speaks against a quantized source, behind its being one.
+
+    Raises:
+        CheckpointError: for a source that is converted or quantized already, and a folder that
+            would lose what it holds.
+    """
+    _check_folders(source, folder, overwrite=overwrite)
+    index = Index.open(source)
+    found, names = find_recipes(index, Config.from_folder(source))
+    recipes = {path: recipe for path, recipe in found.items() if isinstance(recipe, Recipe)}
+    if len(recipes) < len(found):
+        raise CheckpointError(
+            f"{source} is quantized already ({find_quantization(index.kinds)}){why}: "
+            "give it to --model as it is, or convert the BF16 checkpoint."
+        )
+    return index, recipes, names
+
+
+def _check_folders(source: Path, folder: Path, *, overwrite: bool) -> None:
     """Refuse a source that is converted already, and a folder that would lose what it holds."""
     if (source / orbax.FOLDER).is_dir():
         raise CheckpointError(

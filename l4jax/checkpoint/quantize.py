@@ -89,7 +89,7 @@ def resolve(
         )
     inner = _count_inner(recipe)
     if form == "fp8":
-        scale = _change(recipe, "_scale", stored, where, lambda part: (part.stored[0],), inner)
+        scale = _find_channel_scales(recipe, stored, where, inner)
         return QuantizedRecipe(recipe, scale, is_packed=False)
     if inner != 1 or recipe.shape[-1] % (FP4_GROUP if form == "nvfp4" else WORD):
         raise CheckpointError(
@@ -175,8 +175,8 @@ def _resolve_nvfp4(recipe: Recipe, stored: Mapping[str, Kind], where: str) -> Nv
 
 def _share_scale(recipe: Recipe, stored: Mapping[str, Kind], where: str) -> Recipe:
     """The one scale of fused experts, as if there were one for each output channel."""
-    (part,), order = recipe.parts, recipe.order or ()
-    name, shape = part.name + "_weight_scale", tuple(recipe.shape[axis] for axis in order)[:-1]
+    (part,) = recipe.parts
+    name, shape = part.name + "_weight_scale", recipe.parameter_shape[:-1]
     if name not in stored or math.prod(stored[name][1]) != 1:
         raise CheckpointError(f"{where} lacks {name}, one number: {part.name} is fp8.")
     return Recipe((Part(name, (math.prod(shape),), (0,) * len(shape), shape),), shape)
@@ -195,18 +195,13 @@ def _count_inner(recipe: Recipe) -> int:
     return next(n for n in range(1, 9) if math.prod(part.shape[-n:]) == part.stored[-1])
 
 
-def _change(
-    recipe: Recipe,
-    suffix: str,
-    stored: Mapping[str, Kind],
-    where: str,
-    find_stored: Callable[[Part], tuple[int, ...]],
-    inner: int,
+def _find_channel_scales(
+    recipe: Recipe, stored: Mapping[str, Kind], where: str, inner: int
 ) -> Recipe:
-    """The recipe without its last axes, of the tensors that are named alike but for a suffix."""
+    """The recipe without its last axes, of the scales of its tensors' output channels."""
     parts = []
     for part in recipe.parts:
-        name, wanted = part.name + suffix, find_stored(part)
+        name, wanted = part.name + "_scale", part.stored[:1]
         if name not in stored:
             raise CheckpointError(f"{where} lacks {name}: {part.name} means nothing without it.")
         shape = stored[name][1]

@@ -33,11 +33,19 @@ class Recipe:
     shape: tuple[int, ...]
     order: tuple[int, ...] | None = None
 
+    @property
+    def turn(self) -> tuple[int, ...]:
+        """The axis of the file that each of the parameter's axes is; in order if none is moved."""
+        return self.order or tuple(range(len(self.shape)))
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """The shape of the parameter; `shape` is that of what the file has."""
+        return tuple(self.shape[axis] for axis in self.turn)
+
     def reorder(self, names: Sequence[OfAxis]) -> tuple[OfAxis, ...]:
         """What each of the parameter's axes has, such as names, in the file's order."""
-        if self.order is None:
-            return tuple(names)
-        return tuple(names[self.order.index(axis)] for axis in range(len(names)))
+        return tuple(names[self.turn.index(axis)] for axis in range(len(names)))
 
 
 def read_box(

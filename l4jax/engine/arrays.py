@@ -19,7 +19,6 @@ class Step:
     batch: cache.Batch
     last_R: np.ndarray
     controls: sampling.Controls
-    feature_T: np.ndarray | None  # where a prompt with images is in it
 
 
 def fill_step(plan: Plan, limits: Limits, config: Config, tokens: int, rows: int) -> Step:
@@ -30,8 +29,8 @@ def fill_step(plan: Plan, limits: Limits, config: Config, tokens: int, rows: int
         position_T=np.full(size, -1, np.int32),
         row_T=np.zeros(size, np.int32),
         tables=_make_tables(limits, rows),
+        feature_T=np.full(size, -1, np.int32),
     )
-    feature_T = np.full(size, -1, np.int32)
     last_R = np.zeros(limits.shards * rows, np.int32)
     for shard, runs in enumerate(plan.runs):
         at = shard * tokens
@@ -40,12 +39,13 @@ def fill_step(plan: Plan, limits: Limits, config: Config, tokens: int, rows: int
             batch.token_T[here] = run.request.tokens[run.start : run.stop]
             batch.position_T[here] = np.arange(run.start, run.stop)
             batch.row_T[here] = row
-            feature_T[here] = _find_features(run, config)
+            batch.feature_T[here] = _find_features(run, config)
             _fill_tables(batch.tables, shard * rows + row, run)
             last_R[shard * rows + row] = here.stop - 1
             at = here.stop
-    has_image = bool((feature_T >= 0).any())
-    return Step(batch, last_R, _fill_controls(plan, rows), feature_T if has_image else None)
+    if (batch.feature_T < 0).all():  # text alone: the program that reads no features
+        batch = dataclasses.replace(batch, feature_T=None)
+    return Step(batch, last_R, _fill_controls(plan, rows))
 
 
 def fill_loop(

@@ -107,6 +107,7 @@ class Runner:
         memory = self._find_memory(capacity)
         self.limits = plan_limits(self.config, capacity, shards, page_bytes, memory)
         self.buckets = Buckets.of(self.limits)
+        self.features = None  # made for these limits, when the first image comes
         pages = shards * self.limits.pages
         make = functools.partial(cache.make_pool, text, pages, page, dtype)
         names = cache.name_pool_axes(jax.eval_shape(make))
@@ -133,16 +134,14 @@ class Runner:
         counts = [sum(run.stop - run.start for run in shard) for shard in plan.runs]
         tokens, rows = self.buckets.fit(max(counts), max(map(len, plan.runs)))
         step = arrays.fill_step(plan, self.limits, self.config, tokens, rows)
-        features = None if step.feature_T is None else self.features
-        names = cache.name_axes(has_features=features is not None)
-        batch = step.batch if features is None else cache.add_features(step.batch, step.feature_T)
+        has_features = step.batch.feature_T is not None
         self.pool, sampled = decode.step(
             self.params,
             self.pool,
-            self._put(batch, names),
+            self._put(step.batch, cache.name_axes(has_features=has_features)),
             step.last_R,
             self._put(step.controls, sampling.CONTROLS_AXES),
-            features,
+            self.features if has_features else None,
             model=self.model,
             logprobs=logprobs,
         )

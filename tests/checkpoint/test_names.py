@@ -88,8 +88,7 @@ def test_on_devices_a_checkpoint_takes_the_bytes_of_its_files(
     layout = Layout(make_mesh("8"), TENSOR)
 
     def count(path: str, part: Recipe, size: float) -> tuple[float, float]:
-        order = part.order or tuple(range(len(part.shape)))
-        shape = tuple(part.shape[axis] for axis in order)
+        shape = part.parameter_shape
         place = layout.place(names[path][: len(shape)])
         return math.prod(shape) * size, math.prod(place.shard_shape(shape)) * size
 
