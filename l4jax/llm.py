@@ -5,12 +5,13 @@ import dataclasses
 import json
 import os
 import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from l4jax import checkpoint
-from l4jax.config import Config
+from l4jax.config import TINY, Config
 from l4jax.engine.capacity import Capacity
 from l4jax.engine.engine import Engine, Update
 from l4jax.engine.request import SamplingParams, TokenLogprobs
@@ -414,10 +415,10 @@ def find_cache_folder() -> Path:
 
 def find_default_model() -> Path:
     """The tiny model with random weights, written on first use."""
-    from l4jax import __version__
     from l4jax.testing import write_model
 
-    folder = find_cache_folder() / f"tiny-random-{__version__}"
+    # Named after its config, so that one of an older version is not taken for it.
+    folder = find_cache_folder() / f"tiny-random-{zlib.crc32(repr(TINY).encode()):08x}"
     if not (folder / "config.json").exists():
         write_model(folder)
     return folder

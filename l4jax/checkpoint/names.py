@@ -183,10 +183,15 @@ def match(
         path: resolve(path, recipe, stored, where) for path, recipe in surveyed.recipes.items()
     }
     plain = [recipe for recipe in resolved.values() if isinstance(recipe, Recipe)]
-    parts = [part for recipe in plain for part in recipe.parts]
+    fp8 = [
+        recipe.data
+        for recipe in resolved.values()
+        if isinstance(recipe, QuantizedRecipe) and not recipe.is_packed
+    ]
     wrong = [
         f"{part.name} {list(stored[part.name][1])} instead of {list(part.stored)}"
-        for part in parts
+        for recipe in (*plain, *fp8)
+        for part in recipe.parts
         if tuple(stored[part.name][1]) != part.stored
     ]
     if wrong:
@@ -195,7 +200,8 @@ def match(
         )
     odd = [
         f"{part.name} ({stored[part.name][0]})"
-        for part in parts
+        for recipe in plain
+        for part in recipe.parts
         if stored[part.name][0] not in _FLOATS
     ]
     if odd:
@@ -212,8 +218,7 @@ def publish(path: str, value: np.ndarray, *, is_whole: bool) -> dict[str, np.nda
         is_whole: whether the checkpoint holds the vision tower too, which changes the names.
     """
     recipe = _choose(path, value.shape, _PREFIX if is_whole else "", set())
-    if recipe.order is not None:
-        value = value.transpose(np.argsort(recipe.order))
+    value = value.transpose(np.argsort(recipe.turn))
     boxes = {
         part.name: value[tuple(map(slice, part.start, np.add(part.start, part.shape)))]
         for part in recipe.parts

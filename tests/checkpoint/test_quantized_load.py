@@ -155,6 +155,9 @@ def test_wrong_bytes_are_named(stored, tmp_path):
     def reshape(tensors):
         return {**tensors, scale: np.ones((3, 1), tensors[scale].dtype)}
 
+    def shorten(tensors):
+        return {**tensors, weight: tensors[weight][..., :-1].copy()}
+
     def widen(tensors):
         rest = {name: x for name, x in tensors.items() if not name.startswith(base)}
         out, width = config.text.expert_width, config.text.width
@@ -164,8 +167,11 @@ def test_wrong_bytes_are_named(stored, tmp_path):
         order = np.arange(config.text.width, dtype=np.int32)[::-1].copy()
         return {**tensors, base + "_g_idx": order}
 
+    names = {"modelopt-fp8": experts + "gate_up_proj", "w4a16": base + "_packed"}
+    weight = names.get(form, base + "_packed" if form == "nvfp4" else base)
     says = {"nvfp4": f"has {scale} nothing instead of"}.get(form, f"lacks {scale}")
     cases = [(drop, says), (reshape, re.escape(scale))]
+    cases.append((shorten, re.escape(weight)))
     if form != "modelopt-fp8":
         cases.append((widen, "quantized in different ways: .*plain"))
     if form == "w4a16":

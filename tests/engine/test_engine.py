@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from l4jax import cache, decode
-from l4jax.engine.request import SamplingParams
+from l4jax.engine.arrays import fill_step
+from l4jax.engine.request import Request, SamplingParams
+from l4jax.engine.scheduler import Plan, Run
 from l4jax.text.chat import PromptError
 from tests import weights
 from tests.engine.engines import (
@@ -205,13 +207,38 @@ def test_cancelling_at_any_moment_frees_everything(steps):
     assert_all_free(engine)
 
 
-def test_an_answer_may_hold_the_patch_token():
-    """It is a token like any other there, and takes no image's features."""
-    engine = make_engine("scout-8-text")
-    request = engine.add([5], GREEDY.replace(max_tokens=2))
-    while engine.has_work:
-        for update in engine.step():
-            assert update.request_id == request
+def fill(request: Request, start: int, stop: int) -> cache.Batch:
+    engine = make_engine("scout-8-image")
+    plan = Plan([[Run(request, start, stop, [])]], is_loop=False)
+    return fill_step(plan, engine.limits, engine.runner.config, 16, 8).batch
+
+
+def make_image_request(tokens: list[int], slots: list[int]) -> Request:
+    return Request(0, tokens, len(tokens), 64, GREEDY, 0, (), feature_slots=slots)
+
+
+def test_image_tokens_take_the_features_of_their_tiles_in_order():
+    """Four features a tile; the tiles lie in slots 5 and 2, and the step begins in the first."""
+    patch = weights.PATCH_ID
+    request = make_image_request([9, *[patch] * 4, 8, *[patch] * 4, 7], [5, 2])
+    batch = fill(request, 2, 11)
+    assert batch.feature_T.tolist() == [21, 22, 23, -1, 8, 9, 10, 11, -1, *[-1] * 7]
+
+
+def test_a_patch_token_in_an_answer_is_a_token_like_any_other():
+    """By then the request has given its features back, and none is read."""
+    request = make_image_request([9, weights.PATCH_ID], [])
+    assert fill(request, 1, 2).feature_T is None
+
+
+def test_features_are_made_anew_for_other_limits():
+    """A buffer of fewer slots would drop the tiles of the images beyond it without a word."""
+    golden = weights.read_golden("scout-8-image")
+    for max_images in (1, 3):
+        engine = make_engine("scout-8-image", max_images=max_images)
+        engine.add(golden.ids.tolist(), GREEDY, find_tiles(golden))
+        assert run_all(engine).popitem()[1] == golden.greedy_tokens.tolist()
+        assert engine.runner.features.shape[0] == engine.limits.feature_slots == 17 * max_images
 
 
 @pytest.mark.parametrize(
