@@ -104,9 +104,7 @@ def count_page_bytes(config: TextConfig, page: int, dtype: jnp.dtype) -> int:
 
 
 def make_pool(config: TextConfig, pages: int, page: int, dtype: jnp.dtype) -> PagePool:
-    """A pool of `pages` pages of `page` positions, all zeros. Trace it under jit with shardings to
-    place it.
-    """
+    """A pool of zeros: `pages` pages of `page` positions. Trace it under jit to place it."""
     shape = (pages, config.kv_heads, page, config.head_dim)
     arrays = range(count_arrays(config))
     has_scales = jnp.dtype(dtype).itemsize == 1

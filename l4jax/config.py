@@ -99,9 +99,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A Llama 4: text, perhaps vision, the ids that have a meaning, and how its weights are
-    quantised.
-    """
+    """A Llama 4: text, perhaps vision, and the ids that have a meaning."""
 
     text: TextConfig
     vision: VisionConfig | None

@@ -78,9 +78,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, build, call, print; 0 when the answer is there, 1 for what was asked wrongly, 130 for
-    Ctrl-C.
-    """
+    """Parse, build, call, print; 0 for an answer, 1 for a wrong question, 130 for Ctrl-C."""
     args = parse(argv)
     started = time.perf_counter()
     if args.prompt is None:

@@ -230,9 +230,7 @@ class LLM:
     def stream(
         self, prompt: PromptLike | Messages, sampling_params: SamplingParams | None = None
     ) -> Iterator[Piece]:
-        """Answer one prompt or one conversation piece by piece. Leaving the iterator cancels the
-        request.
-        """
+        """Answer a prompt or a conversation in pieces. Leaving the iterator cancels it."""
         is_prompt = isinstance(prompt, str | Mapping)
         read = self._read(prompt) if is_prompt else self._render(prompt, None, True, None)
         self.engine.check(read.token_ids, read.images)
@@ -405,9 +403,7 @@ class Answer:
 
 
 def find_cache_folder() -> Path:
-    """Where l4jax keeps what it can make again: `L4JAX_CACHE`, else l4jax in the user's cache
-    folder.
-    """
+    """Where l4jax keeps what it can make again: `L4JAX_CACHE`, else in the user's cache."""
     if folder := os.environ.get("L4JAX_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "l4jax"

@@ -1,6 +1,4 @@
-"""Tiny Llama 4 checkpoints in the published layout, with a tokenizer of their own: for tests and
-first tries.
-"""
+"""Tiny Llama 4 checkpoints in the published layout, tokenizer and all: for first tries."""
 
 import dataclasses
 import json

@@ -1,6 +1,4 @@
-"""Where things live: meshes, tables of axes, and the placement of arrays. Knows jax, nothing of
-Llama.
-"""
+"""Where things live: meshes, tables of axes, placement. Knows jax, nothing of Llama."""
 
 from sharding.layout import Layout
 from sharding.mesh import MeshError, make_mesh, prepare_devices

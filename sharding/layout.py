@@ -62,9 +62,7 @@ class Layout:
         )
 
     def check(self, axis: str, size: int, what: str) -> None:
-        """Refuse a mesh that does not cut `size` things of a logical axis evenly: `what` names
-        them.
-        """
+        """Refuse a mesh that does not cut `size` things evenly; `what` names them."""
         parts = self.count(axis)
         if size % parts:
             text = "x".join(str(n) for n in self.mesh.shape.values() if n > 1)
@@ -78,9 +76,7 @@ class Layout:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Trace and run under this layout: the mesh is set, and the model's axis names mean its
-        table.
-        """
+        """Trace and run under this layout: its mesh is set, the axis names mean its table."""
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(tuple(self.rules.table.items())):
             yield
 

@@ -17,9 +17,7 @@ class Rules:
     table: Mapping[str, str | None]
 
     def change(self, name: str, **table: str | None) -> "Rules":
-        """Another strategy, told by what it does differently. A new axis is a typing error, and
-        refused.
-        """
+        """Another strategy, told by what it does differently. A new axis is refused."""
         unknown = set(table) - set(self.table)
         if unknown:
             raise KeyError(f"strategy {name}: no such logical axis: {', '.join(sorted(unknown))}")

@@ -1,3 +1,1 @@
-"""The engine: requests in, tokens out. Bookkeeping (request, pages, scheduler) knows no jax; the
-runner does.
-"""
+"""The engine: requests in, tokens out. Its bookkeeping knows no jax; its runner does."""

@@ -1,6 +1,4 @@
-"""How much fits: from what the caller wants and the memory there is to the engine's limits and
-shapes. No jax.
-"""
+"""How much fits: from what is wanted and the memory there is to limits and shapes. No jax."""
 
 import dataclasses
 import math
@@ -93,8 +91,7 @@ def plan_limits(
     def count_pages(length: int) -> int:
         return -(-length // page) + local_groups * -(-min(length, chunk) // page)
 
-    # A prompt that crosses boundaries within one step holds the local pages of all its chunks for
-    # that step.
+    # A prompt that crosses boundaries in one step holds the local pages of all its chunks there.
     spare = tokens // chunk * local_groups * (chunk // page)
     pages = min(count_pages(wanted) * requests + spare, memory // page_bytes)
     fits = _find_longest(count_pages, pages, wanted)
@@ -128,9 +125,7 @@ class Buckets:
 
     @classmethod
     def of(cls, limits: Limits) -> "Buckets":
-        """Tokens in fours, 16, 64, 256 .. the step's budget, with rows to match; loops in twos, 1,
-        2, 4 ..
-        """
+        """Tokens in fours, 16, 64 .. the budget, with rows to match; loops in twos, 1, 2, 4 .."""
         tokens, loops = [16], [1]
         while tokens[-1] < limits.tokens:
             tokens.append(min(4 * tokens[-1], limits.tokens))

@@ -80,9 +80,7 @@ MAX_LOGPROBS = 20  # as OpenAI's API allows
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities at one position, of the model's distribution before temperature and
-    filters.
-    """
+    """Log-probabilities at one position: the model's own, before temperature and filters."""
 
     chosen: float
     top: dict[int, float]  # the likeliest tokens asked for, the likeliest first

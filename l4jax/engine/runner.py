@@ -1,6 +1,4 @@
-"""The only place that knows devices: it places weights, pool and features, and runs what is
-planned.
-"""
+"""The only place that knows devices: weights, pool and features live here, and plans run."""
 
 import dataclasses
 import functools
@@ -44,8 +42,7 @@ class Runner:
         self.tower = VisionTower(config.vision, config.text.width) if config.vision else None
         self.features: jax.Array | None = None
         self.kv_scales: tuple[np.ndarray, np.ndarray] | None = None  # of a checkpoint that has them
-        # On a GPU float32 would be multiplied as TF32, 13 bits shorter; bfloat16 is not touched by
-        # this.
+        # On a GPU float32 would be multiplied as TF32, 13 bits shorter; bfloat16 stays as it is.
         self._precision = "highest" if self.dtype == jnp.float32 else "default"
 
     def load(
@@ -216,9 +213,7 @@ class Runner:
 
 
 def make_kernels(kernels: Kernels, layout: Layout) -> Kernels:
-    """The kernels, each entered through `shard_map`: a device works on its own heads, rows and
-    pages.
-    """
+    """The kernels, each entered through `shard_map`: on a device's own heads, rows and pages."""
     table, at = (axes.ROWS, axes.TABLE), (axes.TOKENS,)
     q = (axes.TOKENS, axes.KV_HEADS, axes.QUERIES, axes.HEAD_DIM)
     kv, pool = (axes.TOKENS, axes.KV_HEADS, axes.HEAD_DIM), cache.POOL_AXES
@@ -253,9 +248,7 @@ def check_mesh(config: Config, layout: Layout) -> None:
 
 
 def keep_compilations(folder: Path) -> None:
-    """Keep what is compiled in a folder, for the next start, unless jax has been told about it
-    already.
-    """
+    """Keep what is compiled in a folder, for the next start, unless jax knows of one already."""
     if os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "").lower() in ("false", "0"):
         return
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):

@@ -15,9 +15,7 @@ from l4jax.engine.request import Request
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What the scheduler must keep within. Per data shard: requests, pages and tokens are cut into
-    shards.
-    """
+    """What the scheduler must keep within: of each data shard, where nothing else is said."""
 
     shards: int
     requests: int
@@ -34,9 +32,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A row of a step: tokens start .. stop of a request, inside one chunk, and that chunk's local
-    pages.
-    """
+    """A row of a step: tokens start .. stop of a request, in one chunk, and its local pages."""
 
     request: Request
     start: int
@@ -90,17 +86,15 @@ class Scheduler:
             if not request.is_prefilling:
                 at = request.computed
                 runs[request.shard].append(Run(request, at, at + 1, request.chunk_pages))
-        done: list[
-            tuple[int, list[list[int]]]
-        ] = []  # local pages of chunks that this step completes
+        # Local pages of the chunks that this step completes, with their shard.
+        done: list[tuple[int, list[list[int]]]] = []
         for request in self.running:
             if request.is_prefilling:
                 for run in self._cut_prompt(request, runs[request.shard]):
                     runs[request.shard].append(run)
                     if run.chunk_pages is not request.chunk_pages:
                         done.append((request.shard, run.chunk_pages))
-        # Only now: a page that is freed while the step is planned could get a second owner within
-        # it.
+        # Only now: freed while the step is planned, a page could get a second owner within it.
         for shard, groups in done:
             for group in groups:
                 self.pages[shard].give_back(group)

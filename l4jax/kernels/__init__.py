@@ -13,9 +13,7 @@ from l4jax.kernels import portable, reference
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """What the model calls for the work that is worth a kernel. Signatures are those of
-    `reference.py`.
-    """
+    """What the model calls for the work worth a kernel, with the signatures of `reference.py`."""
 
     store: Callable[..., tuple[Array, Array]] = reference.store
     attend: Callable[..., Array] = reference.attend

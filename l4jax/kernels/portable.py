@@ -1,6 +1,4 @@
-"""Accelerations in plain XLA, for every device: memory and time follow the context that is really
-there.
-"""
+"""Accelerations in plain XLA, for every device: they cost what the real context costs."""
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -78,8 +76,7 @@ def _cut(row_T: Array, rows: int, block: int) -> tuple[Array, Array, Array]:
     at_T = jnp.arange(tokens)
     is_first_T = (at_T % block == 0) | (row_T != jnp.roll(row_T, 1))
     item_T = jnp.cumsum(is_first_T) - 1
-    # Each row, and the padding behind the last one, starts at most one item out of step with the
-    # blocks.
+    # Each row, and the padding behind the last, starts at most one item out of step with blocks.
     items = tokens if block == 1 else -(-tokens // block) + rows + 1
     first_I = jnp.full(items, tokens).at[item_T].min(at_T)
     token_IU = first_I[:, None] + jnp.arange(block)

@@ -1,5 +1,4 @@
-"""The definitions: what each kernel computes, in the plainest JAX that says it. They run
-everywhere.
+"""The definitions: what each kernel computes, in the plainest JAX that says it, on any device.
 
 Every acceleration is tested against these. They spend memory and arithmetic freely.
 """
@@ -31,9 +30,8 @@ def store(
     """
     pages, _, page, _ = k_PKZH.shape
     page_T = table_RB[row_T, position_T // page]
-    page_T = jnp.where(
-        position_T >= 0, page_T, pages
-    )  # beyond the pool, so that the write is dropped
+    # Padding goes beyond the pool, where the write is dropped.
+    page_T = jnp.where(position_T >= 0, page_T, pages)
     slot_T = position_T % page
     k_PKZH = k_PKZH.at[page_T, :, slot_T].set(narrow(k_TKH, k_PKZH.dtype), mode="drop")
     v_PKZH = v_PKZH.at[page_T, :, slot_T].set(narrow(v_TKH, v_PKZH.dtype), mode="drop")
@@ -62,8 +60,7 @@ def attend(
     is_visible_TS = jnp.arange(k_TKSH.shape[2]) <= position_T[:, None]
     score_TKGS = jnp.einsum("TKGH,TKSH->TKGS", q_TKGH, k_TKSH, preferred_element_type=jnp.float32)
     score_TKGS = jnp.where(is_visible_TS[:, None, None], score_TKGS * head_dim**-0.5, -jnp.inf)
-    # Slots beyond a row's length hold whatever their last owner left: mask the values too, since 0
-    # * nan is nan.
+    # Beyond a row's length lies what the last owner left: mask values too, since 0 * nan is nan.
     v_TKSH = jnp.where(is_visible_TS[:, None, :, None], v_TKSH, 0)
     weight_TKGS = jax.nn.softmax(score_TKGS, axis=-1, where=is_visible_TS[:, None, None])
     return jnp.einsum(

@@ -1,6 +1,4 @@
-"""Llama 4, to be read top to bottom: transformer, attention, rope, moe, layers; and vision beside
-them.
-"""
+"""Llama 4, to read top to bottom: transformer, attention, rope, moe, layers; and vision."""
 
 from l4jax.model.transformer import Llama4, Parameters, declare_parameters
 from l4jax.model.vision import VisionTower

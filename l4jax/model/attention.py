@@ -39,9 +39,7 @@ class Positions:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention of one layer; its keys and values go into the pool and come back with
-    it.
-    """
+    """Grouped-query attention of one layer; its keys and values go into the pool it returns."""
 
     config: TextConfig
     is_nope: bool
@@ -57,8 +55,7 @@ class Attention(nn.Module):
         scales: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Array, Array]:
         c = self.config
-        # The query heads of a kv head, its key and its value, side by side: one matmul, cut between
-        # kv heads.
+        # Of each kv head the queries, the key and the value: one matmul, cut between kv heads.
         qkv_KJHD = declare(
             self,
             "qkv",
@@ -85,9 +82,7 @@ class Attention(nn.Module):
             if c.has_qk_norm:
                 qk_TKJH = norm(qk_TKJH, c.norm_eps)
             q_TKGH, k_TKH = qk_TKJH[:, :, :-1], qk_TKJH[:, :, -1]
-        if (
-            scales is not None
-        ):  # of stored keys and values: the scores and the sums are linear in them
+        if scales is not None:  # of what is stored: scores and sums are linear in it
             k_scale, v_scale = (scale.astype(x_TD.dtype) for scale in scales)
             k_TKH, v_TKH, q_TKGH = k_TKH / k_scale, v_TKH / v_scale, q_TKGH * k_scale
         where = (positions.table_RB, positions.row_T, positions.position_T)

@@ -1,6 +1,4 @@
-"""What the other files of the model are made of: declared weights, projections, norms, the gated
-MLP.
-"""
+"""What the other files are made of: declared weights, projections, norms, the gated MLP."""
 
 import jax
 import jax.numpy as jnp
@@ -50,9 +48,7 @@ class RMSNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """`down @ (silu(gate @ x) * (up @ x))`: Maverick's dense layers, and the expert that all tokens
-    share.
-    """
+    """`down @ (silu(gate @ x) * (up @ x))`: dense layers, and the expert that all tokens share."""
 
     hidden: int
 

@@ -1,6 +1,4 @@
-"""Rotary position embedding on interleaved pairs (2i, 2i+1), in float32, as the checkpoints are
-laid out.
-"""
+"""Rotary position embedding on pairs (2i, 2i+1), in float32, as checkpoints are laid out."""
 
 import math
 

@@ -1,6 +1,4 @@
-"""The decoder: embed, then layers of `x + attention(norm(x))` and `x + feed_forward(norm(x))`, then
-the head.
-"""
+"""The decoder: embed; layers of attention and feed-forward, each added to x; the head."""
 
 import dataclasses
 from typing import Any
@@ -52,9 +50,7 @@ class Layer(nn.Module):
 
 
 class Llama4(nn.Module):
-    """The text model over a flat list of tokens: prefill, decode, and any mix of them are this one
-    call.
-    """
+    """The text model over a flat list of tokens: prefill, decode and mixes are this one call."""
 
     config: TextConfig
     kernels: Kernels = Kernels()

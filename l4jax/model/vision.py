@@ -119,9 +119,7 @@ class Adapter(nn.Module):
 
 
 def cut_patches(pixels_ICYX: Array, patch: int) -> Array:
-    """[I, C, Y, X] pixels to [I, patches, C * patch * patch], row by row, features as (channel, y,
-    x).
-    """
+    """[I, C, Y, X] pixels to [I, patches, C * patch * patch], row by row, as (channel, y, x)."""
     tiles, channels, height, width = pixels_ICYX.shape
     grid = pixels_ICYX.reshape(tiles, channels, height // patch, patch, width // patch, patch)
     return grid.transpose(0, 2, 4, 1, 3, 5).reshape(tiles, -1, channels * patch * patch)
