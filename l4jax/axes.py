@@ -44,6 +44,7 @@ ADAPTER_WIDTH = "adapter_width"
 # What a step holds.
 TOKENS = "tokens"
 ROWS = "rows"
+SLOTS = "slots"  # of what the device remembers of each request
 PAGES = "pages"
 PAGE = "page"  # slots of a page
 TABLE = "table"  # pages of a row

@@ -68,7 +68,7 @@ class Batch:
     A token with position -1 is padding: it writes nothing and nothing of it is used.
     """
 
-    token_T: Leaf  # int32
+    token_T: Leaf  # int32; in a batch for `decode`, -1 - s is the token drawn last in slot s
     position_T: Leaf  # int32, counted from the start of the request
     row_T: Leaf  # int32, within the data shard
     tables: Tables

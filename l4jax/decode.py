@@ -1,5 +1,5 @@
-"""The step, and the device-side loop of many steps: what the engine jits, and nothing else runs on
-a device.
+"""The step, and the device-side loop of many steps: what the engine jits (`make_programs`), and
+nothing else runs on a device.
 
 Shapes come from a short list of buckets, so that each of these compiles a few times at the start
 and never again. The pool is donated: pass it in, use the one that comes out.
@@ -16,7 +16,34 @@ from jax import Array, lax
 from l4jax import axes
 from l4jax.cache import Batch, Leaf, PagePool, Tables
 from l4jax.model import Llama4, Parameters, VisionTower
-from l4jax.sampling import Controls, Sampled, sample
+from l4jax.sampling import Adjustments, Controls, Sampled, adjust, sample
+
+_SCORED_TOGETHER = 64  # tokens of a step whose logits are in memory at once
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What the device remembers of each request between two calls, by its slot. Donate it and use
+    what comes back.
+
+    With it a step can be dispatched before the host knows what the last one drew.
+    """
+
+    last_S: Leaf  # int32: the token drawn last
+    seen_SV: Leaf  # int32: what prompt and answer hold, for penalties; see `sampling.Adjustments`
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ends:
+    """The tokens of a step whose logits count."""
+
+    # int32 index over all tokens of the step: of each row the last one, and, where some are
+    # guesses, those before it; a row with fewer repeats its last.
+    at_RW: Leaf
+    slot_R: Leaf  # int32: where what is drawn at the row's first is kept; beyond them is nowhere
+    target_T: Leaf = None  # int32: the token that follows each, where somebody asks; else -1
 
 
 @jax.tree_util.register_dataclass
@@ -24,9 +51,10 @@ from l4jax.sampling import Controls, Sampled, sample
 class Rows:
     """Where each row of a decode loop stands. The token has been chosen and not yet been run."""
 
-    token_R: Leaf  # int32
+    token_R: Leaf  # int32; as in `Batch`, -1 - s is the token drawn last in slot s
     position_R: Leaf  # int32, of that token; -1 is an unused row
     row_R: Leaf  # int32, the row's own number within its data shard
+    slot_R: Leaf  # int32, where the last token is kept; beyond the slots is nowhere
     limit_R: Leaf  # int32, tokens that the row may still choose in this call
     stop_RL: Leaf  # int32 ids that end the row, filled up with -1
 
@@ -42,8 +70,24 @@ class Decoded:
     top_logprob_SRL: Leaf = None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Log-probabilities of the tokens that follow, at each token of a step."""
+
+    logprob_T: Array  # of the one that follows
+    top_token_TL: Array
+    top_logprob_TL: Array
+
+
 _ROW = (axes.ROWS,)
-ROWS_AXES = Rows(_ROW, _ROW, _ROW, _ROW, (axes.ROWS, axes.LIST))
+MEMORY_AXES = Memory((axes.SLOTS,), (axes.SLOTS, axes.VOCAB))
+ROWS_AXES = Rows(_ROW, _ROW, _ROW, _ROW, _ROW, (axes.ROWS, axes.LIST))
+
+
+def name_ends_axes(*, has_targets: bool) -> Ends:
+    """The logical names of the axes of a step's ends."""
+    return Ends((axes.ROWS, axes.LIST), _ROW, (axes.TOKENS,) if has_targets else None)
 
 
 def forward(
@@ -61,34 +105,100 @@ def find_logits(model: Llama4, params: Parameters, x_RD: Array) -> Array:
     return model.apply({"params": params["text"]}, x_RD, method="find_logits")  # type: ignore[return-value]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "logprobs"), donate_argnames="pool")
 def step(
     params: Parameters,
     pool: PagePool,
+    memory: Memory,
     batch: Batch,
-    last_R: Array,
+    ends: Ends,
     controls: Controls,
+    adjustments: Adjustments | None = None,
     features: Array | None = None,
     *,
     model: Llama4,
     logprobs: int | None = None,
-) -> tuple[PagePool, Sampled]:
-    """Run the tokens of a step and draw a next token for each row.
+) -> tuple[PagePool, Memory, Sampled, Scored | None]:
+    """Run the tokens of a step and draw a next token for each of its ends.
 
     Args:
         params: the tree of `declare_parameters`.
-        pool: donated.
-        batch: prompt chunks and single tokens, in any mix.
-        last_R: index, over all tokens of the step, of each row's last token: the one whose logits
-            count.
+        pool, memory: donated.
+        batch: prompt chunks and single tokens, in any mix; a token -1 - s is the one drawn last in
+            slot s.
+        ends: whose logits count.
         controls: how each row is sampled.
+        adjustments: what changes its logits before that.
         features: [slots, features, D] of the images, where the batch points into them.
         model: static.
         logprobs: static; see `sampling.sample`.
+
+    Returns:
+        Pool and memory; what was drawn, [R * W]; what `ends.target_T` asked for.
     """
+    token_T = recall(batch.token_T, memory)
+    batch = dataclasses.replace(batch, token_T=token_T)
     x_TD, pool = forward(model, params, pool, batch, features)
-    logits_RV = find_logits(model, params, x_TD[last_R])
-    return pool, sample(logits_RV, controls, batch.position_T[last_R] + 1, logprobs)
+    width = ends.at_RW.shape[1]
+    at_X = ends.at_RW.reshape(-1)
+    controls, adjustments = jax.tree.map(
+        lambda leaf: jnp.repeat(leaf, width, axis=0), (controls, adjustments)
+    )
+    position_X = batch.position_T[at_X] + 1
+    logits_XV = find_logits(model, params, x_TD[at_X])
+    adjusted_XV = None
+    if adjustments is not None:
+        adjusted_XV = adjust(logits_XV, memory.seen_SV, adjustments, position_X)
+    sampled = sample(logits_XV, controls, position_X, logprobs, adjusted_XV)
+    memory = remember(memory, ends.slot_R, sampled.token_R.reshape(-1, width)[:, 0])
+    scored = None
+    if ends.target_T is not None:
+        scored = score_targets(model, params, x_TD, ends.target_T, logprobs or 0)
+    return pool, memory, sampled, scored
+
+
+def recall(token_T: Array, memory: Memory) -> Array:
+    """Token ids, with what the memory holds where -1 - s stands for the token of slot s."""
+    return jnp.where(token_T >= 0, token_T, memory.last_S[jnp.maximum(-1 - token_T, 0)])
+
+
+def remember(memory: Memory, slot_R: Array, token_R: Array) -> Memory:
+    """The memory with the tokens that were drawn; a slot beyond it remembers nothing."""
+    last_S = memory.last_S.at[slot_R].set(token_R, mode="drop")
+    seen_SV = memory.seen_SV.at[slot_R, token_R].add(1, mode="drop")
+    return Memory(last_S, seen_SV)
+
+
+def make_memory(slots: int, vocab: int) -> Memory:
+    """A memory of nothing. Trace it under jit to place it."""
+    return Memory(jnp.zeros(slots, jnp.int32), jnp.zeros((slots, vocab), jnp.int32))
+
+
+def score_targets(
+    model: Llama4, params: Parameters, x_TD: Array, target_T: Array, count: int
+) -> Scored:
+    """Log-probabilities of the tokens that follow; zeros, and no work, where nobody asks.
+
+    Logits are made for a few tokens at a time: those of a whole step would take gigabytes.
+    """
+
+    def look(pair: tuple[Array, Array]) -> Scored:
+        x_D, target = pair
+        logprob_V = jax.nn.log_softmax(find_logits(model, params, x_D[None])[0])
+        top_L, top_token_L = lax.top_k(logprob_V, count)
+        return Scored(logprob_V[jnp.maximum(target, 0)], top_token_L.astype(jnp.int32), top_L)
+
+    def find() -> Scored:
+        return lax.map(look, (x_TD, target_T), batch_size=min(_SCORED_TOGETHER, len(target_T)))
+
+    def skip() -> Scored:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(find))
+
+    return lax.cond((target_T >= 0).any(), find, skip)
+
+
+def set_seen(memory: Memory, slot: Array, seen_V: Array) -> Memory:
+    """The memory with what the tokens of a slot hold."""
+    return Memory(memory.last_S, memory.seen_SV.at[slot].set(seen_V))
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames="pool")
@@ -105,24 +215,29 @@ def score(
     return pool, find_logits(model, params, x_TD)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "steps", "logprobs"), donate_argnames="pool")
 def decode_loop(
     params: Parameters,
     pool: PagePool,
+    memory: Memory,
     rows: Rows,
     tables: Tables,
     controls: Controls,
+    adjustments: Adjustments | None = None,
     *,
     model: Llama4,
     steps: int,
     logprobs: int | None = None,
-) -> tuple[PagePool, Decoded]:
+) -> tuple[PagePool, Memory, Decoded]:
     """Decode up to `steps` tokens for each row on the device, and return them at once.
 
-    A row ends at a stop id or at its limit; the loop ends when all rows have. The caller owns
-    enough pages in `tables`, and sets limits that no row crosses a chunk boundary with.
+    A row ends at a stop id or at its limit; the loop ends when all rows have. One whose token comes
+    from the memory and is a stop id does not run: it had ended, and the host did not know it yet.
+    The caller owns enough pages in `tables`, and sets limits that no row crosses a chunk boundary
+    with.
     """
     rows_R = rows.token_R.shape
+    slots = memory.last_S.shape[0]
+    token_R = recall(rows.token_R, memory)
 
     def record(buffers: Decoded, at: Array, sampled: Sampled, is_running_R: Array) -> Decoded:
         def put(buffer: Array | None, value: Array | None, nothing: float) -> Array | None:
@@ -138,19 +253,26 @@ def decode_loop(
             put(buffers.top_logprob_SRL, sampled.top_logprob_RL, 0),
         )
 
+    def is_stop(token_R: Array) -> Array:
+        return (token_R[:, None] == rows.stop_RL).any(axis=-1)
+
     def is_going(carry: Any) -> Array:
-        at, _, _, is_running_R, _, _ = carry
+        at, _, _, is_running_R, *_ = carry
         return (at < steps) & is_running_R.any()
 
     def advance(carry: Any) -> Any:
-        at, token_R, position_R, is_running_R, pool, buffers = carry
+        at, token_R, position_R, is_running_R, pool, memory, buffers = carry
         batch = Batch(token_R, jnp.where(is_running_R, position_R, -1), rows.row_R, tables)
         x_RD, pool = forward(model, params, pool, batch)
-        sampled = sample(find_logits(model, params, x_RD), controls, position_R + 1, logprobs)
+        logits_RV, adjusted_RV = find_logits(model, params, x_RD), None
+        if adjustments is not None:
+            adjusted_RV = adjust(logits_RV, memory.seen_SV, adjustments, position_R + 1)
+        sampled = sample(logits_RV, controls, position_R + 1, logprobs, adjusted_RV)
         buffers = record(buffers, at, sampled, is_running_R)
-        is_stop_R = (sampled.token_R[:, None] == rows.stop_RL).any(axis=-1)
-        is_running_R &= ~is_stop_R & (at + 1 < rows.limit_R)
-        return at + 1, sampled.token_R, position_R + 1, is_running_R, pool, buffers
+        slot_R = jnp.where(is_running_R, rows.slot_R, slots)
+        memory = remember(memory, slot_R, sampled.token_R)
+        is_running_R &= ~is_stop(sampled.token_R) & (at + 1 < rows.limit_R)
+        return at + 1, sampled.token_R, position_R + 1, is_running_R, pool, memory, buffers
 
     def make(*shape: int, dtype: Any, fill: float) -> Array:
         return jnp.full((steps, *rows_R, *shape), fill, dtype)
@@ -162,13 +284,13 @@ def decode_loop(
         make(logprobs or 0, dtype=jnp.int32, fill=-1) if has_top else None,
         make(logprobs or 0, dtype=jnp.float32, fill=0) if has_top else None,
     )
-    is_running_R = (rows.position_R >= 0) & (rows.limit_R > 0)
-    start = (jnp.int32(0), rows.token_R, rows.position_R, is_running_R, pool, buffers)
-    *_, pool, buffers = lax.while_loop(is_going, advance, start)
-    return pool, buffers
+    has_ended_R = (rows.token_R < 0) & is_stop(token_R)
+    is_running_R = (rows.position_R >= 0) & (rows.limit_R > 0) & ~has_ended_R
+    start = (jnp.int32(0), token_R, rows.position_R, is_running_R, pool, memory, buffers)
+    *_, pool, memory, buffers = lax.while_loop(is_going, advance, start)
+    return pool, memory, buffers
 
 
-@functools.partial(jax.jit, static_argnames=("tower",), donate_argnames="features")
 def encode_tiles(
     params: Parameters, features: Array, pixels_ICYX: Array, slot_I: Array, *, tower: VisionTower
 ) -> Array:
@@ -184,3 +306,45 @@ def encode_tiles(
     """
     found_IND = tower.apply({"params": params["vision"]}, pixels_ICYX.astype(features.dtype))
     return features.at[slot_I].set(found_IND, mode="drop")  # type: ignore[union-attr]
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The functions of this file, jitted: each compiles once for every shape that it is called
+    with.
+    """
+
+    step: Any
+    decode_loop: Any
+    set_seen: Any
+    encode_tiles: Any
+
+
+@functools.cache
+def make_programs(pool: PagePool, memory: Memory, features: Any) -> Programs:
+    """Jit for these placements, `jax.sharding.Sharding`s of each array.
+
+    What is donated comes back placed as it went in. Left to the compiler it would come back as
+    something equivalent, and each program would be compiled for what each other program returns.
+    """
+    return Programs(
+        jax.jit(
+            step,
+            static_argnames=("model", "logprobs"),
+            donate_argnames=("pool", "memory"),
+            out_shardings=(pool, memory, None, None),
+        ),
+        jax.jit(
+            decode_loop,
+            static_argnames=("model", "steps", "logprobs"),
+            donate_argnames=("pool", "memory"),
+            out_shardings=(pool, memory, None),
+        ),
+        jax.jit(set_seen, donate_argnames="memory", out_shardings=memory),
+        jax.jit(
+            encode_tiles,
+            static_argnames=("tower",),
+            donate_argnames="features",
+            out_shardings=features,
+        ),
+    )

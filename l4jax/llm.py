@@ -14,9 +14,11 @@ from l4jax import checkpoint
 from l4jax.config import TINY, Config
 from l4jax.engine.capacity import Capacity
 from l4jax.engine.engine import Engine, Update
-from l4jax.engine.request import SamplingParams, TokenLogprobs
+from l4jax.engine.lookup import Speculation
+from l4jax.engine.request import Constraints, SamplingParams, TokenLogprobs
 from l4jax.engine.runner import Runner, keep_compilations
 from l4jax.text.chat import Prompt, PromptError, render_chat, spell_prompt
+from l4jax.text.grammar import Grammar
 from l4jax.text.image import ImageProcessor
 from l4jax.text.stream import Detokenizer
 from l4jax.text.tokenizer import Tokenizer
@@ -36,7 +38,7 @@ class Piece:
         text: new characters; never half of one.
         token_ids: the tokens that came, some of whose characters may come later.
         logprobs: of those tokens, where `SamplingParams.logprobs` asked for them.
-        finish_reason: "stop" or "length" in the last piece.
+        finish_reason: "stop" or "length" in the last piece, "error" where its step failed.
         stop_reason: the stop string or stop token id that ended it, as in vLLM.
     """
 
@@ -68,6 +70,8 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
     finished: bool = True
 
 
@@ -94,6 +98,9 @@ class LLM:
         kv_cache_memory_bytes: for the page pool; None is what is free on an accelerator, and
             256 MiB on a CPU.
         gpu_memory_utilization: share of an accelerator's memory for weights and pool.
+        enable_prefix_caching: whether prompts share what they begin with.
+        speculative_config: `{"method": "ngram", "num_speculative_tokens": 4}` guesses tokens by
+            looking up in the text itself; the answers are the same.
         limit_mm_per_prompt: `{"image": 10}` allows ten images a prompt.
         attn_temperature_tuning: True or False overrides the model's config.
         chat_template: Jinja, in place of the checkpoint's.
@@ -123,6 +130,8 @@ class LLM:
         kv_cache_dtype: str = "auto",
         kv_cache_memory_bytes: int | None = None,
         gpu_memory_utilization: float = 0.9,
+        enable_prefix_caching: bool = True,
+        speculative_config: Mapping[str, Any] | None = None,
         limit_mm_per_prompt: Mapping[str, int] | None = None,
         attn_temperature_tuning: bool | None = None,
         chat_template: str | None = None,
@@ -180,17 +189,41 @@ class LLM:
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             gpu_memory_utilization=gpu_memory_utilization,
             max_images=max_images,
+            enable_prefix_caching=enable_prefix_caching,
+            speculation=_read_speculation(speculative_config),
         )
         if kv_cache_dtype != "auto" and runner.kv_scales is None:
             self._tell(
                 "The fp8 KV cache has no scales in the checkpoint and takes 1: keys and values "
                 "beyond 448 are cut, small ones are coarse."
             )
-        self.engine = Engine(runner, runner.reserve(capacity), seed, max_images)
+        self.engine = Engine(runner, capacity, seed)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generation_config.json` says; used where a call gives none."""
         return self.default_params
+
+    def make_constraints(self, params: SamplingParams) -> Constraints:
+        """What an answer must keep to, in token ids; for `Engine.add`. From any thread.
+
+        Raises:
+            ValueError: for a schema or a grammar that cannot be had.
+        """
+        matcher = None
+        if params.structured_outputs is not None:
+            wanted = params.structured_outputs
+            grammar = Grammar.compile(
+                self.tokenizer,
+                wanted.kind,
+                wanted.value,
+                where=f"structured_outputs.{wanted.kind}",
+            )
+            stop_ids = (*self.config.eos_ids, *(params.stop_token_ids or ()))
+            matcher = grammar.start(self.config.text.vocab, stop_ids)
+        # A word is forbidden as it stands at the beginning, and as it stands behind a space.
+        spelled = (form for word in params.bad_words or () for form in (word, f" {word.lstrip()}"))
+        ids = (self.tokenizer.encode(text, add_special_tokens=False) for text in spelled)
+        return Constraints(tuple(dict.fromkeys(map(tuple, ids))), matcher)
 
     def generate(
         self,
@@ -246,7 +279,9 @@ class LLM:
             self._drop(request_id)
 
     def _add(self, prompt: Prompt, params: SamplingParams) -> int:
-        request_id = self.engine.add(prompt.token_ids, params, prompt.images)
+        request_id = self.engine.add(
+            prompt.token_ids, params, prompt.images, constraints=self.make_constraints(params)
+        )
         self._mail[request_id] = collections.deque()
         return request_id
 
@@ -271,15 +306,17 @@ class LLM:
         from tqdm import tqdm
 
         each = _spread(params or self.default_params, len(prompts))
-        answers = [Answer(self.tokenizer, its) for its in each]
+        # One request an answer: n of them share their prompt's pages.
+        wanted = [(place, single) for place, its in enumerate(each) for single in its.split()]
+        answers = [Answer(self.tokenizer, single) for _, single in wanted]
         ids: list[int] = []
         bar = tqdm(
-            total=len(prompts), desc="answers", unit="req", disable=not use_tqdm or self._is_quiet
+            total=len(wanted), desc="answers", unit="req", disable=not use_tqdm or self._is_quiet
         )
         try:
-            for prompt in prompts:
-                self.engine.check(prompt.token_ids, prompt.images)
-            ids = [self._add(prompt, its) for prompt, its in zip(prompts, each, strict=True)]
+            for prompt, its in zip(prompts, each, strict=True):
+                self.engine.check(prompt.token_ids, prompt.images, its)
+            ids = [self._add(prompts[place], single) for place, single in wanted]
             for request_id, answer in zip(ids, answers, strict=True):
                 while answer.finish_reason is None:
                     answer.take(self._receive(request_id))
@@ -288,10 +325,21 @@ class LLM:
             bar.close()
             for request_id in ids:
                 self._drop(request_id)
-        return [
-            RequestOutput(str(i), text, list(prompt.token_ids), [answer.complete()])
-            for i, text, prompt, answer in zip(ids, texts, prompts, answers, strict=True)
-        ]
+        outputs: list[RequestOutput] = []
+        for place, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+            mine = [n for n, (owner, _) in enumerate(wanted) if owner == place]
+            first = answers[mine[0]]
+            outputs.append(
+                RequestOutput(
+                    str(ids[mine[0]]),
+                    text,
+                    list(prompt.token_ids),
+                    [answers[n].complete(index) for index, n in enumerate(mine)],
+                    first.prompt_logprobs,
+                    first.cached_tokens,
+                )
+            )
+        return outputs
 
     def _read(self, prompt: PromptLike) -> Prompt:
         if isinstance(prompt, str):
@@ -344,9 +392,13 @@ class Answer:
         self._logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self.cached_tokens = 0
 
     def take(self, update: Update) -> Piece:
         """What an update adds to the text."""
+        self.prompt_logprobs = self.prompt_logprobs or update.prompt_logprobs
+        self.cached_tokens = update.cached_tokens
         text, count = self._held, 0
         cut = None
         for count, token in enumerate(update.token_ids, 1):  # noqa: B007
@@ -377,11 +429,11 @@ class Answer:
         self.finish_reason = finish_reason
         return Piece(text, tokens, logprobs, finish_reason, self.stop_reason)
 
-    def complete(self) -> CompletionOutput:
-        """The whole answer so far."""
+    def complete(self, index: int = 0) -> CompletionOutput:
+        """The whole answer so far, as the answer of this number to its prompt."""
         has_logprobs = self._params.logprobs is not None
         return CompletionOutput(
-            index=0,
+            index=index,
             text="".join(self._text),
             token_ids=self._token_ids,
             cumulative_logprob=sum(x.chosen for x in self._logprobs) if has_logprobs else None,
@@ -451,6 +503,17 @@ def _read_limit(limits: Mapping[str, int] | None) -> int:
             'limit_mm_per_prompt is like {"image": 10}: a count of images and nothing else.'
         )
     return images
+
+
+def _read_speculation(config: Mapping[str, Any] | None) -> Speculation | None:
+    if config is None:
+        return None
+    known = [field.name for field in dataclasses.fields(Speculation)]
+    unknown = sorted(set(config) - set(known))
+    if unknown or "num_speculative_tokens" not in config:
+        problem = f"has {', '.join(unknown)}" if unknown else "has no num_speculative_tokens"
+        raise ValueError(f"speculative_config {problem}: it holds {', '.join(known)}.")
+    return Speculation(**config)
 
 
 def _read_generation_config(folder: Path) -> SamplingParams:

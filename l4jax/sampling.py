@@ -36,11 +36,81 @@ class Sampled:
     top_logprob_RL: Array | None = None  # float32
 
 
-CONTROLS_AXES = Controls(*[(axes.ROWS,)] * 5)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adjustments:
+    """What changes each row's logits before a token is drawn. Numpy or arrays.
+
+    `seen_SV` counts, for each slot, how often the answer holds each token, and has `IN_PROMPT`
+    added where the prompt holds it.
+    """
+
+    slot_R: Any  # int32, of the row in seen_SV; beyond it is none
+    presence_R: Any  # float32
+    frequency_R: Any  # float32
+    repetition_R: Any  # float32; 1 changes nothing
+    bias_token_RL: Any  # int32; -1 is unused
+    bias_RL: Any  # float32, added to those tokens
+    floor_R: Any  # int32 position before which none of stop_RL is drawn
+    stop_RL: Any  # int32; -1 is unused
+    allowed_RL: Any  # int32 [R, vocab / 32]: bit i of word w is token 32 w + i
+
+
+IN_PROMPT = 1 << 30  # far above any count
+
+_ROW, _LIST = (axes.ROWS,), (axes.ROWS, axes.LIST)
+CONTROLS_AXES = Controls(*[_ROW] * 5)
+ADJUSTMENTS_AXES = Adjustments(_ROW, _ROW, _ROW, _ROW, _LIST, _LIST, _ROW, _LIST, _LIST)
+
+
+def adjust(logits_RV: Array, seen_SV: Array, adjustments: Adjustments, position_R: Array) -> Array:
+    """Logits after penalties, biases, and what is forbidden: -inf.
+
+    Penalties are vLLM's: repetition divides positive logits and multiplies others, of tokens in
+    prompt or answer; frequency and presence look at the answer only.
+
+    Args:
+        logits_RV: float32.
+        seen_SV: int32, what prompt and answer hold.
+        adjustments: of each row.
+        position_R: int32 position that the drawn token will take.
+    """
+    a = adjustments
+
+    def penalize(logits_RV: Array) -> Array:
+        seen_RV = seen_SV.at[a.slot_R].get(mode="fill", fill_value=0)
+        count_RV = seen_RV & (IN_PROMPT - 1)
+        repetition_RV = jnp.where(seen_RV > 0, a.repetition_R[:, None], 1.0)
+        logits_RV = jnp.where(logits_RV > 0, logits_RV / repetition_RV, logits_RV * repetition_RV)
+        return (
+            logits_RV - a.frequency_R[:, None] * count_RV - a.presence_R[:, None] * (count_RV > 0)
+        )
+
+    def put(logits_RV: Array, token_RL: Array, value_RL: Array) -> Array:
+        """Add to the logits of listed tokens; those at -1 go beyond the vocabulary, to nowhere."""
+        vocab = logits_RV.shape[1]
+        token_RL = jnp.where(token_RL >= 0, token_RL, vocab)
+        return jax.vmap(lambda row, at, value: row.at[at].add(value, mode="drop"))(
+            logits_RV, token_RL, value_RL
+        )
+
+    has_penalties = ((a.presence_R != 0) | (a.frequency_R != 0) | (a.repetition_R != 1)).any()
+    logits_RV = lax.cond(has_penalties, penalize, lambda x: x, logits_RV)
+    logits_RV = put(logits_RV, a.bias_token_RL, a.bias_RL)
+    is_early_R = position_R < a.floor_R
+    stop_RL = jnp.where(is_early_R[:, None], a.stop_RL, -1)
+    logits_RV = put(logits_RV, stop_RL, jnp.full(stop_RL.shape, -jnp.inf))
+    bits = jnp.arange(32)
+    allowed_RV = (a.allowed_RL[:, :, None] >> bits & 1).reshape(len(a.allowed_RL), -1)
+    return jnp.where(allowed_RV[:, : logits_RV.shape[1]] == 1, logits_RV, -jnp.inf)
 
 
 def sample(
-    logits_RV: Array, controls: Controls, position_R: Array, logprobs: int | None
+    logits_RV: Array,
+    controls: Controls,
+    position_R: Array,
+    logprobs: int | None,
+    adjusted_RV: Array | None = None,
 ) -> Sampled:
     """Draw a token for each row.
 
@@ -53,13 +123,15 @@ def sample(
         position_R: int32 position that the drawn token will take.
         logprobs: how many of the likeliest tokens to report; 0 reports the drawn one only, None
             nothing.
+        adjusted_RV: what to draw from instead; what is reported stays the model's own.
     """
+    from_RV = logits_RV if adjusted_RV is None else adjusted_RV
     is_greedy_R = controls.temperature_R <= 0
-    best_R = jnp.argmax(logits_RV, axis=-1)
+    best_R = jnp.argmax(from_RV, axis=-1)
 
     def draw() -> Array:
         kept_RV = lax.cond(
-            _has_filter(controls), _filter, lambda x, _: x, _warm(logits_RV, controls), controls
+            _has_filter(controls), _filter, lambda x, _: x, _warm(from_RV, controls), controls
         )
         noise_RV = jax.vmap(_make_noise, (0, 0, None))(
             controls.seed_R, position_R, logits_RV.shape[1]

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 
 from l4jax.config import Config
+from l4jax.engine.lookup import Speculation
 from l4jax.engine.scheduler import Limits
 
 TILES_PER_IMAGE = 17  # 16 tiles and the whole image, at most
@@ -28,6 +29,8 @@ class Capacity:
         gpu_memory_utilization: share of an accelerator's memory that weights and pool may take.
         max_images: images of a prompt, at most.
         loop_steps: decode steps between two looks at the tokens.
+        enable_prefix_caching: whether prompts share what they begin with.
+        speculation: how to guess tokens; None is not at all.
     """
 
     max_model_len: int | None = None
@@ -39,6 +42,8 @@ class Capacity:
     gpu_memory_utilization: float = 0.9
     max_images: int = 10
     loop_steps: int = 8
+    enable_prefix_caching: bool = True
+    speculation: Speculation | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
@@ -113,6 +118,7 @@ def plan_limits(
         local_groups=local_groups,
         loop_steps=capacity.loop_steps,
         max_length=fits,
+        drafts=capacity.speculation.num_speculative_tokens if capacity.speculation else 0,
     )
 
 
@@ -136,13 +142,23 @@ class Buckets:
         ]
         return cls((*steps, (tokens[-1], limits.rows)), tuple(loops))
 
-    def fit(self, tokens: int, rows: int) -> tuple[int, int]:
-        """The smallest step shape that holds as many tokens and rows."""
-        return next((t, r) for t, r in self.steps if t >= tokens and r >= rows)
+    def list_steps(self, is_adjusted: bool = False) -> tuple[tuple[int, int], ...]:
+        """The step shapes; for adjusted rows only the smallest and the largest, as they are rare
+        and each takes its time to compile.
+        """
+        return self.steps[:: max(1, len(self.steps) - 1)] if is_adjusted else self.steps
 
-    def fit_loop(self, rows: int) -> int:
+    def list_loops(self, is_adjusted: bool = False) -> tuple[int, ...]:
+        """The loop shapes; for adjusted rows only the largest."""
+        return self.loops[-1:] if is_adjusted else self.loops
+
+    def fit(self, tokens: int, rows: int, is_adjusted: bool = False) -> tuple[int, int]:
+        """The smallest step shape that holds as many tokens and rows."""
+        return next((t, r) for t, r in self.list_steps(is_adjusted) if t >= tokens and r >= rows)
+
+    def fit_loop(self, rows: int, is_adjusted: bool = False) -> int:
         """The smallest loop shape that holds as many rows."""
-        return next(r for r in self.loops if r >= rows)
+        return next(r for r in self.list_loops(is_adjusted) if r >= rows)
 
 
 def _find_longest(count_pages: Callable[[int], int], pages: int, wanted: int) -> int:

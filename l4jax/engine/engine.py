@@ -1,35 +1,94 @@
-"""Schedule, run, take note: the engine is a loop of these three."""
+"""Schedule, run, take note: the engine is a loop of these three.
+
+It keeps one plan ahead: the next is dispatched before the tokens of the last one are read, so that
+the devices never wait for the host.
+"""
 
 import dataclasses
 import itertools
+import logging
+import math
 import random
+import time
 
-from l4jax.engine.request import Request, SamplingParams, TokenLogprobs
-from l4jax.engine.runner import Runner
-from l4jax.engine.scheduler import Limits, Scheduler
+import numpy as np
+
+from l4jax.engine.arrays import Drawn
+from l4jax.engine.capacity import Capacity
+from l4jax.engine.lookup import PromptLookup
+from l4jax.engine.request import (
+    Constraints,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+)
+from l4jax.engine.runner import Flight, Runner
+from l4jax.engine.scheduler import Plan, Scheduler
 from l4jax.text.chat import PromptError
 from l4jax.text.image import Tiles
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """What a step brought for one request."""
+    """What a step brought for one request.
+
+    Attributes:
+        finish_reason: "stop" or "length"; "abort" where its time was up, "error" where its step
+            failed; None while it goes on.
+        prompt_logprobs: of each token of the prompt, the first one's None; with the first tokens,
+            where they were asked for.
+        cached_tokens: of the prompt, found in the prefix cache.
+    """
 
     request_id: int
     token_ids: list[int]
     logprobs: list[TokenLogprobs]
-    finish_reason: str | None  # "stop", "length", or None while it goes on
+    finish_reason: str | None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    cached_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """How the engine stands, and what it has done since it was made."""
+
+    running: int
+    waiting: int
+    pages: int  # of all data shards
+    pages_used: int  # owned by requests; what the prefix cache holds besides is free
+    prompt_tokens: int
+    generation_tokens: int
+    prefix_queries: int  # tokens of prompts that were looked up in the prefix cache
+    prefix_hits: int  # of these, found
+    drafted: int  # tokens guessed
+    accepted: int  # of these, right
+    preemptions: int
 
 
 class Engine:
-    """Requests in, tokens out, on a runner that has its weights and its pool."""
+    """Requests in, tokens out, on a runner that has its weights; allocates the page pool.
 
-    def __init__(self, runner: Runner, limits: Limits, seed: int = 0, max_images: int = 10):
-        self.runner, self.limits, self.max_images = runner, limits, max_images
-        self.scheduler = Scheduler(limits)
+    Not thread-safe: one thread calls it.
+    """
+
+    def __init__(self, runner: Runner, capacity: Capacity, seed: int = 0):
+        """Raises `CapacityError` where the capacity does not fit in memory."""
+        self.runner, self.capacity = runner, capacity
+        self.limits = runner.reserve(capacity)
+        self.scheduler = Scheduler(
+            self.limits,
+            keeps_prefixes=capacity.enable_prefix_caching,
+            guess=PromptLookup(capacity.speculation) if capacity.speculation else None,
+        )
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
         self._seeds = random.Random(seed)
+        self._flight: Flight | None = None
+        self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
+        self._counts = dict.fromkeys(("prompt", "generation", "queries", "hits"), 0)
+        self._guesses = {"drafted": 0, "accepted": 0}
 
     @property
     def has_work(self) -> bool:
@@ -41,11 +100,31 @@ class Engine:
         token_ids: list[int] | tuple[int, ...],
         params: SamplingParams,
         images: tuple[Tiles, ...] = (),
+        *,
+        constraints: Constraints | None = None,
+        timeout: float | None = None,
     ) -> int:
-        """Take a request; its id. Raises `PromptError` for a prompt that cannot be run."""
-        self.check(token_ids, images)
+        """Take a request, for one answer; its id.
+
+        Args:
+            token_ids: of the prompt.
+            params: how to sample; its n is not looked at.
+            images: of the prompt, in order.
+            constraints: what the answer must keep to.
+            timeout: seconds after which it ends with what it has, as "abort".
+
+        Raises:
+            PromptError: for a prompt that cannot be run.
+        """
+        self.check(token_ids, images, params)
+        config = self.runner.config
         room = self.limits.max_length - len(token_ids)
-        eos_ids = () if params.ignore_eos else self.runner.config.eos_ids
+        # A grammar ends with one of them, whoever ignores them otherwise.
+        is_endless = params.ignore_eos and (constraints is None or constraints.matcher is None)
+        eos_ids = () if is_endless else config.eos_ids
+        positions = None
+        if images:
+            positions = np.flatnonzero(np.array(token_ids) == config.patch_id)
         request = Request(
             id=next(self._ids),
             tokens=list(token_ids),
@@ -55,35 +134,69 @@ class Engine:
             seed=self._seeds.getrandbits(32) if params.seed is None else params.seed,
             stop_ids=tuple(dict.fromkeys([*eos_ids, *(params.stop_token_ids or ())])),
             images=images,
+            patch_positions=positions,
+            constraints=constraints or Constraints(),
+            deadline=math.inf if timeout is None else time.monotonic() + timeout,
         )
         self._requests[request.id] = request
+        if params.prompt_logprobs is not None:
+            self._prompt_logprobs[request.id] = [None]
         self.scheduler.add(request)
         return request.id
 
     def cancel(self, request_id: int) -> None:
         """Drop a request at any moment, and free what it owns. One that has ended is left alone."""
         request = self._requests.pop(request_id, None)
+        self._prompt_logprobs.pop(request_id, None)
         if request is not None:
+            request.finish_reason = request.finish_reason or "abort"
             self.scheduler.end(request)
 
     def step(self) -> list[Update]:
-        """Run what is next, and say what it brought."""
-        plan = self.scheduler.plan()
-        if plan is None:
-            return []
-        updates = []
-        for request, tokens, logprobs in self.runner.run(plan):
-            tokens = _cut_at_stop(tokens, request.stop_ids)
-            logprobs = logprobs[: len(tokens)]
-            if request.feature_slots:
-                self.scheduler.free_features(request)
-            request.take(tokens, logprobs)
-            updates.append(Update(request.id, tokens, logprobs, request.finish_reason))
-            if request.finish_reason is not None:
-                self.cancel(request.id)
-        return updates
+        """Start what is next, and say what the step before it brought.
 
-    def check(self, token_ids: list[int] | tuple[int, ...], images: tuple[Tiles, ...] = ()) -> None:
+        A failure ends the requests that were in it; those that only waited or were computed before
+        are computed again.
+        """
+        updates = self._expire()
+        if self.scheduler.must_know:
+            updates += self._land()
+        plan, flight = self.scheduler.plan(), None
+        if plan is not None:
+            try:
+                flight = self.runner.dispatch(plan)
+            except Exception as error:  # whatever it is, the other requests go on
+                return updates + self._land() + self._fail(plan, error)
+        landing, self._flight = self._flight, flight
+        return updates + self._take(landing)
+
+    def warm_up(self, *, progress: bool = False) -> None:
+        """Compile everything now, so that nothing is compiled while requests wait."""
+        self.runner.warm_up(progress=progress)
+
+    def stats(self) -> Stats:
+        """How the engine stands."""
+        pages, counts = self.scheduler.pages, self._counts
+        return Stats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            pages=sum(shard.size for shard in pages),
+            pages_used=sum(shard.size - shard.free for shard in pages),
+            prompt_tokens=counts["prompt"],
+            generation_tokens=counts["generation"],
+            prefix_queries=counts["queries"],
+            prefix_hits=counts["hits"],
+            drafted=self._guesses["drafted"],
+            accepted=self._guesses["accepted"],
+            preemptions=self.scheduler.preemptions,
+        )
+
+    def check(
+        self,
+        token_ids: list[int] | tuple[int, ...],
+        images: tuple[Tiles, ...] = (),
+        params: SamplingParams | None = None,
+    ) -> None:
         """Raise `PromptError` for a prompt that cannot be run."""
         config, longest = self.runner.config, self.limits.max_length
         if not token_ids:
@@ -93,16 +206,20 @@ class Engine:
                 f"the prompt has {len(token_ids)} tokens, and with the answer {longest} fit: "
                 f"shorten it to {longest - 1}, or raise max_model_len."
             )
-        strangers = [token for token in token_ids if not 0 <= token < config.text.vocab]
+        vocab = config.text.vocab
+        listed = [
+            *((params and params.logit_bias) or ()),
+            *((params and params.stop_token_ids) or ()),
+        ]
+        strangers = [token for token in (*token_ids, *listed) if not 0 <= token < vocab]
         if strangers:
-            raise PromptError(
-                f"token id {strangers[0]} is not in the vocabulary of {config.text.vocab}."
-            )
+            raise PromptError(f"token id {strangers[0]} is not in the vocabulary of {vocab}.")
         if images and config.vision is None:
             raise PromptError("the prompt holds an image, and this model only reads text.")
-        if len(images) > self.max_images:
+        if len(images) > self.capacity.max_images:
             raise PromptError(
-                f"the prompt holds {len(images)} images, and {self.max_images} are allowed."
+                f"the prompt holds {len(images)} images, and {self.capacity.max_images} are "
+                "allowed."
             )
         wanted = sum(len(image.pixels_ICHW) for image in images) * (
             config.vision.features if config.vision else 0
@@ -113,6 +230,104 @@ class Engine:
                 f"the prompt has {found} image tokens (id {config.patch_id}) "
                 f"for {wanted} image features."
             )
+
+    def _expire(self) -> list[Update]:
+        """End what has run out of time."""
+        now = time.monotonic()
+        late = [request for request in self._requests.values() if request.deadline < now]
+        return [self._end(request, "abort") for request in late]
+
+    def _land(self) -> list[Update]:
+        """Wait for what is under way."""
+        landing, self._flight = self._flight, None
+        return self._take(landing)
+
+    def _take(self, landing: Flight | None) -> list[Update]:
+        if landing is None:
+            return []
+        try:
+            drawn = landing.land()
+        except Exception as error:  # whatever it is, the other requests go on
+            return self._fail(landing.plan, error)
+        return [update for each in drawn if (update := self._note(each))]
+
+    def _note(self, drawn: Drawn) -> Update | None:
+        """What a request drew becomes part of it; nothing to tell of one that is gone."""
+        run, request = drawn.run, drawn.run.request
+        request.pending -= run.draws
+        if request.id not in self._requests:
+            return None
+        known = self._prompt_logprobs.get(request.id)
+        if known is not None:  # one that was computed again tells the same once more
+            known += drawn.prompt_logprobs[len(known) - drawn.prompt_start :]
+        if not drawn.token_ids:
+            return None
+        if run.drafts:
+            self._guesses["drafted"] += len(run.drafts)
+            self._guesses["accepted"] += len(drawn.token_ids) - 1
+            request.computed -= run.draws - len(drawn.token_ids)
+        is_first = len(request.tokens) == request.prompt_length
+        tokens = _cut_at_stop(drawn.token_ids, request.stop_ids)
+        logprobs = drawn.logprobs[: len(tokens)]
+        request.take(tokens, logprobs)
+        if is_first:
+            self._counts["prompt"] += request.prompt_length
+            self._counts["queries"] += request.prompt_length
+            self._counts["hits"] += request.cached or 0
+        self._counts["generation"] += len(tokens)
+        if request.finish_reason is None and not _follow(request, tokens):
+            request.finish_reason = "error"
+        update = Update(
+            request.id,
+            tokens,
+            logprobs,
+            request.finish_reason,
+            known if is_first else None,
+            request.cached or 0,
+        )
+        if request.finish_reason is not None:
+            self.cancel(request.id)
+        return update
+
+    def _fail(self, plan: Plan, error: Exception) -> list[Update]:
+        """End the requests of a plan; all others are computed again, on an empty pool."""
+        log.error("a step failed, and with it its requests", exc_info=error)
+        self._flight = None
+        failed = {run.request.id for shard in plan.runs for run in shard}
+        updates = [
+            self._end(request, "error")
+            for request in list(self._requests.values())
+            if request.id in failed
+        ]
+        for request in self._requests.values():
+            request.pending = 0
+        for request in list(self.scheduler.running):
+            self.scheduler.preempt(request)
+        self.scheduler.forget_prefixes()
+        self.runner.start()
+        return updates
+
+    def _end(self, request: Request, finish_reason: str) -> Update:
+        """End a request as it stands."""
+        request.finish_reason = finish_reason
+        self.cancel(request.id)
+        return Update(request.id, [], [], finish_reason, cached_tokens=request.cached or 0)
+
+
+def _follow(request: Request, tokens: list[int]) -> bool:
+    """Lead a request's grammar, if it has one, through the tokens that were drawn; whether it can
+    go on.
+    """
+    matcher = request.constraints.matcher
+    if matcher is None:
+        return True
+    try:
+        is_right = all([matcher.accept(token) for token in tokens])
+        matcher.mask()  # where it has outgrown its limits, only this request fails
+    except ValueError as error:
+        log.error("request %d: %s", request.id, error)
+        return False
+    return is_right
 
 
 def _cut_at_stop(tokens: list[int], stop_ids: tuple[int, ...]) -> list[int]:

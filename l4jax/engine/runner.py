@@ -1,9 +1,11 @@
 """The only place that knows devices: weights, pool and features live here, and plans run."""
 
+import contextlib
 import dataclasses
 import functools
 import os
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +17,37 @@ from l4jax import axes, cache, checkpoint, decode, sampling
 from l4jax.config import Config
 from l4jax.engine import arrays
 from l4jax.engine.capacity import Buckets, Capacity, choose_page, plan_limits
-from l4jax.engine.request import MAX_LOGPROBS, Request, TokenLogprobs
-from l4jax.engine.scheduler import Limits, Plan
+from l4jax.engine.request import MAX_LOGPROBS
+from l4jax.engine.scheduler import Limits, Plan, Run
 from l4jax.kernels import PORTABLE, Kernels
 from l4jax.kernels.formats import FP8, name_axes
 from l4jax.model import Llama4, VisionTower, declare_parameters
 from sharding import STRATEGIES, Layout, make_mesh, prepare_devices
 
-# What a request got from a plan: its tokens, and what it asked to know of each.
-Chosen = tuple[Request, list[int], list[TokenLogprobs]]
-
 TILES = (1, 4)  # image tiles that are encoded in one call
 CPU_POOL_BYTES = 2**28  # where nobody says otherwise: what a laptop can spare
 
 
+@dataclasses.dataclass(frozen=True)
+class Flight:
+    """A plan under way on the devices, and where its results will be."""
+
+    plan: Plan
+    shape: tuple[int, int]  # tokens and rows, per data shard
+    drawn: Any
+    scored: Any = None
+
+    def land(self) -> list[arrays.Drawn]:
+        """Wait for it, and read what each request drew."""
+        tokens, rows = self.shape
+        drawn, scored = jax.device_get((self.drawn, self.scored))
+        if self.plan.is_loop:
+            return arrays.read_loop(self.plan, drawn, rows)
+        return arrays.read_step(self.plan, drawn, scored, tokens, rows)
+
+
 class Runner:
-    """A model on a mesh: `load` or `initialize`, then `reserve`, then `run` as often as wanted."""
+    """A model on a mesh: `load` or `initialize`, `reserve`, then `dispatch` as often as wanted."""
 
     def __init__(self, config: Config, mesh: str | int, dtype: Any, strategy: str = "tensor"):
         """Make the mesh; refuse one that the model cannot be cut for (`sharding.MeshError`)."""
@@ -40,7 +57,6 @@ class Runner:
         check_mesh(config, self.layout)
         self.model = Llama4(config.text, make_kernels(PORTABLE, self.layout))
         self.tower = VisionTower(config.vision, config.text.width) if config.vision else None
-        self.features: jax.Array | None = None
         self.kv_scales: tuple[np.ndarray, np.ndarray] | None = None  # of a checkpoint that has them
         # On a GPU float32 would be multiplied as TF32, 13 bits shorter; bfloat16 stays as it is.
         self._precision = "highest" if self.dtype == jnp.float32 else "default"
@@ -104,99 +120,166 @@ class Runner:
         memory = self._find_memory(capacity)
         self.limits = plan_limits(self.config, capacity, shards, page_bytes, memory)
         self.buckets = Buckets.of(self.limits)
-        self.features = None  # made for these limits, when the first image comes
-        pages = shards * self.limits.pages
-        make = functools.partial(cache.make_pool, text, pages, page, dtype)
-        names = cache.name_pool_axes(jax.eval_shape(make))
-        self.pool = jax.jit(make, out_shardings=self.layout.place_all(names))()
+        self._pool_dtype = dtype
+        self.start()
+        return self.limits
+
+    def start(self) -> None:
+        """Begin with an empty pool and an empty memory of requests, the first time or after a
+        failure.
+        """
+        text, vision, limits = self.config.text, self.config.vision, self.limits
+        self.pool = self.memory = self.features = None  # there may be no room for two
+        place = self.layout.place_all
+        make_pool = functools.partial(
+            cache.make_pool, text, limits.shards * limits.pages, limits.page, self._pool_dtype
+        )
+        pool_places = place(cache.name_pool_axes(jax.eval_shape(make_pool)))
+        self.pool = jax.jit(make_pool, out_shardings=pool_places)()
         if self.kv_scales is not None and self.pool.k_scale is not None:
             k_scale, v_scale = self._put(self.kv_scales, ((axes.LAYERS,), (axes.LAYERS,)))
             self.pool = dataclasses.replace(self.pool, k_scale=k_scale, v_scale=v_scale)
-        return self.limits
+        slots, memory_places = limits.shards * limits.requests, place(decode.MEMORY_AXES)
+        make_memory = functools.partial(decode.make_memory, slots, text.vocab)
+        self.memory = jax.jit(make_memory, out_shardings=memory_places)()
+        features_place = place((axes.TILES, axes.FEATURES, axes.WIDTH))
+        if limits.feature_slots and vision is not None:
+            shape = (limits.feature_slots, vision.features, text.width)
+            make_features = functools.partial(jnp.zeros, shape, self.dtype)
+            self.features = jax.jit(make_features, out_shardings=features_place)()
+        self.programs = decode.make_programs(pool_places, memory_places, features_place)
 
-    def run(self, plan: Plan) -> list[Chosen]:
-        """Run a plan; the tokens that it chose, for the requests that it chose any for."""
-        runs = [run for shard in plan.runs for run in shard]
-        asked = [n for run in runs if (n := run.request.params.logprobs) is not None]
-        logprobs = None if not asked else 0 if max(asked) == 0 else MAX_LOGPROBS
-        with self.layout.active(), jax.default_matmul_precision(self._precision):
-            if plan.is_loop:
-                return self._run_loop(plan, logprobs)
-            for run in runs:
-                if run.start == 0 and run.request.images:
-                    self._encode(run.request)
-            return self._run_step(plan, logprobs)
+    def dispatch(self, plan: Plan) -> "Flight":
+        """Start a plan on the devices, behind what was started before it; does not wait."""
+        is_adjusted = any(run.request.is_adjusted for shard in plan.runs for run in shard)
+        with self._ready():
+            for run in (run for shard in plan.runs for run in shard if run.is_first):
+                if run.feature_slots:
+                    self._encode(run)
+                if run.request.params.has_penalties:
+                    seen_V = arrays.count_seen(run.request, self.config.text.vocab)
+                    self.memory = self.programs.set_seen(
+                        self.memory, np.int32(run.request.slot), seen_V
+                    )
+            run = self._start_loop if plan.is_loop else self._start_step
+            return run(plan, is_adjusted)
 
-    def _run_step(self, plan: Plan, logprobs: int | None) -> list[Chosen]:
+    def warm_up(self, *, progress: bool = False) -> None:
+        """Compile everything that a plan may need, by running it on padding."""
+        from tqdm import tqdm
+
+        empty: list[list[Run]] = [[] for _ in range(self.limits.shards)]
+        todo = [
+            *(
+                (Plan(empty, False), shape, adjusted)
+                for adjusted in (False, True)
+                for shape in self.buckets.list_steps(adjusted)
+            ),
+            *(
+                (Plan(empty, True), shape, adjusted)
+                for adjusted in (False, True)
+                for shape in self.buckets.list_loops(adjusted)
+            ),
+        ]
+        with self._ready():
+            seen_V = np.zeros(self.config.text.vocab, np.int32)
+            self.memory = self.programs.set_seen(self.memory, np.int32(0), seen_V)
+            if self.features is not None:
+                for count in TILES:
+                    self._encode_part(np.zeros((count, *self._tile_shape), np.float32), [])
+            for plan, shape, adjusted in tqdm(
+                todo, desc="compiling", unit="program", disable=not progress
+            ):
+                if plan.is_loop:
+                    self._run_loop(plan, shape, adjusted)
+                else:
+                    self._run_step(plan, shape, adjusted)
+        jax.block_until_ready(self.pool)
+
+    def _start_step(self, plan: Plan, is_adjusted: bool) -> "Flight":
         counts = [sum(run.stop - run.start for run in shard) for shard in plan.runs]
-        tokens, rows = self.buckets.fit(max(counts), max(map(len, plan.runs)))
-        step = arrays.fill_step(plan, self.limits, self.config, tokens, rows)
-        has_features = step.batch.feature_T is not None
-        self.pool, sampled = decode.step(
-            self.params,
-            self.pool,
-            self._put(step.batch, cache.name_axes(has_features=has_features)),
-            step.last_R,
-            self._put(step.controls, sampling.CONTROLS_AXES),
-            self.features if has_features else None,
-            model=self.model,
-            logprobs=logprobs,
-        )
-        sampled = jax.device_get(sampled)
-        found = []
-        for row, run in arrays.enumerate_rows(plan, rows):
-            run.request.computed = run.stop
-            if run.stop == len(run.request.tokens):
-                told = arrays.read_logprobs(run, sampled, row)
-                found.append((run.request, [int(sampled.token_R[row])], told))
-        return found
+        shape = self.buckets.fit(max(counts), max(map(len, plan.runs)), is_adjusted)
+        sampled, scored = self._run_step(plan, shape, is_adjusted)
+        wants = [r.request.params.prompt_logprobs is not None for shard in plan.runs for r in shard]
+        return Flight(plan, shape, sampled, scored if any(wants) else None)
 
-    def _run_loop(self, plan: Plan, logprobs: int | None) -> list[Chosen]:
-        rows = self.buckets.fit_loop(max(map(len, plan.runs)))
-        state, tables, controls = arrays.fill_loop(plan, self.limits, rows)
-        self.pool, decoded = decode.decode_loop(
+    def _start_loop(self, plan: Plan, is_adjusted: bool) -> "Flight":
+        rows = self.buckets.fit_loop(max(map(len, plan.runs)), is_adjusted)
+        return Flight(plan, (rows, rows), self._run_loop(plan, rows, is_adjusted))
+
+    def _run_step(self, plan: Plan, shape: tuple[int, int], is_adjusted: bool) -> tuple[Any, Any]:
+        tokens, rows = shape
+        step = arrays.fill_step(
+            plan, self.limits, self.config, tokens, rows, has_targets=is_adjusted
+        )
+        self.pool, self.memory, sampled, scored = self.programs.step(
             self.params,
             self.pool,
+            self.memory,
+            self._put(step.batch, cache.name_axes(has_features=self.features is not None)),
+            self._put(step.ends, decode.name_ends_axes(has_targets=is_adjusted)),
+            self._put(step.controls, sampling.CONTROLS_AXES),
+            self._put_adjustments(plan, rows) if is_adjusted else None,
+            self.features,
+            model=self.model,
+            logprobs=MAX_LOGPROBS if is_adjusted else None,
+        )
+        return sampled, scored
+
+    def _run_loop(self, plan: Plan, rows: int, is_adjusted: bool) -> Any:
+        state, tables, controls = arrays.fill_loop(plan, self.limits, rows)
+        self.pool, self.memory, decoded = self.programs.decode_loop(
+            self.params,
+            self.pool,
+            self.memory,
             self._put(state, decode.ROWS_AXES),
             self._put(tables, cache.name_axes().tables),
             self._put(controls, sampling.CONTROLS_AXES),
+            self._put_adjustments(plan, rows) if is_adjusted else None,
             model=self.model,
             steps=self.limits.loop_steps,
-            logprobs=logprobs,
+            logprobs=MAX_LOGPROBS if is_adjusted else None,
         )
-        decoded = jax.device_get(decoded)
-        found = []
-        for row, run in arrays.enumerate_rows(plan, rows):
-            tokens = [int(token) for token in decoded.token_SR[:, row] if token >= 0]
-            run.request.computed += len(tokens)
-            steps = [arrays.read_step_of_loop(decoded, at) for at in range(len(tokens))]
-            told = [entry for step in steps for entry in arrays.read_logprobs(run, step, row)]
-            found.append((run.request, tokens, told))
-        return found
+        return decoded
 
-    def _encode(self, request: Request) -> None:
+    def _encode(self, run: Run) -> None:
         """Encode the tiles of a request into its feature slots."""
-        assert self.config.vision is not None and self.tower is not None
-        slots, at = self.limits.feature_slots, 0
-        if self.features is None:  # not before there is an image: nobody else needs the memory
-            shape = (slots, self.config.vision.features, self.config.text.width)
-            place = self.layout.place((axes.TILES, axes.FEATURES, axes.WIDTH))
-            self.features = jax.jit(lambda: jnp.zeros(shape, self.dtype), out_shardings=place)()
-        pixels_ICYX = np.concatenate([image.pixels_ICHW for image in request.images])
+        pixels_ICYX = np.concatenate([image.pixels_ICHW for image in run.request.images])
+        at = 0
         while at < len(pixels_ICYX):
             count = next((n for n in TILES if n >= len(pixels_ICYX) - at), TILES[-1])
             part = pixels_ICYX[at : at + count]
-            padding = count - len(part)
-            slot_I = [*request.feature_slots[at : at + count], *[slots] * padding]
-            part = np.pad(part, ((0, padding), (0, 0), (0, 0), (0, 0)))
-            self.features = decode.encode_tiles(
-                self.params,
-                self.features,
-                self._put(part, (axes.TILES, axes.CHANNELS, axes.PIXELS_Y, axes.PIXELS_X)),
-                np.array(slot_I, np.int32),
-                tower=self.tower,
-            )
+            padding = ((0, count - len(part)), (0, 0), (0, 0), (0, 0))
+            self._encode_part(np.pad(part, padding), run.feature_slots[at : at + count])
             at += count
+
+    def _encode_part(self, pixels_ICYX: np.ndarray, slots: Sequence[int]) -> None:
+        """Encode a few tiles; those beyond the slots are padding."""
+        assert self.tower is not None
+        beyond = self.limits.feature_slots
+        slot_I = [*slots, *[beyond] * (len(pixels_ICYX) - len(slots))]
+        names = (axes.TILES, axes.CHANNELS, axes.PIXELS_Y, axes.PIXELS_X)
+        self.features = self.programs.encode_tiles(
+            self.params,
+            self.features,
+            self._put(pixels_ICYX, names),
+            np.array(slot_I, np.int32),
+            tower=self.tower,
+        )
+
+    def _put_adjustments(self, plan: Plan, rows: int) -> sampling.Adjustments:
+        found = arrays.fill_adjustments(plan, self.limits, rows, self.config.text.vocab)
+        return self._put(found, sampling.ADJUSTMENTS_AXES)
+
+    @contextlib.contextmanager
+    def _ready(self) -> Iterator[None]:
+        with self.layout.active(), jax.default_matmul_precision(self._precision):
+            yield
+
+    @property
+    def _tile_shape(self) -> tuple[int, int, int]:
+        assert self.config.vision is not None
+        return self.config.vision.channels, self.config.vision.tile, self.config.vision.tile
 
     def _put(self, tree: Any, names: Any) -> Any:
         return jax.device_put(tree, self.layout.place_all(names))

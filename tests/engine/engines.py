@@ -30,7 +30,7 @@ def make_engine(name: str, mesh: str = "1", seed: int = 0, **capacity) -> Engine
     """An engine with a pool of its own."""
     defaults = {"max_model_len": 256, "max_num_seqs": 4, "block_size": 4}
     runner = load_runner(name, mesh)
-    return Engine(runner, runner.reserve(Capacity(**{**defaults, **capacity})), seed)
+    return Engine(runner, Capacity(**{**defaults, **capacity}), seed)
 
 
 def run_all(engine: Engine, max_steps: int = 2000) -> dict[int, list[int]]:
@@ -50,8 +50,10 @@ def find_tiles(golden: weights.Golden) -> tuple[Tiles, ...]:
 
 
 def assert_all_free(engine: Engine) -> None:
-    """Every page and every feature slot is back."""
+    """Every page and every feature slot is back, and every slot of what the device remembers."""
+    engine.step()  # what was under way for those that ended
     for pages in engine.scheduler.pages:
         assert pages.free == pages.size
     assert engine.scheduler.features.free == engine.limits.feature_slots
+    assert all(slots.free == slots.size for slots in engine.scheduler.slots)
     assert not engine.scheduler.running and not engine.scheduler.waiting

@@ -1,0 +1,228 @@
+"""Continuous batching changes nothing: in any company the model draws what it draws alone."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from l4jax import decode
+from l4jax.engine.lookup import PromptLookup, Speculation
+from l4jax.engine.request import Request, SamplingParams
+from l4jax.engine.runner import Flight
+from l4jax.text.image import Tiles
+from tests import weights
+from tests.engine.engines import GREEDY, assert_all_free, find_tiles, make_engine, run_all
+
+NAME = "scout-8-text"
+
+
+def make_prompts(count: int, seed: int = 0) -> list[list[int]]:
+    """Prompts that begin alike, some in a loop: what caches and guesses live on."""
+    rng = np.random.default_rng(seed)
+    stems = [rng.integers(4, 300, 40).tolist() for _ in range(2)]
+    prompts = []
+    for n in range(count):
+        own = rng.integers(4, 300, int(rng.integers(1, 9))).tolist()
+        prompts.append(stems[n % 2][: int(rng.integers(0, 40))] + own * (1 + n % 3))
+    return prompts
+
+
+def make_params(count: int) -> list[SamplingParams]:
+    return [
+        SamplingParams(temperature=t, top_p=0.9, seed=i, max_tokens=10 + 3 * i, ignore_eos=True)
+        for i, t in zip(range(count), [0.0, 0.0, 1.0, 0.0, 0.7, 0.0] * count, strict=False)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "speculates"), [("1", False), ("1", True), ("2x4", True)], ids=str
+)
+def test_in_any_company_a_request_draws_what_it_draws_alone(mesh, speculates):
+    """Random arrivals, preemption, prefix hits, guesses and chunked prompts together, greedy and
+    drawn."""
+    prompts, params = make_prompts(12), make_params(12)
+    engine = make_engine(
+        NAME,
+        mesh,
+        max_model_len=128,
+        max_num_seqs=6,
+        max_num_batched_tokens=24 if mesh == "1" else 48,
+        kv_cache_memory_bytes=(56 if mesh == "1" else 39) * page_bytes(),
+        speculation=Speculation(3, prompt_lookup_min=1) if speculates else None,
+    )
+    rng, found, waiting = np.random.default_rng(1), {}, list(range(12))
+    for _ in range(2000):
+        for _ in range(int(rng.integers(0, 3))):
+            if waiting:
+                number = waiting.pop(0)
+                assert engine.add(prompts[number], params[number]) == number
+        for update in engine.step():
+            found.setdefault(update.request_id, []).extend(update.token_ids)
+        if not waiting and not engine.has_work:
+            break
+    stats = engine.stats()
+    assert stats.preemptions and stats.prefix_hits
+    assert (stats.accepted > 0) == speculates and stats.accepted <= stats.drafted
+    assert_all_free(engine)
+    alone = make_engine(NAME, enable_prefix_caching=False)
+    for number, (prompt, its) in enumerate(zip(prompts, params, strict=True)):
+        alone.add(prompt, its)
+        assert run_all(alone)[number] == found[number], f"prompt {number}"
+
+
+def page_bytes() -> int:
+    engine = make_engine(NAME, kv_cache_memory_bytes=2**20)
+    return 2**20 // engine.limits.pages
+
+
+def test_images_are_found_by_their_pixels():
+    """The same picture twice, then another of the same size: token ids alone cannot tell."""
+    golden = weights.read_golden("scout-8-image")
+    prompt, tiles = golden.ids.tolist(), find_tiles(golden)
+    other = (Tiles(tiles[0].pixels_ICHW[::-1].copy(), 1, 2),)
+    engine = make_engine("scout-8-image")
+
+    def run(images) -> tuple[list[int], int]:
+        engine.add(prompt, GREEDY, images)
+        tokens, cached = [], 0
+        while engine.has_work:
+            for update in engine.step():
+                tokens, cached = tokens + update.token_ids, update.cached_tokens
+        return tokens, cached
+
+    first, second, third = run(tiles), run(tiles), run(other)
+    assert first == (golden.greedy_tokens.tolist(), 0)
+    whole = (len(prompt) - 1) // 4 * 4
+    assert second == (first[0], whole)
+    assert run(other) == (third[0], whole)
+    assert third[1] < int(np.flatnonzero(golden.ids == weights.PATCH_ID)[0])
+    assert_all_free(engine)
+    fresh = make_engine("scout-8-image")
+    fresh.add(prompt, GREEDY, other)
+    assert third[0] == run_all(fresh)[0] != first[0]
+
+
+def test_an_image_is_encoded_where_a_prefix_ends_within_it():
+    """The first prompt ends with the first tile; the second goes on through all three."""
+    golden = weights.read_golden("scout-8-image")
+    prompt, (tiles,) = golden.ids.tolist(), find_tiles(golden)
+    end = int(np.flatnonzero(golden.ids == weights.PATCH_ID)[4])
+    engine = make_engine("scout-8-image")
+    first = (Tiles(tiles.pixels_ICHW[:1], 1, 1),)
+    engine.add(prompt[:end], GREEDY.replace(max_tokens=2), first)
+    run_all(engine)
+    engine.add(prompt, GREEDY, (tiles,))
+    tokens, cached = [], 0
+    while engine.has_work:
+        for update in engine.step():
+            tokens, cached = tokens + update.token_ids, update.cached_tokens
+    assert tokens == golden.greedy_tokens.tolist()
+    assert end - 8 < cached < end
+
+
+def test_after_the_warm_up_nothing_is_compiled_whatever_arrives():
+    golden = weights.read_golden("scout-8-image")
+    engine = make_engine(
+        "scout-8-image",
+        max_model_len=124,  # shapes that no other test has
+        max_num_batched_tokens=64,
+        speculation=Speculation(2),
+    )
+    engine.warm_up()
+    programs = engine.runner.programs
+    functions = [getattr(programs, field.name) for field in dataclasses.fields(programs)]
+    before = [function._cache_size() for function in functions]
+    rng = np.random.default_rng(3)
+    some = [
+        {},
+        {"temperature": 1.0, "top_k": 5, "seed": 1},
+        {"logprobs": 2, "presence_penalty": 1.0},
+        {"prompt_logprobs": 1, "logit_bias": {7: 3.0}},
+        {"min_tokens": 3},
+    ]
+    for _ in range(3):
+        for changes in some:
+            length = int(rng.integers(1, 90))
+            engine.add(
+                rng.integers(4, 300, length).tolist(),
+                SamplingParams(**{"temperature": 0.0, "max_tokens": 9, **changes}),
+            )
+            engine.add(golden.ids.tolist(), GREEDY.replace(max_tokens=9), find_tiles(golden))
+            engine.step()
+        run_all(engine)
+    assert [function._cache_size() for function in functions] == before
+    shapes = engine.runner.buckets
+    assert len(shapes.steps) == 2 and len(shapes.loops) == 3
+
+
+@pytest.mark.parametrize("at", ["dispatch", "landing"])
+def test_a_failing_step_ends_its_requests_and_the_others_go_on(monkeypatch, at):
+    """The pool was donated to the step that failed: it is made anew, and what was computed for
+    others is computed again."""
+    golden = weights.read_golden(NAME)
+    engine = make_engine(NAME, max_num_seqs=1, max_num_batched_tokens=16)
+    first = engine.add(golden.ids.tolist(), GREEDY)
+    second = engine.add(golden.ids.tolist(), GREEDY)
+    reasons, found = {}, {first: [], second: []}
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            for update in engine.step():
+                found[update.request_id] += update.token_ids
+                reasons[update.request_id] = update.finish_reason
+
+    run(4)
+    programs = engine.runner.programs
+
+    def fail(*args, **kwargs):
+        if at == "dispatch":
+            programs.decode_loop(*args, **kwargs)  # takes the pool with it
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        if at == "dispatch":
+            broken = dataclasses.replace(programs, decode_loop=fail)
+            patch.setattr(engine.runner, "programs", broken)
+            patch.setattr(decode, "make_programs", lambda *places: programs)
+        else:
+            patch.setattr(Flight, "land", fail)
+        run(1)
+    engine.runner.programs = programs
+    assert reasons[first] == "error"
+    run(200)
+    assert found[second] == golden.greedy_tokens.tolist() and reasons[second] == "length"
+    assert_all_free(engine)
+
+
+def make_request(tokens: list[int]) -> Request:
+    return Request(0, tokens, len(tokens), 100, GREEDY, 0, ())
+
+
+def test_a_lookup_goes_on_as_the_text_did_before():
+    look = PromptLookup(Speculation(4, prompt_lookup_max=3, prompt_lookup_min=2))
+    assert look(make_request([1, 2, 3, 4, 5, 6, 2, 3]), 3) == [4, 5, 6]
+    assert look(make_request([1, 2, 3, 4, 5, 6, 2, 3]), 1) == [4]
+    assert look(make_request([9, 2, 3, 7, 1, 2, 3, 8, 1, 2, 3]), 9) == [8, 1, 2, 3]  # longest wins
+    assert look(make_request([2, 3, 7, 5, 2, 3, 8, 5, 2, 3]), 2) == [8, 5]  # then the latest
+    assert look(make_request([5, 5, 5, 5]), 4) == [5]
+    assert look(make_request([1, 2, 3]), 4) == [] and look(make_request([1]), 4) == []
+
+
+def test_a_lookup_sees_what_came_since():
+    look, request = PromptLookup(Speculation(2, prompt_lookup_min=1)), make_request([1, 2])
+    assert look(request, 2) == []
+    request.tokens += [3, 1]
+    assert look(request, 2) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens is 0: it must be from 1 to 16"),
+        ({"method": "eagle"}, "method is 'eagle': it is 'ngram'"),
+        ({"prompt_lookup_min": 5}, "prompt_lookup_min is 5: it must be from 1 to .* 4"),
+    ],
+)
+def test_a_speculation_that_cannot_be_had_is_refused_by_name(changes, says):
+    with pytest.raises(ValueError, match=says):
+        Speculation(**{"num_speculative_tokens": 4, **changes})

@@ -1,0 +1,304 @@
+"""What a request may ask of its answer, each as vLLM means it."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l4jax import cache, decode, sampling
+from l4jax.engine.arrays import find_banned
+from l4jax.engine.request import (
+    MAX_BIASES,
+    Constraints,
+    SamplingParams,
+    StructuredOutputsParams,
+)
+from tests import weights
+from tests.engine.engines import GREEDY, assert_all_free, make_engine, run_all
+from tests.models import load_golden
+
+NAME = "scout-8-text"
+IDS = weights.read_golden(NAME).ids.tolist()
+TOKENS = weights.read_golden(NAME).greedy_tokens.tolist()
+
+
+def run(params: SamplingParams, prompt=IDS, **kwargs) -> list[int]:
+    engine = make_engine(NAME)
+    engine.add(prompt, params, **kwargs)
+    found = run_all(engine)[0]
+    assert_all_free(engine)
+    return found
+
+
+def find_logits(tokens: list[int]) -> np.ndarray:
+    """The model's logits after each token, from one plain call."""
+    tiny, _ = load_golden(NAME)
+    engine = make_engine(NAME, max_num_seqs=1)
+    text = tiny.config.text
+    rows, at = -(-len(tokens) // text.chunk), np.arange(len(tokens), dtype=np.int32)
+    whole, per = -(-len(tokens) // 4), text.chunk // 4
+    local = whole + np.arange(3 * rows * per).reshape(rows, 3, per).transpose(1, 0, 2)
+    tables = cache.Tables(
+        np.tile(np.arange(whole, dtype=np.int32), (rows, 1)), local.astype(np.int32)
+    )
+    pool = cache.make_pool(text, whole + 3 * rows * per, 4, np.float32)
+    batch = cache.Batch(np.array(tokens, np.int32), at, at // text.chunk, tables)
+    with jax.default_matmul_precision("highest"):
+        _, logits = decode.score(tiny.params, pool, batch, model=engine.runner.model)
+    return np.asarray(logits)
+
+
+def penalize(logits, prompt, output, presence=0.0, frequency=0.0, repetition=1.0) -> np.ndarray:
+    """The definition, in numpy."""
+    found = logits.astype(np.float64)
+    for token in set(prompt) | set(output):
+        found[token] = found[token] / repetition if found[token] > 0 else found[token] * repetition
+    for token in set(output):
+        found[token] -= presence + frequency * output.count(token)
+    return found
+
+
+@pytest.mark.parametrize(
+    "penalties",
+    [
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": 2.0},
+        {"repetition_penalty": 1.4},
+        {"presence_penalty": -0.5, "frequency_penalty": 1.9, "repetition_penalty": 1.2},
+    ],
+    ids=str,
+)
+def test_penalties_equal_their_definition_token_by_token(penalties):
+    """Over steps and loops alike, and beside others that have none."""
+    engine = make_engine(NAME)
+    other = engine.add(IDS, GREEDY.replace(max_tokens=30))
+    mine = engine.add(IDS, GREEDY.replace(max_tokens=30, **penalties))
+    found = run_all(engine)
+    assert found[other] == TOKENS[:30]
+    output = found[mine]
+    assert output != TOKENS[:30]
+    logits = find_logits([*IDS, *output])
+    short = {key.removesuffix("_penalty"): value for key, value in penalties.items()}
+    for at in range(30):
+        want = penalize(logits[len(IDS) - 1 + at], IDS, output[:at], **short)
+        assert want[output[at]] >= want.max() - 1e-4, at
+
+
+def test_penalties_outlive_preemption_and_prefix_hits():
+    params = GREEDY.replace(max_tokens=30, frequency_penalty=0.9, repetition_penalty=1.2)
+    alone = run(params)
+    engine = make_engine(NAME, max_num_seqs=3)
+    for _ in range(2):  # the second time the prompt is found
+        number = engine.add(IDS, params)
+        assert run_all(engine)[number] == alone
+    request = engine._requests[engine.add(IDS, params)]
+    for tick in range(60):
+        if tick == 3:
+            engine._land()
+            assert 5 < len(request.output) < 25
+            engine.scheduler.preempt(request)
+        engine.step()
+    assert engine.stats().preemptions == 1 and request.output == alone
+
+
+def test_a_bias_is_added_and_a_large_one_decides():
+    logits = find_logits(IDS)[-1]
+    order = np.argsort(-logits)
+    second, gap = int(order[1]), float(logits[order[0]] - logits[order[1]])
+    one = GREEDY.replace(max_tokens=1)
+    assert run(one.replace(logit_bias={second: gap + 0.01})) == [second]
+    assert run(one.replace(logit_bias={second: gap - 0.01})) == [int(order[0])]
+    assert run(GREEDY.replace(max_tokens=5, logit_bias={17: 100.0})) == [17] * 5
+    many = {int(token): -100.0 for token in order[: MAX_BIASES - 20]}
+    assert run(one.replace(logit_bias=many)) == [int(order[MAX_BIASES - 20])]
+
+
+def test_no_stop_id_is_drawn_before_min_tokens():
+    stop = TOKENS[3]
+    params = GREEDY.replace(stop_token_ids=[stop])
+    assert len(run(params)) <= 4
+    for count in (6, 20):
+        found = run(params.replace(min_tokens=count))
+        assert stop not in found[:count]
+        assert stop not in found[:-1]
+
+
+def test_a_forbidden_word_is_not_completed():
+    pair, single = tuple(TOKENS[4:6]), (TOKENS[2],)
+    found = run(GREEDY.replace(max_tokens=20), constraints=Constraints(bad_words=(single,)))
+    assert single[0] not in found and found[:2] == TOKENS[:2]
+    found = run(GREEDY.replace(max_tokens=20), constraints=Constraints(bad_words=(pair,)))
+    assert found[:5] == TOKENS[:5] and pair not in set(itertools.pairwise(found))
+
+
+def test_what_is_banned_is_what_would_complete_a_word():
+    constraints = Constraints(bad_words=((5,), (1, 2, 3), (2, 9)))
+    assert find_banned(constraints, [1, 2]) == [5, 3, 9]
+    assert find_banned(constraints, [1]) == [5]
+    assert find_banned(constraints, []) == [5]
+
+
+@pytest.mark.parametrize("tokens", [4, 64], ids="{} a step".format)
+def test_prompt_logprobs_are_those_of_one_plain_call(tokens):
+    engine = make_engine(NAME, max_num_batched_tokens=tokens)
+    warm = engine.add(IDS, GREEDY.replace(max_tokens=2))  # what is cached is computed all the same
+    run_all(engine)
+    number = engine.add(IDS, GREEDY.replace(max_tokens=2, prompt_logprobs=3))
+    found = None
+    while engine.has_work:
+        for update in engine.step():
+            found = found or update.prompt_logprobs
+    assert number != warm and found is not None
+    want = jax.nn.log_softmax(find_logits(IDS))
+    assert found[0] is None and len(found) == len(IDS)
+    for at, entry in enumerate(found[1:]):
+        assert entry.chosen == pytest.approx(float(want[at, IDS[at + 1]]), abs=1e-4)
+        assert list(entry.top) == np.argsort(-want[at])[:3].tolist()
+
+
+def test_a_prompt_of_one_token_has_no_logprobs():
+    engine = make_engine(NAME)
+    engine.add([5], GREEDY.replace(max_tokens=1, prompt_logprobs=0))
+    updates = [update for _ in range(3) for update in engine.step()]
+    assert updates[0].prompt_logprobs == [None]
+
+
+class Alternate:
+    """A grammar: even tokens and odd ones in turn, five of them, then the stop id."""
+
+    def __init__(self, vocab: int, stop: int):
+        self.vocab, self.stop, self.taken = vocab, stop, []
+
+    def find(self) -> set[int]:
+        if len(self.taken) >= 5:
+            return {self.stop}
+        return {t for t in range(4, self.vocab) if t % 2 == len(self.taken) % 2 and t != self.stop}
+
+    def mask(self) -> np.ndarray:
+        words = np.zeros(-(-self.vocab // 32), np.uint32)
+        for token in self.find():
+            words[token // 32] |= np.uint32(1 << token % 32)
+        return words.view(np.int32)
+
+    def accept(self, token: int) -> bool:
+        is_right = token in self.find()
+        self.taken.append(token)
+        return is_right
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_keeps_to_its_grammar_and_others_do_not_notice(temperature):
+    engine = make_engine(NAME)
+    stop = engine.runner.config.eos_ids[0]
+    other = engine.add(IDS, GREEDY.replace(max_tokens=20))
+    matcher = Alternate(320, stop)
+    params = SamplingParams(temperature=temperature, seed=3, max_tokens=20, ignore_eos=True)
+    mine = engine.add(IDS, params, constraints=Constraints(matcher=matcher))
+    found = run_all(engine)
+    assert found[other] == TOKENS[:20]
+    assert found[mine] == [*matcher.taken, stop] and len(matcher.taken) == 5
+    assert [token % 2 for token in found[mine][:5]] == [0, 1, 0, 1, 0]
+
+
+class Overgrown(Alternate):
+    def mask(self) -> np.ndarray:
+        if len(self.taken) == 2:
+            raise ValueError("the grammar has grown beyond its limits")
+        return super().mask()
+
+
+def test_a_grammar_that_fails_ends_its_own_request_only():
+    engine = make_engine(NAME)
+    other = engine.add(IDS, GREEDY.replace(max_tokens=20))
+    mine = engine.add(IDS, GREEDY, constraints=Constraints(matcher=Overgrown(320, 1)))
+    reasons, found = {}, {}
+    while engine.has_work:
+        for update in engine.step():
+            found.setdefault(update.request_id, []).extend(update.token_ids)
+            reasons[update.request_id] = update.finish_reason
+    assert reasons == {other: "length", mine: "error"}
+    assert found[other] == TOKENS[:20] and len(found[mine]) == 2
+    assert engine.stats().preemptions == 0
+
+
+def test_adjusted_logits_leave_the_reported_logprobs_alone():
+    params = GREEDY.replace(max_tokens=1, logprobs=2)
+    engine = make_engine(NAME)
+    for changes in ({}, {"logit_bias": {17: 100.0}}):
+        engine.add(IDS, params.replace(**changes))
+    updates = {}
+    while engine.has_work:
+        updates |= {update.request_id: update for update in engine.step()}
+    plain, biased = (updates[i].logprobs[0] for i in (0, 1))
+    assert updates[1].token_ids == [17]
+    assert biased.top == pytest.approx(plain.top) and biased.chosen < plain.chosen
+
+
+def test_nothing_to_adjust_changes_no_bit():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3, 70)).astype(np.float32)
+    none = sampling.Adjustments(
+        slot_R=np.full(3, 9),
+        presence_R=np.zeros(3, np.float32),
+        frequency_R=np.zeros(3, np.float32),
+        repetition_R=np.ones(3, np.float32),
+        bias_token_RL=np.full((3, 4), -1),
+        bias_RL=np.ones((3, 4), np.float32),
+        floor_R=np.zeros(3, np.int32),
+        stop_RL=np.full((3, 2), 5),
+        allowed_RL=np.full((3, 3), -1),
+    )
+    seen = jnp.ones((2, 70), jnp.int32)
+    found = sampling.adjust(logits, seen, none, np.array([4, 0, 9]))
+    np.testing.assert_array_equal(found, logits)
+
+
+def test_the_answers_of_one_request_take_seeds_in_a_row():
+    params = SamplingParams(n=3, seed=2**63 - 2, temperature=1.0)
+    assert [p.seed for p in params.split()] == [2**63 - 2, 2**63 - 1, 0]
+    assert all(p.n == 1 for p in params.split())
+    assert [p.seed for p in SamplingParams(n=2).split()] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 0),
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", math.nan),
+        ("top_k", -2),
+        ("min_p", 1.5),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", math.nan),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.inf),
+        ("logit_bias", {3: 101.0}),
+        ("logit_bias", {3: math.nan}),
+        ("logit_bias", dict.fromkeys(range(MAX_BIASES + 1), 1.0)),
+        ("seed", -1),
+        ("min_tokens", -1),
+        ("min_tokens", 17),
+        ("max_tokens", 0),
+        ("logprobs", 21),
+        ("prompt_logprobs", -1),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name} is .*: it must be"):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [({}, "has nothing"), ({"regex": "a", "choice": ["b"]}, "has regex, choice: give exactly one")],
+)
+def test_an_answer_has_one_form(given, says):
+    with pytest.raises(ValueError, match=f"structured_outputs {says}"):
+        StructuredOutputsParams(**given)
