@@ -345,7 +345,7 @@ class ToolStream:
     def _items(self, closing: str, depth: int) -> Reader:
         """The values up to what closes them, and how many commas stood there."""
         items, commas = [], 0
-        while (char := (yield from self._peek_solid())) != closing:
+        while (yield from self._peek_solid()) != closing:
             items.append((yield from self._value(depth + 1)))
             yield from self._end_item(closing)
             commas += self._piece[self._at - 1] == ","
