@@ -33,7 +33,7 @@ LIMITS = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
-# Parts of llguidance's errors: the names of the special tokens, and a note that details are missing.
+# Parts of llguidance's errors: the names of special tokens, and a note that details are missing.
 LEFT_OUT = re.compile(r"; following special tokens are available: ⟦.*?⟧|<non-verbose/>", re.S)
 # Blanks between JSON's tokens: enough to indent, and no way to go on for ever.
 JSON_OPTIONS = {"whitespace_pattern": r"[ \t\r\n]{1,24}"}

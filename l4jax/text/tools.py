@@ -37,7 +37,7 @@ RUN = {'"': re.compile(r'[^"\\]+'), "'": re.compile(r"[^'\\]+")}
 INTEGER = re.compile(r"[+-]?(?:0+|[1-9](?:_?[0-9])*)")
 FLOAT = re.compile(r"[+-]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][+-]?[0-9]+)?")
 SURROGATE = re.compile("[\ud800-\udfff]")
-FENCE = re.compile(r"```+[^`]*")
+FENCE = re.compile(r"(```+)[^`]*")
 
 # Python's escapes hold JSON's, but for "\/"; Python would keep that backslash.
 ESCAPES = {
@@ -202,12 +202,12 @@ class ToolStream:
         self._at += 1
 
     def _end_item(self, closing: str) -> Reader:
-        """Behind an item comes a comma, or what closes."""
+        """Behind an item comes a comma, which is read, or what closes. Returns whether a comma."""
         char = yield from self._peek_solid()
-        if char == ",":
-            self._at += 1
-        elif char != closing:
+        if char not in (",", closing):
             raise NotACallError
+        self._at += char == ","
+        return char == ","
 
     def _read(self) -> Reader:
         while True:
@@ -248,9 +248,6 @@ class ToolStream:
                 self._at += 1
                 self._drop()
                 yield from self._peek_solid()
-            if self._piece[self._at] == "<":
-                yield from self._marks()
-                self._drop()
 
     def _marks(self) -> Reader:
         while (yield from self._peek_solid()) == "<":
@@ -260,6 +257,8 @@ class ToolStream:
                 if mark not in MARK_PREFIXES:
                     raise NotACallError
                 self._at += 1
+            if self._follows_call:  # else it is known only with the call that may come
+                self._drop()
 
     def _call_list(self) -> Reader:
         self._at += 1
@@ -347,8 +346,7 @@ class ToolStream:
         items, commas = [], 0
         while (yield from self._peek_solid()) != closing:
             items.append((yield from self._value(depth + 1)))
-            yield from self._end_item(closing)
-            commas += self._piece[self._at - 1] == ","
+            commas += yield from self._end_item(closing)
         return items, commas
 
     def _object(self, depth: int, *, is_call: bool) -> Reader:
@@ -374,8 +372,12 @@ class ToolStream:
         if not is_call:
             return fields
         arguments = [fields[key] for key in ("parameters", "arguments") if key in fields]
-        is_complete = len(arguments) == 1 and self._is_name(fields.get("name", ""))
-        if self._is_text or not is_complete or fields.get("type", "function") != "function":
+        if (
+            self._is_text
+            or len(arguments) != 1
+            or not self._is_name(fields.get("name", ""))
+            or fields.get("type", "function") != "function"
+        ):
             self._is_text = True
             return None
         return ToolCall(fields["name"], spell_json(arguments[0]))
@@ -464,11 +466,11 @@ class CodeFinder:
     def __init__(self) -> None:
         self._line: list[str] = []
         self._ticks = 0
-        self._is_fenced = False
+        self._fence = ""  # the backticks that opened the one we are in
 
     @property
     def is_inside(self) -> bool:
-        return self._is_fenced or self._ticks % 2 == 1
+        return self._fence != "" or self._ticks % 2 == 1
 
     def read(self, text: str) -> None:
         first, *others = text.split("\n")
@@ -482,10 +484,13 @@ class CodeFinder:
         self._ticks += part.count("`")
 
     def _end_line(self) -> None:
-        # A fence that opens may name a language; one that closes stands alone.
         line = "".join(self._line).strip()
-        if FENCE.fullmatch(line) and not (self._is_fenced and line.strip("`")):
-            self._is_fenced = not self._is_fenced
+        fence = FENCE.fullmatch(line)
+        if fence and not self._fence:
+            self._fence = fence[1]
+        elif fence and fence[1] == line and line.startswith(self._fence):
+            # What closes is at least as long, and names no language.
+            self._fence = ""
         self._line, self._ticks = [], 0
 
 
