@@ -25,6 +25,9 @@ MAX_REGEX = 10_000
 # States that all `multipleOf` of a schema may need: an automaton of remainders has one for each
 # remainder, and several in one place multiply. A hundred thousand take a quarter of a second.
 MAX_REMAINDERS = 100_000
+# Fields of one object. llguidance gives up at about 500 that may be left out, but first takes time
+# that grows with their square.
+MAX_FIELDS = 1000
 # llguidance's own limits, where its defaults let one request take more than a second or a GB.
 LIMITS = {
     "initial_lexer_fuel": 200_000,
@@ -310,6 +313,11 @@ def check_schema(schema: Any, where: str) -> None:
     for key, value in walk_fields(schema):
         if key == "multipleOf" and type(value) in (int, float):
             divisors.add(Decimal(str(value)).normalize())
+        elif key == "properties" and isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise GrammarError(
+                f"{where}: {len(value)} properties in one object, more than {MAX_FIELDS}; "
+                "use fewer."
+            )
         elif key == "pattern" and isinstance(value, str):
             patterns += len(value)
         elif key == "patternProperties" and isinstance(value, dict):
