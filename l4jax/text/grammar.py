@@ -40,6 +40,9 @@ LIMITS = {
 LEFT_OUT = re.compile(r"; following special tokens are available: ⟦.*?⟧|<non-verbose/>", re.S)
 # Blanks between JSON's tokens: enough to indent, and no way to go on for ever.
 JSON_OPTIONS = {"whitespace_pattern": r"[ \t\r\n]{1,24}"}
+# Behind every grammar. llguidance would look as far ahead as only one text can follow, to have it
+# in the tokens that the tokenizer would choose. That is for ever in `start: /b+/ /b+/`.
+OPTIONS = '%llguidance {"no_forcing": true}'
 
 
 class GrammarError(ValueError):
@@ -81,7 +84,7 @@ class Grammar:
         vocabulary = _read_vocabulary(tokenizer)
         limits = llguidance.LLParserLimits(**LIMITS)
         try:
-            text = KINDS[kind](value, where)
+            text = f"{KINDS[kind](value, where)}\n{OPTIONS}\n"
             prototype = llguidance.LLMatcher(vocabulary.backend, text, log_level=0, limits=limits)
         except GrammarError:
             raise
@@ -165,8 +168,6 @@ class Matcher:
         Raises:
             GrammarError: as `mask`.
         """
-        # The mask decides, and not llguidance alone: where only one text can follow, the mask has
-        # that text's own tokens, while llguidance would take the same characters in any cut.
         if self._has_stopped or not 0 <= token < self._vocab:
             return False
         if not self.mask()[token // 32] >> token % 32 & 1:
@@ -243,7 +244,7 @@ def _move_references(schema: Any, pointer: str) -> Any:
     return schema
 
 
-# The kinds: a value from outside to the text that llguidance reads.
+# The kinds: a value from outside to a grammar in Lark, as llguidance reads it.
 
 
 def _read_schema(value: Any, where: str) -> str:
@@ -252,8 +253,7 @@ def _read_schema(value: Any, where: str) -> str:
     schema = json.loads(text)
     check_schema(schema, where)
     # Written once more, so that llguidance reads exactly what was checked.
-    text = json.dumps(schema, allow_nan=False)
-    return import_llguidance().LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
+    return f"start: %json {json.dumps({**schema, 'x-guidance': JSON_OPTIONS}, allow_nan=False)}"
 
 
 def _read_json_object(value: Any, where: str) -> str:
@@ -262,7 +262,8 @@ def _read_json_object(value: Any, where: str) -> str:
 
 def _read_regex(value: Any, where: str) -> str:
     check_text(value, MAX_REGEX, where)
-    return import_llguidance().LLMatcher.grammar_from_regex(value)
+    # In Lark's spelling; \d means 0 to 9, and not the digits of all scripts.
+    return f"start: /{import_llguidance().regex_to_lark(value, 'd')}/"
 
 
 def _read_choice(value: Any, where: str) -> str:
@@ -270,15 +271,16 @@ def _read_choice(value: Any, where: str) -> str:
     if not is_list or not all(isinstance(item, str) for item in value):
         raise GrammarError(f"{where}: must be a list with at least one text.")
     check_size("".join(value), MAX_SCHEMA, where)
-    choices = " | ".join(json.dumps(item, ensure_ascii=False) for item in value)
-    return import_llguidance().LLMatcher.grammar_from_lark(f"start: {choices}")
+    return f"start: {' | '.join(json.dumps(item, ensure_ascii=False) for item in value)}"
 
 
 def _read_lark(value: Any, where: str) -> str:
     check_text(value, MAX_GRAMMAR, where)
-    if "multipleOf" in value:  # of a schema inside, which is not checked
-        raise GrammarError(f"{where}: multipleOf is not allowed in a grammar; spell it as a rule.")
-    return import_llguidance().LLMatcher.grammar_from_lark(value)
+    # Of a schema inside, which is not checked; and what switches limits off.
+    for word in ("multipleOf", "%llguidance"):
+        if word in value:
+            raise GrammarError(f"{where}: {word} is not allowed in a grammar; do without it.")
+    return value
 
 
 KINDS: dict[str, Callable[[Any, str], str]] = {

@@ -130,7 +130,7 @@ def test_json_object_lets_any_object_through(tiny: Tokenizer, seed: int) -> None
         r"(the|water)+ [0-9]{2,4}",
         r"\d{4}-\d\d-\d\d",
         r"[^\x00-\x7f]{1,3}",
-        "the water is blue because the light",  # where the text is forced, so are its tokens
+        "the water is blue because the light",
         r"a?b*",
     ],
 )
@@ -213,6 +213,7 @@ def test_stop_tokens_need_not_be_special(tiny: Tokenizer) -> None:
         ("grammar", "start: nothing", "nothing"),
         ("grammar", "start: <|eot|>", "unknown special token"),
         ("grammar", "start: <[464]>", "no text fits"),
+        ("grammar", 'start: "a"\n%llguidance {"no_forcing": false}', "%llguidance is not allowed"),
         ("grammar", "start: " + "(" * 9000 + '"a"' + ")" * 9000, "too deeply nested"),
     ],
 )
@@ -277,6 +278,10 @@ def test_what_is_too_large_is_refused_at_once(tiny: Tokenizer, name: str) -> Non
         ("regex", "a*b*" * 2500),
         ("grammar", 'start: a a a a\na: a a | "x" | ""'),
         ("grammar", 'start: (("a" "b"){1,1000}){1,1000}'),
+        ("grammar", "start: /b+/ /b+/"),
+        ("grammar", "start: /b+/ start"),
+        ("grammar", 'start: "the"{1000000000}'),
+        ("regex", "a{1000000000}"),
         ("json", {"type": "string", "minLength": 10**6, "maxLength": 10**8}),
         ("json", {"type": "string", "pattern": "^((a{1,1000}){1,1000})$"}),
         ("json", {"type": "integer", "multipleOf": 99_991}),
