@@ -3,11 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from l4jax.engine.request import SamplingParams
+    from l4jax.engine.request import SamplingParams, StructuredOutputsParams
     from l4jax.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,8 +16,8 @@ def __getattr__(name: str) -> Any:
         from l4jax.llm import LLM
 
         return LLM
-    if name == "SamplingParams":
-        from l4jax.engine.request import SamplingParams
+    if name in ("SamplingParams", "StructuredOutputsParams"):
+        from l4jax.engine import request
 
-        return SamplingParams
+        return getattr(request, name)
     raise AttributeError(f"module 'l4jax' has no attribute {name!r}")

@@ -105,6 +105,7 @@ def _answer(args: argparse.Namespace, started: float) -> int:
         quantize_attention=SWITCH[args.quantize_attention],
         max_model_len=args.max_model_len,
         max_num_seqs=1,
+        limit_mm_per_prompt={"image": min(max(len(args.image), 1), 10)},
         attn_temperature_tuning=SWITCH[args.attn_temperature_tuning],
     )
     given = {key: getattr(args, key) for key in ("max_tokens", "temperature", "top_p", "seed")}

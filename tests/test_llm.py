@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import io
+import re
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from l4jax import LLM, SamplingParams
 from l4jax.checkpoint.conversion import convert_folder
 from l4jax.config import TINY, Config
 from l4jax.engine.engine import Update
-from l4jax.engine.request import TokenLogprobs
+from l4jax.engine.request import StructuredOutputsParams, TokenLogprobs
 from l4jax.llm import Answer
 from l4jax.testing import write_model
 from l4jax.text.chat import PromptError
@@ -201,6 +202,80 @@ def test_the_same_seed_gives_the_same_answer_in_any_company(llm):
     assert first != second
 
 
+def test_n_answers_are_drawn_as_if_asked_for_one_by_one(llm):
+    params = SamplingParams(n=3, temperature=1.0, seed=7, max_tokens=8, ignore_eos=True)
+    outputs = llm.generate(["The sky", "a"], [params, GREEDY])
+    assert [len(output.outputs) for output in outputs] == [3, 1]
+    assert [answer.index for answer in outputs[0].outputs] == [0, 1, 2]
+    for answer in outputs[0].outputs:
+        alone = llm.generate("The sky", params.replace(n=1, seed=7 + answer.index))
+        assert alone[0].outputs[0].token_ids == answer.token_ids
+    assert len({tuple(answer.token_ids) for answer in outputs[0].outputs}) == 3
+
+
+def test_a_prompt_asked_twice_is_found_and_answered_alike(llm):
+    prompt = "Nobody has asked this before, and it is long enough for a page of " + "words " * 64
+    first, second = (llm.generate(prompt, GREEDY)[0] for _ in range(2))
+    assert first.num_cached_tokens == 0
+    assert second.num_cached_tokens >= 64
+    assert second.outputs[0].token_ids == first.outputs[0].token_ids
+
+
+def test_prompt_logprobs_come_with_the_answer(llm):
+    output = llm.generate("The sky", GREEDY.replace(prompt_logprobs=2, max_tokens=2))[0]
+    assert output.prompt_logprobs is not None
+    assert len(output.prompt_logprobs) == len(output.prompt_token_ids)
+    assert output.prompt_logprobs[0] is None
+    assert all(len(entry.top) == 2 for entry in output.prompt_logprobs[1:] if entry)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "pattern"),
+    [
+        ({"regex": "[a-c]{3} [0-9]{2}"}, "[a-c]{3} [0-9]{2}"),
+        ({"choice": ["yes", "no, never"]}, "yes|no, never"),
+        ({"json": {"type": "object", "properties": {"a": {"type": "boolean"}},
+                   "required": ["a"], "additionalProperties": False}},
+         r'\{\s*"a"\s*:\s*(true|false)\s*\}'),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_answer_has_the_form_that_was_asked_for(llm, wanted, pattern):
+    form = StructuredOutputsParams(**wanted)
+    params = SamplingParams(temperature=1.0, max_tokens=200, structured_outputs=form)
+    for output in llm.generate(["The sky"] * 3, [params.replace(seed=n) for n in range(3)]):
+        answer = output.outputs[0]
+        assert answer.finish_reason == "stop" and re.fullmatch(pattern, answer.text)
+
+
+def test_a_form_that_cannot_be_had_is_refused_by_its_field(llm):
+    params = GREEDY.replace(structured_outputs=StructuredOutputsParams(regex="(a"))
+    with pytest.raises(ValueError, match=r"structured_outputs\.regex: "):
+        llm.generate("The sky", params)
+
+
+def test_a_bad_word_is_not_said(llm):
+    said = llm.generate("The sky", GREEDY)[0].outputs[0].text
+    word = said.split()[0][:4]
+    other = llm.generate("The sky", GREEDY.replace(bad_words=[word]))[0].outputs[0].text
+    assert word in said and other != said
+
+
+def test_guessing_changes_no_answer(folder, llm):
+    fast = LLM(
+        folder,
+        dtype="float32",
+        max_model_len=8192,
+        max_num_seqs=4,
+        quiet=True,
+        speculative_config={"method": "ngram", "num_speculative_tokens": 3},
+    )
+    prompts = ["one two three one two three one two", "The sky"]
+    answers = [[output.outputs[0].token_ids for output in each.generate(prompts, GREEDY)]
+               for each in (llm, fast)]  # fmt: skip
+    assert answers[0] == answers[1]
+
+
 def test_defaults_come_from_generation_config(folder, llm):
     assert llm.get_default_sampling_params() == SamplingParams(temperature=0.6, top_p=0.9)
     assert len(llm.generate("The sky")[0].outputs[0].token_ids) <= 16
@@ -268,6 +343,11 @@ def test_a_text_only_model_answers_and_refuses_pictures(tmp_path):
         ({"block_size": 12}, "block_size is 12: it must divide the attention chunk of 32"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5"),
         ({"load_format": "pt"}, "load_format is 'pt'"),
+        (
+            {"speculative_config": {"num_speculative_tokens": 3, "model": "x"}},
+            "has model: it holds",
+        ),
+        ({"speculative_config": {}}, "has no num_speculative_tokens"),
         ({"limit_mm_per_prompt": {"video": 1}}, "limit_mm_per_prompt"),
     ],
 )
