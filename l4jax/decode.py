@@ -149,7 +149,8 @@ def step(
     if adjustments is not None:
         adjusted_XV = adjust(logits_XV, memory.seen_SV, adjustments, position_X)
     sampled = sample(logits_XV, controls, position_X, logprobs, adjusted_XV)
-    memory = remember(memory, ends.slot_R, sampled.token_R.reshape(-1, width)[:, 0])
+    first_R = sampled.token_R.reshape(-1, width)[:, 0]
+    memory = remember(memory, ends.slot_R, first_R, counts=adjustments is not None)
     scored = None
     if ends.target_T is not None:
         scored = score_targets(model, params, x_TD, ends.target_T, logprobs or 0)
@@ -161,11 +162,15 @@ def recall(token_T: Array, memory: Memory) -> Array:
     return jnp.where(token_T >= 0, token_T, memory.last_S[jnp.maximum(-1 - token_T, 0)])
 
 
-def remember(memory: Memory, slot_R: Array, token_R: Array) -> Memory:
-    """The memory with the tokens that were drawn; a slot beyond it remembers nothing."""
-    last_S = memory.last_S.at[slot_R].set(token_R, mode="drop")
-    seen_SV = memory.seen_SV.at[slot_R, token_R].add(1, mode="drop")
-    return Memory(last_S, seen_SV)
+def remember(memory: Memory, slot_R: Array, token_R: Array, *, counts: bool) -> Memory:
+    """The memory with the tokens that were drawn; a slot beyond it remembers nothing.
+
+    They are counted where rows are adjusted, and only there: nobody else has penalties.
+    """
+    seen_SV = memory.seen_SV
+    if counts:
+        seen_SV = seen_SV.at[slot_R, token_R].add(1, mode="drop")
+    return Memory(memory.last_S.at[slot_R].set(token_R, mode="drop"), seen_SV)
 
 
 def make_memory(slots: int, vocab: int) -> Memory:
@@ -270,7 +275,7 @@ def decode_loop(
         sampled = sample(logits_RV, controls, position_R + 1, logprobs, adjusted_RV)
         buffers = record(buffers, at, sampled, is_running_R)
         slot_R = jnp.where(is_running_R, rows.slot_R, slots)
-        memory = remember(memory, slot_R, sampled.token_R)
+        memory = remember(memory, slot_R, sampled.token_R, counts=adjustments is not None)
         is_running_R &= ~is_stop(sampled.token_R) & (at + 1 < rows.limit_R)
         return at + 1, sampled.token_R, position_R + 1, is_running_R, pool, memory, buffers
 
