@@ -1,6 +1,7 @@
 """From safetensors to arrays on devices: each device gets its own slice, and no more is read."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -194,7 +195,8 @@ def _load_quantized(
     sharding = place(names)
     if recipe.is_packed:
         check_beside(index, [part.name for part in recipe.data.parts])
-        data = _read_array(index, recipe.data, sharding, np.int32, pool, unpack)
+        group = math.lcm(WORD, WORD * recipe.data.shape[-1] // recipe.scale.shape[-1])
+        data = _read_array(index, recipe.data, sharding, np.int32, pool, unpack, unit=group)
     else:
         in_file = place(recipe.data.reorder(names))
         data = _read_array(index, recipe.data, in_file, ml_dtypes.float8_e4m3fn, pool)
@@ -251,12 +253,14 @@ def _read_array(
     pool: Executor,
     widen: Callable[[np.ndarray], np.ndarray] | None = None,
     view: Callable[[str], np.ndarray] | None = None,
+    unit: int = 1,
 ) -> jax.Array:
     """The array of a recipe, in the order of the file, on devices.
 
     Args:
         widen: makes more of a slice's last axis, `WORD` values of each, after it was read.
         view: in place of the index's own.
+        unit: columns that no device may have a part of; a multiple of `WORD` where `widen` is.
     """
     factor = WORD if widen else 1
 
@@ -265,7 +269,7 @@ def _read_array(
         return widen(values) if widen else values
 
     shape = (*recipe.shape[:-1], recipe.shape[-1] * factor) if recipe.shape else ()
-    return _put_slices(index, recipe, shape, sharding, factor, read)
+    return _put_slices(index, recipe, shape, sharding, unit, read)
 
 
 def _put_slices(

@@ -183,9 +183,12 @@ def test_wrong_bytes_are_named(stored, tmp_path):
             load(wrong, config)
 
 
-def test_devices_that_would_cut_a_group_are_refused(tmp_path):
-    raw = weights.tiny_config("scout", hidden_size=64, intermediate_size=32)
-    quantized.write_checkpoint(tmp_path, raw, 0, "w4a16", group_size=16)
+# Of 32 columns eight devices have half a word each; of 384 whole words, and three quarters of 64.
+@pytest.mark.parametrize(("columns", "group"), [(32, 16), (384, 64)])
+def test_devices_that_would_cut_a_group_are_refused(columns, group, tmp_path):
+    raw = weights.tiny_config("scout", hidden_size=64, intermediate_size=columns)
+    quantized.write_checkpoint(tmp_path, raw, 0, "w4a16", group_size=group)
     runner = Runner(Config.from_folder(tmp_path), "8", "float32")
-    with pytest.raises(CheckpointError, match="devices would cut through them: take fewer devices"):
+    says = f"keeps {group} values together, and 8 devices would cut through them: take fewer"
+    with pytest.raises(CheckpointError, match=says):
         runner.load(tmp_path, progress=False)
