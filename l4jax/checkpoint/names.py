@@ -119,6 +119,12 @@ COMPUTED = (
     "compressed-tensors nvfp4-pack-quantized",
     "modelopt fp8",
 )
+# Which matrices those who publish quantized checkpoints take: routed experts alone; shared ones and
+# dense layers, too; and attention.
+ROUTED = re.compile(r".*\.feed_forward\.experts\..*")
+FEED_FORWARD = re.compile(r".*\.feed_forward\.(?!router).*")
+TEXT_LINEAR = re.compile(r"(?!vision_model\.).*\.(self_attn|feed_forward)\.(?!router).*")
+KEY_OR_VALUE = re.compile(r".*\.self_attn\.([kv])_proj")
 _FLOATS = ("BF16", "F16", "F32", "F64")
 
 
@@ -242,6 +248,22 @@ def separate(path: str, shape: Shape, stored: Iterable[str]) -> Recipe:
     """
     prefix = _PREFIX if any(name.startswith(_PREFIX) for name in stored) else ""
     return _list_ways(path, shape, prefix)[-1]
+
+
+def split_experts(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Fused experts `[E, in, out]` as matrices `[out, in]`, named as `separate` has them; the rest
+    as it is."""
+    found: dict[str, np.ndarray] = {}
+    for name, values in tensors.items():
+        if values.ndim < 3:
+            found[name] = values
+            continue
+        at, _, projection = name.rpartition(".")
+        halves = ["gate_proj", "up_proj"] if projection == "gate_up_proj" else [projection]
+        for expert, both in enumerate(values):
+            for half, matrix in zip(halves, np.split(both, len(halves), axis=1), strict=True):
+                found[f"{at}.{expert}.{half}.weight"] = np.ascontiguousarray(matrix.T)
+    return found
 
 
 def list_linears(stored: Mapping[str, Kind]) -> list[str]:
