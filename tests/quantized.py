@@ -38,9 +38,13 @@ def decode_tensors(quantized: Mapping[str, np.ndarray], form: Form) -> Tensors:
             else:
                 whole = quantized[base + "_global_scale"]
                 decoded[base] = _decode_nvfp4(stored, quantized[base + "_scale"], whole)
+        elif stored.dtype == np.uint8:
+            suffix = _scale_suffix(name)
+            factors = quantized[name + suffix], quantized[name + suffix + "_2"]
+            decoded |= _decode_modelopt_nvfp4(name, stored, *factors)
         elif stored.dtype == ml_dtypes.float8_e4m3fn and not name.endswith("weight_scale"):
             decoded |= _decode_fp8(name, stored, quantized[name + _scale_suffix(name)])
-        elif not re.search(r"[._](weight|input|k|v)_(scale|global_scale|shape)$", name):
+        elif not re.search(r"[._](weight|input|k|v)_(scale|scale_2|global_scale|shape)$", name):
             decoded[name] = _widen(stored)
     return decoded
 
@@ -74,6 +78,24 @@ def _read_fp8(stored: np.ndarray) -> np.ndarray:
         size = _float_of_bits(byte & 0x7F, 3, 7) if byte & 0x7F != 0x7F else np.nan
         table[byte] = -size if byte & 0x80 else size
     return table[np.ascontiguousarray(stored).view(np.uint8)].reshape(stored.shape)
+
+
+def _decode_modelopt_nvfp4(
+    name: str, packed: np.ndarray, scale: np.ndarray, whole: np.ndarray
+) -> Tensors:
+    """A matrix, or fused experts whose inputs are the middle axis. The global scale multiplies."""
+    factor = _read_fp8(scale) * whole.item()
+    if packed.ndim == 2:
+        return {name: _decode_fp4(packed, factor.astype(np.float32))}
+    where, projection = name.rsplit(".", 1)
+    halves = ["gate_proj", "up_proj"] if projection == "gate_up_proj" else [projection]
+    width = packed.shape[2] // len(halves)
+    decoded: Tensors = {}
+    for expert in range(len(packed)):
+        both = _decode_fp4(packed[expert].T, factor[expert].T.astype(np.float32))
+        for i, half in enumerate(halves):
+            decoded[f"{where}.{expert}.{half}.weight"] = both[i * width : (i + 1) * width]
+    return decoded
 
 
 def _decode_fp8(name: str, stored: np.ndarray, scale: np.ndarray) -> Tensors:
@@ -112,7 +134,10 @@ def _decode_int4(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def _decode_nvfp4(packed: np.ndarray, scale: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    factor = _read_fp8(scale) / whole.astype(np.float32).item()
+    return _decode_fp4(packed, _read_fp8(scale) / whole.astype(np.float32).item())
+
+
+def _decode_fp4(packed: np.ndarray, factor: np.ndarray) -> np.ndarray:
     weight = np.empty((len(packed), packed.shape[1] * 2), np.float32)
     for column in range(weight.shape[1]):
         nibbles = packed[:, column // 2] >> 4 * (column % 2) & 15

@@ -118,6 +118,7 @@ COMPUTED = (
     "compressed-tensors pack-quantized int4",
     "compressed-tensors nvfp4-pack-quantized",
     "modelopt fp8",
+    "modelopt nvfp4",
 )
 # Which matrices those who publish quantized checkpoints take: routed experts alone; shared ones and
 # dense layers, too; and attention.
@@ -283,7 +284,8 @@ def find_quantization(stored: Mapping[str, Kind]) -> str | None:
         if _KV_SCALE.fullmatch(name):
             continue
         if found := _BESIDE.fullmatch(name):
-            beside.add(found["what"] if found["joint"] == "." else "fused")
+            is_fused = found["joint"] == "_" and found["what"] != "weight_scale_2"
+            beside.add("fused" if is_fused else found["what"])
             if found["what"] == "weight_packed":
                 packed.add(dtype)
     dtypes = {dtype for dtype, _ in stored.values()}

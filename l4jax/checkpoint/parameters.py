@@ -38,6 +38,7 @@ AnyRecipe = Recipe | QuantizedRecipe | Nvfp4Recipe
 Place = Callable[[tuple[str, ...]], Sharding]
 # That copy out of the mapped files: one alone fills neither a disk nor the memory's bandwidth.
 THREADS = 8
+DECODED = 2**24  # values of nvfp4 that are decoded at a time, of 30 bytes each on the way
 
 
 def load_parameters(
@@ -143,7 +144,7 @@ def load_parameter(
     if isinstance(recipe, QuantizedRecipe):
         return _load_quantized(index, recipe, names, place, pool)
     if isinstance(recipe, Nvfp4Recipe):
-        return _load_nvfp4(index, recipe, place(names), dtype, pool)
+        return _load_nvfp4(index, recipe, names, dtype, place, pool)
     array = _read_parameter(index, recipe, names, dtype, place, pool)
     return _turn(array, recipe, place(names))
 
@@ -228,21 +229,38 @@ def make_bar(total: int, what: str, progress: bool) -> tqdm:
 
 
 def _load_nvfp4(
-    index: Index, recipe: Nvfp4Recipe, sharding: Sharding, dtype: Any, pool: Executor
+    index: Index,
+    recipe: Nvfp4Recipe,
+    names: tuple[str, ...],
+    dtype: Any,
+    place: Place,
+    pool: Executor,
 ) -> jax.Array:
-    """The values that nvfp4 stands for, each device its own slices, computed on the host."""
+    """The values that nvfp4 stands for, each device its own slices, computed on the host in pieces
+    of its first axis: decoding takes many times the bytes of what is decoded."""
+    axis = recipe.axis
 
-    def read(box: Box) -> np.ndarray:
-        packed = read_box(recipe.data, index.view, _narrow_box(box, 2), np.uint8, pool)
-        few = _narrow_box(box, FP4_GROUP)
+    def decode(box: Box) -> np.ndarray:
+        packed = read_box(recipe.data, index.view, _narrow_box(box, 2, axis), np.uint8, pool)
+        few = _narrow_box(box, FP4_GROUP, axis)
         scale = read_box(recipe.scale, index.view, few, ml_dtypes.float8_e4m3fn, pool)
         whole = read_box(recipe.whole, make_scale_view(index, recipe.whole), few, np.float32, pool)
-        return decode_nvfp4(packed, scale, whole).astype(dtype)
+        return decode_nvfp4(packed, scale, whole, multiplies=recipe.multiplies, axis=axis)
 
-    shape = (*recipe.data.shape[:-1], 2 * recipe.data.shape[-1])
-    array = _put_slices(index, recipe.data, shape, sharding, FP4_GROUP, read)
+    def read(box: Box) -> np.ndarray:
+        values = np.empty([cut.stop - cut.start for cut in box], dtype)
+        step = max(1, DECODED // math.prod(values.shape[1:]))
+        for at in range(0, len(values), step):
+            rows = slice(box[0].start + at, min(box[0].start + at + step, box[0].stop))
+            values[at : at + step] = decode((rows, *box[1:]))
+        return values
+
+    data = recipe.data
+    shape = (*data.shape[:axis], 2 * data.shape[axis], *data.shape[axis + 1 :])
+    in_file = place(data.reorder(names))
+    array = _put_slices(index, data, shape, in_file, FP4_GROUP, read, axis)
     index.release(part.name for part in recipe.parts)
-    return array
+    return _turn(array, data, place(names))
 
 
 def _read_array(
@@ -279,19 +297,21 @@ def _put_slices(
     sharding: Sharding,
     unit: int,
     read: Callable[[Box], np.ndarray],
+    axis: int = -1,
 ) -> jax.Array:
     """Read each distinct slice once and put it on all devices that want it; then the next.
 
     `jax.make_array_from_callback` would have all slices of an array in host memory at a time.
 
     Args:
-        unit: columns that stand together in the file: no device may have a part of them.
+        unit: how many stand together in the file along an axis: no device may have a part of them.
+        axis: that one.
     """
     takers: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     for device, box in sharding.addressable_devices_indices_map(shape).items():
         assert box is not None
         spans = [cut.indices(size)[:2] for cut, size in zip(box, shape, strict=True)]
-        if any(at % unit for at in spans[-1]):
+        if any(at % unit for at in spans[axis]):
             raise CheckpointError(
                 f"{index.folder}: {recipe.parts[0].name} keeps {unit} values together, and "
                 f"{len(sharding.device_set)} devices would cut through them: take fewer devices."
@@ -305,9 +325,11 @@ def _put_slices(
     return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
 
 
-def _narrow_box(box: Box, factor: int) -> Box:
-    """A box of values as one of what holds `factor` of them."""
-    return (*box[:-1], slice(box[-1].start // factor, box[-1].stop // factor))
+def _narrow_box(box: Box, factor: int, axis: int = -1) -> Box:
+    """A box of values as one of what holds `factor` of them along an axis."""
+    cuts = list(box)
+    cuts[axis] = slice(cuts[axis].start // factor, cuts[axis].stop // factor)
+    return tuple(cuts)
 
 
 def flatten(tree: Any) -> dict[str, Any]:

@@ -94,8 +94,8 @@ def write_model(
         seed: of the weights.
         dtype: of the weights, "bfloat16" or "float32".
         quantization: None for weights as they are; or how they are quantized on disk, byte for
-            byte as it is published: "maverick-fp8", "fp8-dynamic", "w4a16", "nvfp4" or
-            "modelopt-fp8". What is not quantized is in bfloat16 then.
+            byte as it is published: "maverick-fp8", "fp8-dynamic", "w4a16", "nvfp4",
+            "modelopt-fp8" or "modelopt-nvfp4". What is not quantized is in bfloat16 then.
         **choices: of the quantization, as `quantize_tensors` has them: `group_size`, ...
 
     Returns:

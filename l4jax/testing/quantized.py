@@ -9,6 +9,7 @@ is rounded once; nvfp4's product or quotient of scales is rounded before:
 `w4a16`             `(nibble - 8) * weight_scale` of its group of inputs; the same layers
 `nvfp4`             `e2m1 * (weight_scale / weight_global_scale)`; groups of 16; the same layers
 `modelopt-fp8`      `data * weight_scale`, one scale for a tensor; attention too
+`modelopt-nvfp4`    `e2m1 * (weight_scale * weight_scale_2)`; the layers of `nvfp4`
 ==================  ============================================================================
 
 Rounding: to nearest, ties to even, as the casts of torch do; fp8 is clamped at 448 first (a cast
@@ -26,7 +27,7 @@ import numpy as np
 from l4jax.checkpoint import names
 
 Tensors = dict[str, np.ndarray]
-Form = Literal["maverick-fp8", "fp8-dynamic", "w4a16", "nvfp4", "modelopt-fp8"]
+Form = Literal["maverick-fp8", "fp8-dynamic", "w4a16", "nvfp4", "modelopt-fp8", "modelopt-nvfp4"]
 ScaleShape = Literal["column", "vector", "single", "scalar"]  # [out, 1], [out], [1], []
 
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -38,6 +39,7 @@ _QUANTIZED = {
     "w4a16": names.FEED_FORWARD,
     "nvfp4": names.FEED_FORWARD,
     "modelopt-fp8": names.TEXT_LINEAR,
+    "modelopt-nvfp4": names.FEED_FORWARD,
 }
 
 
@@ -62,18 +64,19 @@ def quantize_tensors(
         scale_dtype: of `weight_scale` in the two compressed-tensors fp8 forms and in `w4a16`.
         scale_shape: of it in the two fp8 forms: `[out, 1]` as published, `[out]`, or one for the
             whole matrix: `[1]`, as compressed-tensors writes it, or `[]`.
-        fused: of `modelopt-fp8`: experts in one tensor `[E, in, out]` with one `_weight_scale`, as
-            ModelOpt writes Llama 4; or one by one.
-        input_scales: of `nvfp4` (`input_global_scale`) and `modelopt-fp8` (`input_scale`,
-            `k_scale`, `v_scale`): whether the static scales of activations are there. They do not
-            change the weights.
+        fused: of the two ModelOpt forms: experts in one tensor `[E, in, out]`, or of bytes
+            `[E, in / 2, out]`, and scales with an underscore before `weight_scale`, as ModelOpt
+            writes Llama 4; or one by one.
+        input_scales: of `nvfp4` (`input_global_scale`) and ModelOpt's forms (`input_scale`, and
+            `k_scale`, `v_scale` where attention is quantized): whether the static scales of
+            activations are there. They do not change the weights.
 
     Raises:
         ValueError: no such form; a matrix is not so many times `group_size` (or 16, or 8) wide.
     """
     if form not in FORMS:
         raise ValueError(f"quantization is {form!r}: checkpoints are {', '.join(FORMS)}.")
-    if not (form == "modelopt-fp8" and fused):
+    if not (form.startswith("modelopt") and fused):
         tensors = names.split_experts(tensors)
     quantized: Tensors = {}
     dtype = np.dtype(ml_dtypes.bfloat16 if scale_dtype == "BF16" else np.float32)
@@ -85,8 +88,8 @@ def quantize_tensors(
             quantized |= _write_int4(base, values, group_size, dtype)
         elif form == "nvfp4":
             quantized |= _write_nvfp4(base, values, input_scales)
-        elif form == "modelopt-fp8":
-            quantized |= _write_modelopt(name, values, input_scales)
+        elif form.startswith("modelopt"):
+            quantized |= _write_modelopt(name, values, form, input_scales)
         else:
             scale = _fp8_scale(values, dtype, is_single=scale_shape in ("single", "scalar"))
             quantized[name] = _round_fp8(values, scale)
@@ -140,17 +143,12 @@ def _write_int4(base: str, values: np.ndarray, group_size: int, dtype: np.dtype)
 
 
 def _write_nvfp4(base: str, values: np.ndarray, input_scales: bool) -> Tensors:
-    groups = _in_groups(base, values, _FP4_GROUP)
     # The largest group's scale becomes 448: the whole range of fp8 is used.
     amax = np.abs(values).max()
     whole = np.array([_FP8_MAX * _FP4_MAX / amax if amax else 1], np.float32)
-    wanted = whole * (np.abs(groups).max(-1) / np.float32(_FP4_MAX))
-    scale = _nonzero(np.minimum(wanted, _FP8_MAX).astype(ml_dtypes.float8_e4m3fn))
-    scaled = groups / (scale.astype(np.float32) / whole)[..., None]
-    nibbles = np.clip(scaled, -_FP4_MAX, _FP4_MAX).astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
-    low, high = nibbles.reshape(len(values), -1, 2).transpose(2, 0, 1)
+    packed, scale = _round_fp4(base, values, whole)
     written: Tensors = {
-        base + ".weight_packed": low | high << 4,
+        base + ".weight_packed": packed,
         base + ".weight_scale": scale,
         base + ".weight_global_scale": whole,
     }
@@ -159,16 +157,42 @@ def _write_nvfp4(base: str, values: np.ndarray, input_scales: bool) -> Tensors:
     return written
 
 
-def _write_modelopt(name: str, values: np.ndarray, input_scales: bool) -> Tensors:
+def _round_fp4(base: str, values: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes `[out, in / 2]` and scales `[out, in / 16]`, which `whole` makes as large as it is."""
+    groups = _in_groups(base, values, _FP4_GROUP)
+    wanted = whole * (np.abs(groups).max(-1) / np.float32(_FP4_MAX))
+    scale = _nonzero(np.minimum(wanted, _FP8_MAX).astype(ml_dtypes.float8_e4m3fn))
+    scaled = groups / (scale.astype(np.float32) / whole)[..., None]
+    nibbles = np.clip(scaled, -_FP4_MAX, _FP4_MAX).astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
+    low, high = nibbles.reshape(len(values), -1, 2).transpose(2, 0, 1)
+    return low | high << 4, scale
+
+
+def _write_modelopt(name: str, values: np.ndarray, form: Form, input_scales: bool) -> Tensors:
     base, joint = name.removesuffix(".weight"), "." if name.endswith(".weight") else "_"
-    scale = _fp8_scale(values, np.dtype(np.float32), is_single=True).reshape(())
-    written: Tensors = {name: _round_fp8(values, scale), f"{base}{joint}weight_scale": scale}
+    if form == "modelopt-nvfp4":
+        written = _write_modelopt_nvfp4(name, f"{base}{joint}weight_scale", values)
+    else:
+        scale = _fp8_scale(values, np.dtype(np.float32), is_single=True).reshape(())
+        written = {name: _round_fp8(values, scale), f"{base}{joint}weight_scale": scale}
     if input_scales:
         written[f"{base}{joint}input_scale"] = np.array(_made_up(base, 0.001, 0.1), np.float32)
         if found := names.KEY_OR_VALUE.fullmatch(base):
             cached = np.array(_made_up(base + "cache", 0.01, 0.1), np.float32)
             written[f"{base}.{found[1]}_scale"] = cached
     return written
+
+
+def _write_modelopt_nvfp4(name: str, scale_name: str, values: np.ndarray) -> Tensors:
+    """`[out, in]`, or fused `[E, in, out]` with the packed axis in the middle."""
+    amax = np.abs(values).max()
+    whole = np.array(amax / (_FP8_MAX * _FP4_MAX) if amax else 1, np.float32)
+    matrices = [x.T for x in values] if values.ndim == 3 else [values]
+    parts = [_round_fp4(name, x, np.float32(1) / whole) for x in matrices]
+    packed, scale = (np.stack([part[i].T for part in parts]) for i in range(2))
+    if values.ndim == 2:
+        packed, scale = (np.ascontiguousarray(x[0].T) for x in (packed, scale))
+    return {name: packed, scale_name: scale, scale_name + "_2": whole}
 
 
 def _made_up(name: str, low: float, high: float) -> float:
@@ -180,17 +204,20 @@ def _describe(
     form: Form, ignored: list[str], group_size: int, scale_shape: ScaleShape, input_scales: bool
 ) -> dict[str, Any]:
     """`quantization_config`, with the keys that each form's publisher writes."""
-    if form == "modelopt-fp8":
+    if form.startswith("modelopt"):
         eight_bits = {"dynamic": False, "num_bits": 8, "type": "float"}
-        group = {"input_activations": eight_bits, "weights": eight_bits, "targets": ["Linear"]}
+        four_bits = eight_bits | {"num_bits": 4, "group_size": _FP4_GROUP}
+        bits = eight_bits if form == "modelopt-fp8" else four_bits
+        group = {"input_activations": bits, "weights": bits, "targets": ["Linear"]}
         config: dict[str, Any] = {
             "config_groups": {"group_0": group},
             "ignore": ignored,
-            "quant_algo": "FP8",
+            "quant_algo": "FP8" if form == "modelopt-fp8" else "NVFP4",
             "producer": {"name": "modelopt", "version": "0.29.0"},
             "quant_method": "modelopt",
         }
-        return config | ({"kv_cache_scheme": eight_bits} if input_scales else {})
+        has_cache_scales = input_scales and form == "modelopt-fp8"
+        return config | ({"kv_cache_scheme": eight_bits} if has_cache_scales else {})
     common = {
         "actorder": None,
         "block_structure": None,

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from l4jax import checkpoint
+from l4jax.checkpoint import parameters
 from l4jax.checkpoint.errors import CheckpointError
 from l4jax.checkpoint.parameters import flatten, unflatten
 from l4jax.checkpoint.safetensors import Index, write_safetensors
@@ -28,7 +29,9 @@ from tests.engine.engines import GREEDY, run_all
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "intermediate_size_mlp": 128}
 FORMS = get_args(quantized.Form)
 # What is computed in few bits; nvfp4 becomes the model's own dtype while it is read.
-NARROW = {form: {"float8_e4m3fn"} for form in FORMS} | {"w4a16": {"int4"}, "nvfp4": set()}
+WIDE = ("nvfp4", "modelopt-nvfp4")
+NARROW = {form: {"float8_e4m3fn"} for form in FORMS} | {"w4a16": {"int4"}}
+NARROW |= {form: set() for form in WIDE}
 
 
 def place(_names):
@@ -65,7 +68,7 @@ def test_what_is_loaded_is_bit_for_bit_what_the_files_mean(stored):
     kinds = {found[path].data.dtype.name for path in narrow}
     assert kinds == NARROW[form]
     has_shared = any("/shared/" in path for path in narrow)
-    assert has_shared == (form not in ("maverick-fp8", "nvfp4"))
+    assert has_shared == (form not in ("maverick-fp8", *WIDE))
     assert any("/attention/" in path for path in narrow) == (form == "modelopt-fp8")
     assert not any("router" in path or "norm" in path for path in narrow)
 
@@ -85,8 +88,8 @@ def test_each_device_holds_its_part_of_data_and_scales(stored, mesh):
 
 
 def test_logits_are_those_of_the_dequantized_weights(stored, monkeypatch):
-    """To float32's accuracy, once fp8's rounding of the activations is left out: what that rounding
-    does is told, product by product, in tests/test_formats.py."""
+    """To float32's accuracy, once fp8's rounding of the activations is left out: that rounding is
+    compared, product by product, in tests/test_formats.py, and as a whole with the reference's."""
     _, folder, config, wanted = stored
 
     def leave_alone(x, summed):
@@ -112,9 +115,30 @@ def test_an_engine_gives_the_same_tokens_on_one_device_and_on_eight(stored):
         runner.load(folder, progress=False)
         capacity = Capacity(max_model_len=64, max_num_seqs=1, block_size=4)
         engine = Engine(runner, runner.reserve(capacity))
-        engine.add(ids, GREEDY.replace(max_tokens=20 if form in ("w4a16", "nvfp4") else 1))
+        engine.add(ids, GREEDY.replace(max_tokens=20 if form in ("w4a16", *WIDE) else 1))
         found.append(run_all(engine)[0])
     assert found[0] == found[1]
+
+
+def test_nvfp4_by_modelopt_comes_fused_and_one_by_one_and_in_attention(tmp_path, monkeypatch):
+    """Decoded whole and in pieces of a few rows."""
+    raw = weights.tiny_config("maverick", num_hidden_layers=4, head_dim=16, **WIDTHS)
+    tensors = weights.random_tensors(weights.tensor_shapes(raw), 1)
+    single, about = quantized.quantize_tensors(tensors, "modelopt-nvfp4", fused=False)
+    for name in [name for name in single if "language" in name and "self_attn" in name]:
+        # As a matrix that the writer takes, under another name.
+        made, _ = quantized.quantize_tensors(
+            {name.replace("self_attn", "feed_forward"): tensors[name]}, "modelopt-nvfp4"
+        )
+        single |= {other.replace("feed_forward", "self_attn"): x for other, x in made.items()}
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "quantization_config": about}))
+    write_safetensors(tmp_path / "model.safetensors", single)
+    config = Config.from_folder(tmp_path)
+    wanted = arrange(quantized.decode_tensors(single, "modelopt-nvfp4"), config)
+    for decoded in (parameters.DECODED, 300):
+        monkeypatch.setattr(parameters, "DECODED", decoded)
+        for path, weight in flatten(load(tmp_path, config)).items():
+            np.testing.assert_array_equal(np.asarray(weight), wanted[path], err_msg=path)
 
 
 @pytest.mark.parametrize("shape", get_args(quantized.ScaleShape))
@@ -147,7 +171,8 @@ def test_wrong_bytes_are_named(stored, tmp_path):
     layer = max(i for i in range(config.text.layers) if config.text.is_moe(i))
     experts = f"language_model.model.layers.{layer}.feed_forward.experts."
     base = experts + "1.up_proj.weight"
-    scale = experts + "gate_up_proj_weight_scale" if form == "modelopt-fp8" else base + "_scale"
+    is_fused = form.startswith("modelopt")
+    scale = experts + "gate_up_proj_weight_scale" if is_fused else base + "_scale"
 
     def drop(tensors):
         return {name: x for name, x in tensors.items() if name != scale}
@@ -163,16 +188,21 @@ def test_wrong_bytes_are_named(stored, tmp_path):
         out, width = config.text.expert_width, config.text.width
         return {**rest, base: np.ones((out, width), np.float32)}
 
+    def double(tensors):
+        return {**tensors, scale + "_2": np.ones(2, np.float32)}
+
     def reorder(tensors):
         order = np.arange(config.text.width, dtype=np.int32)[::-1].copy()
         return {**tensors, base + "_g_idx": order}
 
-    names = {"modelopt-fp8": experts + "gate_up_proj", "w4a16": base + "_packed"}
-    weight = names.get(form, base + "_packed" if form == "nvfp4" else base)
-    says = {"nvfp4": f"has {scale} nothing instead of"}.get(form, f"lacks {scale}")
+    weight = base + "_packed" if form in ("w4a16", "nvfp4") else base
+    weight = experts + "gate_up_proj" if is_fused else weight
+    says = f"has {scale} nothing instead of" if form in WIDE else f"lacks {scale}"
     cases = [(drop, says), (reshape, re.escape(scale))]
     cases.append((shorten, re.escape(weight)))
-    if form != "modelopt-fp8":
+    if form == "modelopt-nvfp4":
+        cases.append((double, re.escape(f"lacks {scale}_2, one number: nvfp4 needs it")))
+    if not is_fused:
         cases.append((widen, "quantized in different ways: .*plain"))
     if form == "w4a16":
         cases.append((reorder, f"{base}_g_idx puts columns into groups out of order"))
