@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ AnyRecipe = Recipe | QuantizedRecipe | Nvfp4Recipe
 Place = Callable[[tuple[str, ...]], Sharding]
 # That copy out of the mapped files: one alone fills neither a disk nor the memory's bandwidth.
 THREADS = 8
-DECODED = 2**24  # values of nvfp4 that are decoded at a time, of 30 bytes each on the way
+DECODED = 2**22  # values of 4 bits that are decoded at a time, of 30 bytes each on the way
 
 
 def load_parameters(
@@ -196,8 +196,7 @@ def _load_quantized(
     sharding = place(names)
     if recipe.is_packed:
         check_beside(index, [part.name for part in recipe.data.parts])
-        group = math.lcm(WORD, WORD * recipe.data.shape[-1] // recipe.scale.shape[-1])
-        data = _read_array(index, recipe.data, sharding, np.int32, pool, unpack, unit=group)
+        data = _read_int4(index, recipe, sharding, pool)
     else:
         in_file = place(recipe.data.reorder(names))
         data = _read_array(index, recipe.data, in_file, ml_dtypes.float8_e4m3fn, pool)
@@ -236,31 +235,63 @@ def _load_nvfp4(
     place: Place,
     pool: Executor,
 ) -> jax.Array:
-    """The values that nvfp4 stands for, each device its own slices, computed on the host in pieces
-    of its first axis: decoding takes many times the bytes of what is decoded."""
+    """The values that nvfp4 stands for, each device its own slices, computed on the host."""
     axis = recipe.axis
 
     def decode(box: Box) -> np.ndarray:
-        packed = read_box(recipe.data, index.view, _narrow_box(box, 2, axis), np.uint8, pool)
-        few = _narrow_box(box, FP4_GROUP, axis)
+        half, few = _narrow_box(box, 2, axis), _narrow_box(box, FP4_GROUP, axis)
+        packed = read_box(recipe.data, index.view, half, np.uint8, pool, index.release)
         scale = read_box(recipe.scale, index.view, few, ml_dtypes.float8_e4m3fn, pool)
         whole = read_box(recipe.whole, make_scale_view(index, recipe.whole), few, np.float32, pool)
         return decode_nvfp4(packed, scale, whole, multiplies=recipe.multiplies, axis=axis)
 
-    def read(box: Box) -> np.ndarray:
-        values = np.empty([cut.stop - cut.start for cut in box], dtype)
-        step = max(1, DECODED // math.prod(values.shape[1:]))
-        for at in range(0, len(values), step):
-            rows = slice(box[0].start + at, min(box[0].start + at + step, box[0].stop))
-            values[at : at + step] = decode((rows, *box[1:]))
-        return values
-
     data = recipe.data
     shape = (*data.shape[:axis], 2 * data.shape[axis], *data.shape[axis + 1 :])
     in_file = place(data.reorder(names))
+    read = functools.partial(_read_in_pieces, decode, dtype, axis)
     array = _put_slices(index, data, shape, in_file, FP4_GROUP, read, axis)
     index.release(part.name for part in recipe.parts)
     return _turn(array, data, place(names))
+
+
+def _read_int4(
+    index: Index, recipe: QuantizedRecipe, sharding: Sharding, pool: Executor
+) -> jax.Array:
+    """int4 values, each device its own slices, taken out of their words on the host."""
+    data, groups = recipe.data, recipe.scale.shape[-1]
+
+    def decode(box: Box) -> np.ndarray:
+        words = _narrow_box(box, WORD)
+        return unpack(read_box(data, index.view, words, np.int32, pool, index.release))
+
+    shape = (*data.shape[:-1], WORD * data.shape[-1])
+    read = functools.partial(_read_in_pieces, decode, ml_dtypes.int4, len(shape) - 1)
+    unit = math.lcm(WORD, shape[-1] // groups)
+    return _put_slices(index, data, shape, sharding, unit, read)
+
+
+def _read_in_pieces(
+    decode: Callable[[Box], np.ndarray], dtype: Any, axis: int, box: Box
+) -> np.ndarray:
+    """A box of what has to be decoded: piece by piece, since that takes many times its bytes."""
+    values = np.empty([cut.stop - cut.start for cut in box], dtype)
+    for piece in _halve(box, axis):
+        inside = zip(piece, box, strict=True)
+        target = tuple(slice(cut.start - x.start, cut.stop - x.start) for cut, x in inside)
+        values[target] = decode(piece)
+    return values
+
+
+def _halve(box: Box, axis: int) -> Iterator[Box]:
+    """A box in pieces of `DECODED` values at most, as far as cuts across other axes can do it."""
+    sizes = [cut.stop - cut.start for cut in box]
+    at = next((at for at, size in enumerate(sizes) if size > 1 and at != axis), None)
+    if at is None or math.prod(sizes) <= DECODED:
+        yield box
+        return
+    middle = box[at].start + sizes[at] // 2
+    for half in (slice(box[at].start, middle), slice(middle, box[at].stop)):
+        yield from _halve((*box[:at], half, *box[at + 1 :]), axis)
 
 
 def _read_array(
@@ -269,25 +300,18 @@ def _read_array(
     sharding: Sharding,
     dtype: Any,
     pool: Executor,
-    widen: Callable[[np.ndarray], np.ndarray] | None = None,
     view: Callable[[str], np.ndarray] | None = None,
-    unit: int = 1,
 ) -> jax.Array:
     """The array of a recipe, in the order of the file, on devices.
 
     Args:
-        widen: makes more of a slice's last axis, `WORD` values of each, after it was read.
         view: in place of the index's own.
-        unit: columns that no device may have a part of; a multiple of `WORD` where `widen` is.
     """
-    factor = WORD if widen else 1
 
     def read(box: Box) -> np.ndarray:
-        values = read_box(recipe, view or index.view, _narrow_box(box, factor), dtype, pool)
-        return widen(values) if widen else values
+        return read_box(recipe, view or index.view, box, dtype, pool, index.release)
 
-    shape = (*recipe.shape[:-1], recipe.shape[-1] * factor) if recipe.shape else ()
-    return _put_slices(index, recipe, shape, sharding, unit, read)
+    return _put_slices(index, recipe, recipe.shape, sharding, 1, read)
 
 
 def _put_slices(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 from typing import get_args
 
 import jax
@@ -71,6 +72,27 @@ def test_what_is_loaded_is_bit_for_bit_what_the_files_mean(stored):
     assert has_shared == (form not in ("maverick-fp8", *WIDE))
     assert any("/attention/" in path for path in narrow) == (form == "modelopt-fp8")
     assert not any("router" in path or "norm" in path for path in narrow)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["w4a16", *WIDE])
+def test_host_memory_holds_no_more_than_it_decodes_at_a_time(form, tmp_path, monkeypatch):
+    """Beside two slices as they will be on the devices."""
+    raw = weights.text_only(
+        weights.tiny_config("scout", intermediate_size=2048, num_hidden_layers=3, hidden_size=128)
+    )
+    quantized.write_checkpoint(tmp_path, raw, 0, form)
+    config = Config.from_folder(tmp_path)
+    monkeypatch.setattr(parameters, "DECODED", 2**14)
+    load(tmp_path, config)  # what is compiled and imported once does not count
+    tracemalloc.start()
+    found = flatten(load(tmp_path, config))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    data = [weight.data if isinstance(weight, Quantized) else weight for weight in found.values()]
+    largest = max(array.nbytes for array in data)
+    assert largest > 20 * 2**14
+    assert peak < 2.5 * largest + 40 * 2**14
 
 
 @pytest.mark.parametrize("mesh", ["8", "2x4"])
