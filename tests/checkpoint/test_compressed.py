@@ -233,7 +233,13 @@ def test_widths_that_groups_of_int4_do_not_divide_are_refused(tmp_path: Path) ->
 @pytest.mark.parametrize("form", ["fp8", "int4"])
 def test_host_memory_holds_a_few_matrices_at_most(form: str, tmp_path: Path) -> None:
     raw = weights.text_only(
-        weights.tiny_config("scout", hidden_size=128, intermediate_size=4096, num_local_experts=16)
+        weights.tiny_config(
+            "scout",
+            num_hidden_layers=2,
+            hidden_size=128,
+            intermediate_size=4096,
+            num_local_experts=16,
+        )
     )
     weights.write_checkpoint(tmp_path / "wide", raw, 3, dtype="BF16")
     compressed.quantize_folder(tmp_path / "wide", tmp_path / "first", form, progress=False)

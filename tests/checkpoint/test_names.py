@@ -70,6 +70,7 @@ def test_scout_takes_217_gigabytes() -> None:
     ("name", "gigabytes", "narrow"),
     [
         ("scout-instruct", 217.3, set()),
+        ("maverick-instruct", 803.2, set()),
         ("maverick-instruct-fp8", 416.8, {"gate_up", "down"}),
         ("scout-instruct-fp8-dynamic", 114.6, {"gate_up", "down", "shared/gate_up", "shared/down"}),
         ("scout-instruct-w4a16", 64.9, {"gate_up", "down", "shared/gate_up", "shared/down"}),
