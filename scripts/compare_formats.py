@@ -67,6 +67,7 @@ def score(
         calculate_kv_scales=calculates,
     )
     runner.reserve(capacity)
+    assert runner.pool is not None
     scales = jax.device_get((runner.pool.k_scale, runner.pool.v_scale))
     text, rng = config.text, np.random.default_rng(0)
     at_T = np.arange(args.tokens, dtype=np.int32)
