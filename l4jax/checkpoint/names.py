@@ -162,7 +162,10 @@ def survey(shapes: Mapping[str, Shape], stored: Iterable[str]) -> Survey:
 
 
 def match(
-    shapes: Mapping[str, Shape], stored: Mapping[str, Kind], where: str
+    shapes: Mapping[str, Shape],
+    stored: Mapping[str, Kind],
+    where: str,
+    files: Mapping[str, str] | None = None,
 ) -> dict[str, Recipe | QuantizedRecipe | Nvfp4Recipe]:
     """The recipe of every parameter: each stored tensor is used exactly once, each shape is right.
 
@@ -170,6 +173,7 @@ def match(
         shapes: path -> shape of every parameter, as in "text/layer_3/attention/qkv".
         stored: name -> (dtype, shape) of every tensor.
         where: what holds them, for errors.
+        files: name -> the file that holds it, for errors about one tensor.
 
     Raises:
         CheckpointError: naming the tensors that are unknown, missing, or of another shape.
@@ -179,6 +183,10 @@ def match(
             f"{where} is quantized ({found}), which is not supported yet: "
             f"take one in BF16, or one of these: {', '.join(COMPUTED)}."
         )
+
+    def locate(name: str) -> str:
+        return (files or {}).get(name, where)
+
     surveyed = survey(shapes, stored)
     lists = {"lacks": surveyed.missing, "has unknown": surveyed.unknown}
     if problems := [f"{how} {list_few(names)}" for how, names in lists.items() if names]:
@@ -187,7 +195,7 @@ def match(
             "its tensors are not those of the model in its config.json."
         )
     resolved = {
-        path: resolve(path, recipe, stored, where) for path, recipe in surveyed.recipes.items()
+        path: resolve(path, recipe, stored, locate) for path, recipe in surveyed.recipes.items()
     }
     plain = [recipe for recipe in resolved.values() if isinstance(recipe, Recipe)]
     fp8 = [
@@ -196,23 +204,27 @@ def match(
         if isinstance(recipe, QuantizedRecipe) and not recipe.is_packed
     ]
     wrong = [
-        f"{part.name} {list(stored[part.name][1])} instead of {list(part.stored)}"
+        (part.name, f"{part.name} {list(stored[part.name][1])} instead of {list(part.stored)}")
         for recipe in (*plain, *fp8)
         for part in recipe.parts
         if tuple(stored[part.name][1]) != part.stored
     ]
     if wrong:
         raise CheckpointError(
-            f"{where} has {list_few(wrong)}: its config.json belongs to another model."
+            f"{locate(wrong[0][0])} has {list_few([text for _, text in wrong])}: "
+            "its config.json belongs to another model."
         )
     odd = [
-        f"{part.name} ({stored[part.name][0]})"
+        (part.name, f"{part.name} ({stored[part.name][0]})")
         for recipe in plain
         for part in recipe.parts
         if stored[part.name][0] not in _FLOATS
     ]
     if odd:
-        raise CheckpointError(f"{where} has {list_few(odd)}: weights must be {', '.join(_FLOATS)}.")
+        raise CheckpointError(
+            f"{locate(odd[0][0])} has {list_few([text for _, text in odd])}: "
+            f"weights must be {', '.join(_FLOATS)}."
+        )
     return resolved
 
 

@@ -122,7 +122,8 @@ def find_recipes(
     """How to make each parameter, in the order of the files; and the logical names of its axes."""
     shapes, names = declare_parameters(config, jnp.float32)
     wanted = {path: leaf.shape for path, leaf in flatten(shapes).items()}
-    recipes = match(wanted, index.kinds, str(index.folder))
+    files = {name: str(tensor.path) for name, tensor in index.tensors.items()}
+    recipes = match(wanted, index.kinds, str(index.folder), files)
 
     def lies_at(path: str) -> tuple[Path, int]:
         tensor = index.tensors[recipes[path].parts[0].name]

@@ -17,6 +17,8 @@ from l4jax.checkpoint.errors import CheckpointError
 from l4jax.checkpoint.recipe import Part, Recipe
 from l4jax.checkpoint.safetensors import Index, Kind
 
+# The file that holds a tensor of this name, for errors; the folder, where none does.
+Locate = Callable[[str], str]
 WORD = 8  # values of 4 bits in a word of 32
 FP4_GROUP = 16  # neighbors that share a scale in nvfp4
 # e2m1: a sign, then 0, 1/2, 1, 3/2, 2, 3, 4, 6.
@@ -69,7 +71,7 @@ class Nvfp4Recipe:
 
 
 def resolve(
-    path: str, recipe: Recipe, stored: Mapping[str, Kind], where: str
+    path: str, recipe: Recipe, stored: Mapping[str, Kind], where: Locate
 ) -> Recipe | QuantizedRecipe | Nvfp4Recipe:
     """The recipe for what is stored of a parameter, given the one for the plain weight.
 
@@ -79,7 +81,7 @@ def resolve(
     forms = {_find_form(part.name, stored) for part in recipe.parts}
     if len(forms) > 1:
         raise CheckpointError(
-            f"{where}: the tensors of {path} ({recipe.parts[0].name}, ..) are quantized in "
+            f"{where('')}: the tensors of {path} ({recipe.parts[0].name}, ..) are quantized in "
             f"different ways: {', '.join(sorted(forms))}."
         )
     form = forms.pop()
@@ -90,9 +92,10 @@ def resolve(
     if form == "modelopt nvfp4":
         joint = "_weight" if recipe.order is not None else ""
         return _resolve_nvfp4(recipe, stored, where, ("", f"{joint}_scale", f"{joint}_scale_2"))
+    name = recipe.parts[0].name
     if recipe.order is not None:
         raise CheckpointError(
-            f"{where}: {recipe.parts[0].name} is {form} and holds all experts in one tensor: "
+            f"{where(name)}: {name} is {form} and holds all experts in one tensor: "
             "experts have to be stored one by one."
         )
     inner = _count_inner(recipe)
@@ -102,12 +105,10 @@ def resolve(
     if form == "nvfp4":
         return _resolve_nvfp4(recipe, stored, where, ("_packed", "_scale", "_global_scale"))
     if inner != 1 or recipe.shape[-1] % WORD:
-        raise CheckpointError(
-            f"{where}: {recipe.parts[0].name} cannot be {form}: {path} has other columns."
-        )
+        raise CheckpointError(f"{where(name)}: {name} cannot be {form}: {path} has other columns.")
     groups = {_count_groups(part, stored, where) for part in recipe.parts}
     if len(groups) > 1:
-        raise CheckpointError(f"{where}: the tensors of {path} have groups of different sizes.")
+        raise CheckpointError(f"{where('')}: the tensors of {path} have groups of different sizes.")
     data, scale = (
         _narrow(recipe, suffix, values)
         for suffix, values in (("_packed", WORD), ("_scale", recipe.shape[-1] // groups.pop()))
@@ -146,16 +147,17 @@ def check_beside(index: Index, names: list[str]) -> None:
             shape = index.view(base + "_shape").tolist()
             if shape != [rows, words * WORD]:
                 raise CheckpointError(
-                    f"{index.folder}: {base}_shape says {shape}, and {packed} holds "
-                    f"{[rows, words * WORD]}."
+                    f"{index.tensors[base + '_shape'].path}: {base}_shape says {shape}, and "
+                    f"{packed} holds {[rows, words * WORD]}."
                 )
         if base + "_g_idx" in index.kinds:
             order = index.view(base + "_g_idx")
             groups = index.kinds[base + "_scale"][1][-1]
             if not np.array_equal(order, np.arange(len(order)) // (len(order) // groups)):
                 raise CheckpointError(
-                    f"{index.folder}: {base}_g_idx puts columns into groups out of order, which is "
-                    "not supported: quantize without activation ordering (actorder)."
+                    f"{index.tensors[base + '_g_idx'].path}: {base}_g_idx puts columns into groups "
+                    "out of order, which is not supported: quantize without activation ordering "
+                    "(actorder)."
                 )
 
 
@@ -172,14 +174,14 @@ def decode_nvfp4(
 
 
 def _resolve_nvfp4(
-    recipe: Recipe, stored: Mapping[str, Kind], where: str, suffixes: tuple[str, str, str]
+    recipe: Recipe, stored: Mapping[str, Kind], where: Locate, suffixes: tuple[str, str, str]
 ) -> Nvfp4Recipe:
     """Args: suffixes: of the names of data, scale and whole, behind that of the plain weight."""
-    axis = recipe.turn[-1]
+    axis, name = recipe.turn[-1], recipe.parts[0].name
     if recipe.shape[axis] % FP4_GROUP:
         raise CheckpointError(
-            f"{where}: {recipe.parts[0].name} is nvfp4, and its {recipe.shape[axis]} columns are "
-            f"not groups of {FP4_GROUP}."
+            f"{where(name)}: {name} is nvfp4, and its {recipe.shape[axis]} columns are not groups "
+            f"of {FP4_GROUP}."
         )
     data, scale, whole = (
         _narrow(recipe, suffix, values, axis)
@@ -188,19 +190,24 @@ def _resolve_nvfp4(
     for part in (*data.parts, *scale.parts):
         if part.name not in stored or stored[part.name][1] != part.stored:
             found = list(stored[part.name][1]) if part.name in stored else "nothing"
-            raise CheckpointError(f"{where} has {part.name} {found} instead of {[*part.stored]}.")
+            raise CheckpointError(
+                f"{where(part.name)} has {part.name} {found} instead of {[*part.stored]}."
+            )
     for part in whole.parts:
         if part.name not in stored or math.prod(stored[part.name][1]) != 1:
-            raise CheckpointError(f"{where} lacks {part.name}, one number: nvfp4 needs it.")
+            found = list(stored[part.name][1]) if part.name in stored else "nothing"
+            raise CheckpointError(
+                f"{where(part.name)} has {part.name} {found} instead of one number."
+            )
     return Nvfp4Recipe(data, scale, whole, suffixes[2].endswith("_scale_2"), axis)
 
 
-def _share_scale(recipe: Recipe, stored: Mapping[str, Kind], where: str) -> Recipe:
+def _share_scale(recipe: Recipe, stored: Mapping[str, Kind], where: Locate) -> Recipe:
     """The one scale of fused experts, as if there were one for each output channel."""
     (part,) = recipe.parts
     name, shape = part.name + "_weight_scale", recipe.parameter_shape[:-1]
     if name not in stored or math.prod(stored[name][1]) != 1:
-        raise CheckpointError(f"{where} lacks {name}, one number: {part.name} is fp8.")
+        raise CheckpointError(f"{where(name)} lacks {name}, one number: {part.name} is fp8.")
     return Recipe((Part(name, (math.prod(shape),), (0,) * len(shape), shape),), shape)
 
 
@@ -220,34 +227,38 @@ def _count_inner(recipe: Recipe) -> int:
 
 
 def _find_channel_scales(
-    recipe: Recipe, stored: Mapping[str, Kind], where: str, inner: int
+    recipe: Recipe, stored: Mapping[str, Kind], where: Locate, inner: int
 ) -> Recipe:
     """The recipe without its last axes, of the scales of its tensors' output channels."""
     parts = []
     for part in recipe.parts:
         name, wanted = part.name + "_scale", part.stored[:1]
         if name not in stored:
-            raise CheckpointError(f"{where} lacks {name}: {part.name} means nothing without it.")
+            raise CheckpointError(
+                f"{where(name)} lacks {name}: {part.name} means nothing without it."
+            )
         shape = stored[name][1]
         if math.prod(shape) not in (1, math.prod(wanted)):
-            raise CheckpointError(f"{where} has {name} {list(shape)} instead of {[*wanted, 1]}.")
+            raise CheckpointError(
+                f"{where(name)} has {name} {list(shape)} instead of {[*wanted, 1]}."
+            )
         parts.append(Part(name, wanted, part.start[:-inner], part.shape[:-inner]))
     return Recipe(tuple(parts), recipe.shape[:-inner])
 
 
-def _count_groups(part: Part, stored: Mapping[str, Kind], where: str) -> int:
+def _count_groups(part: Part, stored: Mapping[str, Kind], where: Locate) -> int:
     packed, name = part.name + "_packed", part.name + "_scale"
     wanted = (part.stored[0], part.stored[1] // WORD)
     if stored[packed] != ("I32", wanted):
         raise CheckpointError(
-            f"{where} has {packed} {stored[packed]} instead of I32 {list(wanted)}."
+            f"{where(packed)} has {packed} {stored[packed]} instead of I32 {list(wanted)}."
         )
     if name not in stored:
-        raise CheckpointError(f"{where} lacks {name}: {packed} means nothing without it.")
+        raise CheckpointError(f"{where(name)} lacks {name}: {packed} means nothing without it.")
     shape = stored[name][1]
     if len(shape) != 2 or shape[0] != part.stored[0] or not shape[1] or part.stored[1] % shape[1]:
         raise CheckpointError(
-            f"{where} has {name} {list(shape)}, which fits no groups of {list(part.stored)}."
+            f"{where(name)} has {name} {list(shape)}, which fits no groups of {list(part.stored)}."
         )
     return shape[1]
 

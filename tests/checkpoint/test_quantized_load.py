@@ -223,7 +223,7 @@ def test_wrong_bytes_are_named(stored, tmp_path):
     cases = [(drop, says), (reshape, re.escape(scale))]
     cases.append((shorten, re.escape(weight)))
     if form == "modelopt-nvfp4":
-        cases.append((double, re.escape(f"lacks {scale}_2, one number: nvfp4 needs it")))
+        cases.append((double, re.escape(f"has {scale}_2 [2] instead of one number")))
     if not is_fused:
         cases.append((widen, "quantized in different ways: .*plain"))
     if form == "w4a16":
@@ -231,8 +231,11 @@ def test_wrong_bytes_are_named(stored, tmp_path):
     for number, (change, says) in enumerate(cases):
         (tmp_path / str(number)).mkdir()
         wrong = spoil(folder, tmp_path / str(number), change)
-        with pytest.raises(CheckpointError, match=says):
+        with pytest.raises(CheckpointError, match=says) as refused:
             load(wrong, config)
+        # A tensor that is wrong lies in a file, one that is absent in none.
+        is_there = "lacks" not in says and "nothing" not in says and "different ways" not in says
+        assert (str(wrong / "model.safetensors") in str(refused.value)) == is_there, says
 
 
 # Of 32 columns eight devices have half a word each; of 384 whole words, and three quarters of 64.
