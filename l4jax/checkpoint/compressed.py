@@ -199,7 +199,7 @@ def _quantize(index: Index, entry: _Entry, part: Part, pool: Executor) -> list[n
     box = tuple(slice(at, at + size) for at, size in zip(part.start, part.shape, strict=True))
     dtypes = {index.tensors[other.name].dtype for other in recipe.parts}
     dtype = ml_dtypes.bfloat16 if dtypes == {"BF16"} else np.float32
-    values = read_box(recipe, index.view, recipe.reorder(box), dtype, pool)
+    values = read_box(recipe, index.view, recipe.reorder(box), dtype, pool, index.release)
     data, scale = _quantize_matrix(values, recipe.turn, part.stored, entry.format)
     made = [np.asarray(data), np.asarray(scale)]
     return made if entry.format == "fp8" else [*made, np.array(part.stored, np.int64)]

@@ -54,8 +54,8 @@ def stored(request, tmp_path_factory):
     return form, folder, config, arrange(quantized.decode_tensors(tensors, form), config)
 
 
-def load(folder, config):
-    return checkpoint.load(folder, config, jnp.float32, place, progress=False)
+def load(folder, config, dtype="float32"):
+    return checkpoint.load(folder, config, dtype, place, progress=False)
 
 
 def test_what_is_loaded_is_bit_for_bit_what_the_files_mean(stored):
@@ -77,22 +77,23 @@ def test_what_is_loaded_is_bit_for_bit_what_the_files_mean(stored):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["w4a16", *WIDE])
 def test_host_memory_holds_no_more_than_it_decodes_at_a_time(form, tmp_path, monkeypatch):
-    """Beside two slices as they will be on the devices."""
+    """Beside two slices as they will be on the devices, and one that jax lets go of a call later:
+    decoded at once, a slice would take five more."""
     raw = weights.text_only(
         weights.tiny_config("scout", intermediate_size=2048, num_hidden_layers=3, hidden_size=128)
     )
     quantized.write_checkpoint(tmp_path, raw, 0, form)
     config = Config.from_folder(tmp_path)
     monkeypatch.setattr(parameters, "DECODED", 2**14)
-    load(tmp_path, config)  # what is compiled and imported once does not count
+    load(tmp_path, config, "bfloat16")  # what is compiled and imported once does not count
     tracemalloc.start()
-    found = flatten(load(tmp_path, config))
+    found = flatten(load(tmp_path, config, "bfloat16"))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     data = [weight.data if isinstance(weight, Quantized) else weight for weight in found.values()]
     largest = max(array.nbytes for array in data)
     assert largest > 20 * 2**14
-    assert peak < 2.5 * largest + 40 * 2**14
+    assert peak < 3.2 * largest + 40 * 2**14
 
 
 @pytest.mark.parametrize("mesh", ["8", "2x4"])
@@ -136,7 +137,7 @@ def test_an_engine_gives_the_same_tokens_on_one_device_and_on_eight(stored):
         runner = Runner(config, mesh, "float32")
         runner.load(folder, progress=False)
         capacity = Capacity(max_model_len=64, max_num_seqs=1, block_size=4)
-        engine = Engine(runner, runner.reserve(capacity))
+        engine = Engine(runner, capacity)
         engine.add(ids, GREEDY.replace(max_tokens=20 if form in ("w4a16", *WIDE) else 1))
         found.append(run_all(engine)[0])
     assert found[0] == found[1]
