@@ -77,7 +77,7 @@ def test_what_is_loaded_is_bit_for_bit_what_the_files_mean(stored):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["w4a16", *WIDE])
 def test_host_memory_holds_no_more_than_it_decodes_at_a_time(form, tmp_path, monkeypatch):
-    """Beside two slices as they will be on the devices, and one that jax lets go of a call later:
+    """Beside two slices as they will be on the devices, and two that jax lets go of a call later:
     decoded at once, a slice would take five more."""
     raw = weights.text_only(
         weights.tiny_config("scout", intermediate_size=2048, num_hidden_layers=3, hidden_size=128)
@@ -93,7 +93,7 @@ def test_host_memory_holds_no_more_than_it_decodes_at_a_time(form, tmp_path, mon
     data = [weight.data if isinstance(weight, Quantized) else weight for weight in found.values()]
     largest = max(array.nbytes for array in data)
     assert largest > 20 * 2**14
-    assert peak < 3.2 * largest + 40 * 2**14
+    assert peak < 4.5 * largest + 40 * 2**14
 
 
 @pytest.mark.parametrize("mesh", ["8", "2x4"])
