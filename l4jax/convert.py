@@ -1,6 +1,7 @@
 """The door `python -m l4jax.convert SRC DST`: a checkpoint that loads faster, and onto any mesh.
 
-Or, with `--quantization fp8`, one of half the size, which other servers read, too.
+Or, with `--quantization`, one of half (fp8) or a third (int4) of the size, which other servers
+read, too.
 """
 
 import argparse
@@ -12,6 +13,7 @@ EXAMPLES = """examples:
   python -m l4jax.convert meta-llama/Llama-4-Scout-17B-16E-Instruct scout
   python -m l4jax.generate --model scout --mesh 8
   python -m l4jax.convert --quantization fp8 FOLDER scout-fp8
+  python -m l4jax.convert --quantization int4 FOLDER scout-w4a16
 """
 
 
@@ -19,8 +21,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="l4jax.convert",
-        description="Write a published Llama 4 checkpoint as Orbax, or in fp8 as "
-        "compressed-tensors, with config and tokenizer. "
+        description="Write a published Llama 4 checkpoint as Orbax, or quantized "
+        "as compressed-tensors, with config and tokenizer. "
         "Nothing appears at DST before all of it is written.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -32,8 +34,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=["bfloat16", "float32"], help="(default: that of the checkpoint)")
     add(
         "--quantization",
-        choices=["fp8"],
-        help="write safetensors instead, with feed-forward weights in fp8",
+        choices=["fp8", "int4"],
+        help="write safetensors instead, with feed-forward weights in these",
     )
     add("--overwrite", action="store_true", help="replace DST, once all is written")
     add("--quiet", action="store_true", help="no progress bar")
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = find_folder(args.source, revision=args.revision)
         how = {"overwrite": args.overwrite, "progress": not args.quiet}
         if args.quantization:
-            nbytes = compressed.quantize_folder(source, args.folder, **how)
+            nbytes = compressed.quantize_folder(source, args.folder, args.quantization, **how)
         else:
             nbytes = conversion.convert_folder(source, args.folder, dtype=args.dtype, **how)
     except (ValueError, OSError) as error:

@@ -54,6 +54,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="of cached keys and values (default: that of the weights)",
     )
     add(
+        "--calculate-kv-scales",
+        action="store_true",
+        help="calibrate an fp8 cache on 512 random tokens, where the checkpoint has no scales",
+    )
+    add(
         "--quantization",
         choices=["fp8", "int4"],
         help="of the weights, while they are loaded (default: as they are stored)",
@@ -102,6 +107,7 @@ def _answer(args: argparse.Namespace, started: float) -> int:
         dtype=args.dtype,
         quantization=args.quantization,
         kv_cache_dtype=args.kv_cache_dtype,
+        calculate_kv_scales=args.calculate_kv_scales,
         quantize_attention=SWITCH[args.quantize_attention],
         max_model_len=args.max_model_len,
         max_num_seqs=1,

@@ -95,6 +95,10 @@ class LLM:
         max_num_batched_tokens: tokens of a step.
         block_size: positions of a page of the cache.
         kv_cache_dtype: of cached keys and values, "auto" (the weights') or "fp8": half the bytes.
+        calculate_kv_scales: where the checkpoint has no scales for an fp8 cache, run 512 random
+            tokens once, before the first request, and give each layer one for its keys and one for
+            its values: the least power of two with which twice the largest is within e4m3's 448.
+            They stay. Without it the scales are 1.
         kv_cache_memory_bytes: for the page pool; None is what is free on an accelerator, and
             256 MiB on a CPU.
         gpu_memory_utilization: share of an accelerator's memory for weights and pool.
@@ -128,6 +132,7 @@ class LLM:
         max_num_batched_tokens: int = 2048,
         block_size: int | None = None,
         kv_cache_dtype: str = "auto",
+        calculate_kv_scales: bool = False,
         kv_cache_memory_bytes: int | None = None,
         gpu_memory_utilization: float = 0.9,
         enable_prefix_caching: bool = True,
@@ -186,17 +191,15 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             block_size=block_size,
             kv_cache_dtype=kv_cache_dtype,
+            calculate_kv_scales=calculate_kv_scales,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             gpu_memory_utilization=gpu_memory_utilization,
             max_images=max_images,
             enable_prefix_caching=enable_prefix_caching,
             speculation=_read_speculation(speculative_config),
         )
-        if kv_cache_dtype != "auto" and runner.kv_scales is None:
-            self._tell(
-                "The fp8 KV cache has no scales in the checkpoint and takes 1: keys and values "
-                "beyond 448 are cut, small ones are coarse."
-            )
+        if kv_cache_dtype != "auto":
+            self._tell(_explain_kv_scales(runner.kv_scales is not None, calculate_kv_scales))
         self.engine = Engine(runner, capacity, seed)
 
     def get_default_sampling_params(self) -> SamplingParams:
@@ -481,6 +484,20 @@ def _find_dtype(dtype: str, folder: Path) -> str:
             "(float16 cannot hold the range of Llama 4's activations)."
         )
     return DTYPES[dtype]
+
+
+def _explain_kv_scales(are_stored: bool, are_calculated: bool) -> str | None:
+    """Where the scales of an fp8 cache come from, if not simply from the checkpoint."""
+    if are_calculated and are_stored:
+        return "The checkpoint has scales for the fp8 KV cache: they are taken, none is calculated."
+    if are_calculated:
+        return "The scales of the fp8 KV cache are calculated from 512 random tokens, and stay."
+    if are_stored:
+        return None
+    return (
+        "The fp8 KV cache has no scales in the checkpoint and takes 1: keys and values "
+        "beyond 448 are cut, small ones are coarse; --calculate-kv-scales finds better ones."
+    )
 
 
 def _find_text(prompt: PromptLike) -> str | None:

@@ -16,17 +16,20 @@ import numpy as np
 
 from l4jax import cache, decode
 from l4jax.config import Config
+from l4jax.engine.capacity import Capacity
 from l4jax.engine.runner import Runner
 from l4jax.kernels.formats import FP8
 from l4jax.testing import write_model
 
-# Name -> (quantization while loading, dtype of keys and values).
+# Name -> (quantization while loading, dtype of keys and values, whether their scales are calculated
+# where the model has none; else they are 1).
 FORMATS = {
-    "bf16": (None, jnp.bfloat16),
-    "fp8": ("fp8", jnp.bfloat16),
-    "int4": ("int4", jnp.bfloat16),
-    "fp8 KV": (None, FP8),
-    "fp8, fp8 KV": ("fp8", FP8),
+    "bf16": (None, jnp.bfloat16, False),
+    "fp8": ("fp8", jnp.bfloat16, False),
+    "int4": ("int4", jnp.bfloat16, False),
+    "fp8 KV": (None, FP8, False),
+    "fp8 KV, calculated": (None, FP8, True),
+    "fp8, fp8 KV": ("fp8", FP8, False),
 }
 PAGE = 8
 
@@ -43,18 +46,29 @@ def main() -> None:
             write_model(folder)
         rows = {name: score(folder, args, *form) for name, form in FORMATS.items()}
     wanted = rows["bf16"]
-    print(f"{'':14}{'KL, nats':>10}{'top 1':>8}")
+    print(f"{'':20}{'KL, nats':>10}{'top 1':>8}")
     for name, found in rows.items():
         kl = float((np.exp(wanted) * (wanted - found)).sum(-1).mean())
         same = float((wanted.argmax(-1) == found.argmax(-1)).mean())
-        print(f"{name:14}{kl:10.5f}{same:8.1%}")
+        print(f"{name:20}{kl:10.5f}{same:8.1%}")
 
 
-def score(folder: Path, args: argparse.Namespace, quantization: str | None, dtype) -> np.ndarray:
+def score(
+    folder: Path, args: argparse.Namespace, quantization: str | None, dtype, calculates: bool
+) -> np.ndarray:
     """[prompts * tokens, V] float32 log-probabilities of the same random prompts."""
     config = Config.from_folder(folder)
     runner = Runner(config, 1, "bfloat16")
     runner.load(folder, quantization=quantization, progress=False)
+    capacity = Capacity(
+        max_model_len=args.tokens,
+        max_num_seqs=1,
+        kv_cache_dtype="fp8" if dtype == FP8 else "auto",
+        calculate_kv_scales=calculates,
+    )
+    runner.reserve(capacity)
+    assert runner.pool is not None
+    scales = jax.device_get((runner.pool.k_scale, runner.pool.v_scale))
     text, rng = config.text, np.random.default_rng(0)
     at_T = np.arange(args.tokens, dtype=np.int32)
     rows, whole, part = -(-args.tokens // text.chunk), -(-args.tokens // PAGE), text.chunk // PAGE
@@ -67,6 +81,7 @@ def score(folder: Path, args: argparse.Namespace, quantization: str | None, dtyp
     for _ in range(args.prompts):
         tokens_T = rng.integers(0, min(text.vocab, 256), args.tokens).astype(np.int32)
         pool = cache.make_pool(text, whole + int(np.prod(local)), PAGE, dtype)
+        pool = cache.PagePool(pool.k, pool.v, *scales)
         batch = cache.Batch(tokens_T, at_T, at_T // text.chunk, tables)
         with runner.layout.active():
             _, logits_TV = decode.score(runner.params, pool, batch, model=runner.model)

@@ -75,7 +75,7 @@ def _find_amax(
 ) -> np.ndarray:
     """``[out, in]``: no less than the largest absolute value under the scale of each weight."""
     values = weights.unfuse_experts(plain)[name]
-    if form in ("w4a16", "nvfp4"):
+    if form in ("w4a16", "nvfp4", "modelopt-nvfp4"):
         size = group_size if form == "w4a16" else 16
         groups = np.abs(values).reshape(len(values), -1, size).max(-1)
         return np.repeat(groups, size, 1)
@@ -87,7 +87,9 @@ def _find_amax(
 def _bound(values: np.ndarray, amax: np.ndarray, form: quantized.Form) -> np.ndarray:
     if form == "w4a16":  # half a step; the largest positive value is 7.5 steps, and becomes 7
         return 0.54 * amax / 7.5
-    if form == "nvfp4":  # half of steps of 0.5, 1 and 2; the scale itself is off by up to 1/16
+    if form.endswith(
+        "nvfp4"
+    ):  # half of steps of 0.5, 1 and 2; the scale itself is off by up to 1/16
         unit = amax / 6
         ratio = np.abs(values) / unit
         return 1.07 * unit * np.where(ratio > 3.7, 1, np.where(ratio > 1.8, 0.5, 0.25))
@@ -125,15 +127,16 @@ def test_groups_of_every_size_are_decoded(group_size: int) -> None:
     assert described["config_groups"]["group_0"]["weights"]["group_size"] == group_size
 
 
-def test_fused_and_single_experts_of_modelopt_are_both_decoded() -> None:
+@pytest.mark.parametrize("form", ["modelopt-fp8", "modelopt-nvfp4"])
+def test_fused_and_single_experts_of_modelopt_are_both_decoded(form: quantized.Form) -> None:
     for fused in (True, False):
-        stored, _ = quantized.quantize_tensors(_make("scout"), "modelopt-fp8", fused=fused)
+        stored, _ = quantized.quantize_tensors(_make("scout"), form, fused=fused)
         assert any(name.endswith("experts.down_proj") for name in stored) == fused
-        _assert_near(stored, _make("scout"), "modelopt-fp8")
+        _assert_near(stored, _make("scout"), form)
 
 
 def test_scales_of_activations_change_no_weight() -> None:
-    for form in ("nvfp4", "modelopt-fp8"):
+    for form in ("nvfp4", "modelopt-fp8", "modelopt-nvfp4"):
         with_them, _ = quantized.quantize_tensors(_make("scout"), form)
         without, _ = quantized.quantize_tensors(_make("scout"), form, input_scales=False)
         assert set(without) < set(with_them)
@@ -173,6 +176,7 @@ def _as_patterns(kinds: Any) -> dict[str, Any]:
         ("w4a16", "compressed-tensors pack-quantized int4"),
         ("nvfp4", "compressed-tensors nvfp4-pack-quantized"),
         ("modelopt-fp8", "modelopt fp8"),
+        ("modelopt-nvfp4", "modelopt nvfp4"),
     ],
 )
 def test_each_form_is_recognized_and_every_tensor_has_its_place(
@@ -200,7 +204,7 @@ def test_files_hold_what_was_quantized(form: quantized.Form, tmp_path: Path) -> 
         assert (found.dtype, found.shape) == (values.dtype, values.shape)
         assert found.tobytes() == values.tobytes(), name
     read = json.loads((tmp_path / "config.json").read_text())
-    method = "modelopt" if form == "modelopt-fp8" else "compressed-tensors"
+    method = "modelopt" if form.startswith("modelopt") else "compressed-tensors"
     assert read.pop("quantization_config")["quant_method"] == method
     assert read == config
 
@@ -244,7 +248,7 @@ def test_ties_go_to_even_and_the_ends_are_clamped() -> None:
 
 
 def test_zeros_stay_zeros() -> None:
-    for form in ("fp8-dynamic", "w4a16", "nvfp4", "modelopt-fp8"):
+    for form in set(quantized.FORMS) - {"maverick-fp8"}:
         assert _decode_row([0.0] * 32, form) == [0.0] * 32
 
 
@@ -255,6 +259,11 @@ def test_the_low_nibble_is_the_first_value() -> None:
     stored = _quantize_row([6, -0.5] + [0] * 14, "nvfp4")
     packed = stored["model.layers.0.feed_forward.up_proj.weight_packed"]
     assert packed[0, 0] == 0x97
+    name = "model.layers.0.feed_forward.experts.down_proj"
+    values = np.zeros((1, 16, 3), np.float32)
+    values[0, :2, 1] = 6, -0.5
+    stored, _ = quantized.quantize_tensors({name: values}, "modelopt-nvfp4")
+    assert stored[name].shape == (1, 8, 3) and stored[name][0, 0].tolist() == [0, 0x97, 0]
 
 
 def test_the_decoder_reads_all_fp8_numbers() -> None:

@@ -118,7 +118,14 @@ COMPUTED = (
     "compressed-tensors pack-quantized int4",
     "compressed-tensors nvfp4-pack-quantized",
     "modelopt fp8",
+    "modelopt nvfp4",
 )
+# Which matrices those who publish quantized checkpoints take: routed experts alone; shared ones and
+# dense layers, too; and attention.
+ROUTED = re.compile(r".*\.feed_forward\.experts\..*")
+FEED_FORWARD = re.compile(r".*\.feed_forward\.(?!router).*")
+TEXT_LINEAR = re.compile(r"(?!vision_model\.).*\.(self_attn|feed_forward)\.(?!router).*")
+KEY_OR_VALUE = re.compile(r".*\.self_attn\.([kv])_proj")
 _FLOATS = ("BF16", "F16", "F32", "F64")
 
 
@@ -155,7 +162,10 @@ def survey(shapes: Mapping[str, Shape], stored: Iterable[str]) -> Survey:
 
 
 def match(
-    shapes: Mapping[str, Shape], stored: Mapping[str, Kind], where: str
+    shapes: Mapping[str, Shape],
+    stored: Mapping[str, Kind],
+    where: str,
+    files: Mapping[str, str] | None = None,
 ) -> dict[str, Recipe | QuantizedRecipe | Nvfp4Recipe]:
     """The recipe of every parameter: each stored tensor is used exactly once, each shape is right.
 
@@ -163,6 +173,7 @@ def match(
         shapes: path -> shape of every parameter, as in "text/layer_3/attention/qkv".
         stored: name -> (dtype, shape) of every tensor.
         where: what holds them, for errors.
+        files: name -> the file that holds it, for errors about one tensor.
 
     Raises:
         CheckpointError: naming the tensors that are unknown, missing, or of another shape.
@@ -172,6 +183,10 @@ def match(
             f"{where} is quantized ({found}), which is not supported yet: "
             f"take one in BF16, or one of these: {', '.join(COMPUTED)}."
         )
+
+    def locate(name: str) -> str:
+        return (files or {}).get(name, where)
+
     surveyed = survey(shapes, stored)
     lists = {"lacks": surveyed.missing, "has unknown": surveyed.unknown}
     if problems := [f"{how} {list_few(names)}" for how, names in lists.items() if names]:
@@ -180,7 +195,7 @@ def match(
             "its tensors are not those of the model in its config.json."
         )
     resolved = {
-        path: resolve(path, recipe, stored, where) for path, recipe in surveyed.recipes.items()
+        path: resolve(path, recipe, stored, locate) for path, recipe in surveyed.recipes.items()
     }
     plain = [recipe for recipe in resolved.values() if isinstance(recipe, Recipe)]
     fp8 = [
@@ -189,23 +204,27 @@ def match(
         if isinstance(recipe, QuantizedRecipe) and not recipe.is_packed
     ]
     wrong = [
-        f"{part.name} {list(stored[part.name][1])} instead of {list(part.stored)}"
+        (part.name, f"{part.name} {list(stored[part.name][1])} instead of {list(part.stored)}")
         for recipe in (*plain, *fp8)
         for part in recipe.parts
         if tuple(stored[part.name][1]) != part.stored
     ]
     if wrong:
         raise CheckpointError(
-            f"{where} has {list_few(wrong)}: its config.json belongs to another model."
+            f"{locate(wrong[0][0])} has {list_few([text for _, text in wrong])}: "
+            "its config.json belongs to another model."
         )
     odd = [
-        f"{part.name} ({stored[part.name][0]})"
+        (part.name, f"{part.name} ({stored[part.name][0]})")
         for recipe in plain
         for part in recipe.parts
         if stored[part.name][0] not in _FLOATS
     ]
     if odd:
-        raise CheckpointError(f"{where} has {list_few(odd)}: weights must be {', '.join(_FLOATS)}.")
+        raise CheckpointError(
+            f"{locate(odd[0][0])} has {list_few([text for _, text in odd])}: "
+            f"weights must be {', '.join(_FLOATS)}."
+        )
     return resolved
 
 
@@ -244,6 +263,22 @@ def separate(path: str, shape: Shape, stored: Iterable[str]) -> Recipe:
     return _list_ways(path, shape, prefix)[-1]
 
 
+def split_experts(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Fused experts `[E, in, out]` as matrices `[out, in]`, named as `separate` has them; the rest
+    as it is."""
+    found: dict[str, np.ndarray] = {}
+    for name, values in tensors.items():
+        if values.ndim < 3:
+            found[name] = values
+            continue
+        at, _, projection = name.rpartition(".")
+        halves = ["gate_proj", "up_proj"] if projection == "gate_up_proj" else [projection]
+        for expert, both in enumerate(values):
+            for half, matrix in zip(halves, np.split(both, len(halves), axis=1), strict=True):
+                found[f"{at}.{expert}.{half}.weight"] = np.ascontiguousarray(matrix.T)
+    return found
+
+
 def list_linears(stored: Mapping[str, Kind]) -> list[str]:
     """The modules that quantizers count as `Linear`, by their stored weights."""
     return [
@@ -261,7 +296,8 @@ def find_quantization(stored: Mapping[str, Kind]) -> str | None:
         if _KV_SCALE.fullmatch(name):
             continue
         if found := _BESIDE.fullmatch(name):
-            beside.add(found["what"] if found["joint"] == "." else "fused")
+            is_fused = found["joint"] == "_" and found["what"] != "weight_scale_2"
+            beside.add("fused" if is_fused else found["what"])
             if found["what"] == "weight_packed":
                 packed.add(dtype)
     dtypes = {dtype for dtype, _ in stored.values()}

@@ -1,7 +1,8 @@
 """From safetensors to arrays on devices: each device gets its own slice, and no more is read."""
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ AnyRecipe = Recipe | QuantizedRecipe | Nvfp4Recipe
 Place = Callable[[tuple[str, ...]], Sharding]
 # That copy out of the mapped files: one alone fills neither a disk nor the memory's bandwidth.
 THREADS = 8
+DECODED = 2**22  # values of 4 bits that are decoded at a time, of 30 bytes each on the way
 
 
 def load_parameters(
@@ -120,7 +122,8 @@ def find_recipes(
     """How to make each parameter, in the order of the files; and the logical names of its axes."""
     shapes, names = declare_parameters(config, jnp.float32)
     wanted = {path: leaf.shape for path, leaf in flatten(shapes).items()}
-    recipes = match(wanted, index.kinds, str(index.folder))
+    files = {name: str(tensor.path) for name, tensor in index.tensors.items()}
+    recipes = match(wanted, index.kinds, str(index.folder), files)
 
     def lies_at(path: str) -> tuple[Path, int]:
         tensor = index.tensors[recipes[path].parts[0].name]
@@ -142,7 +145,7 @@ def load_parameter(
     if isinstance(recipe, QuantizedRecipe):
         return _load_quantized(index, recipe, names, place, pool)
     if isinstance(recipe, Nvfp4Recipe):
-        return _load_nvfp4(index, recipe, place(names), dtype, pool)
+        return _load_nvfp4(index, recipe, names, dtype, place, pool)
     array = _read_parameter(index, recipe, names, dtype, place, pool)
     return _turn(array, recipe, place(names))
 
@@ -194,7 +197,7 @@ def _load_quantized(
     sharding = place(names)
     if recipe.is_packed:
         check_beside(index, [part.name for part in recipe.data.parts])
-        data = _read_array(index, recipe.data, sharding, np.int32, pool, unpack)
+        data = _read_int4(index, recipe, sharding, pool)
     else:
         in_file = place(recipe.data.reorder(names))
         data = _read_array(index, recipe.data, in_file, ml_dtypes.float8_e4m3fn, pool)
@@ -226,21 +229,70 @@ def make_bar(total: int, what: str, progress: bool) -> tqdm:
 
 
 def _load_nvfp4(
-    index: Index, recipe: Nvfp4Recipe, sharding: Sharding, dtype: Any, pool: Executor
+    index: Index,
+    recipe: Nvfp4Recipe,
+    names: tuple[str, ...],
+    dtype: Any,
+    place: Place,
+    pool: Executor,
 ) -> jax.Array:
     """The values that nvfp4 stands for, each device its own slices, computed on the host."""
+    axis = recipe.axis
 
-    def read(box: Box) -> np.ndarray:
-        packed = read_box(recipe.data, index.view, _narrow_box(box, 2), np.uint8, pool)
-        few = _narrow_box(box, FP4_GROUP)
+    def decode(box: Box) -> np.ndarray:
+        half, few = _narrow_box(box, 2, axis), _narrow_box(box, FP4_GROUP, axis)
+        packed = read_box(recipe.data, index.view, half, np.uint8, pool, index.release)
         scale = read_box(recipe.scale, index.view, few, ml_dtypes.float8_e4m3fn, pool)
         whole = read_box(recipe.whole, make_scale_view(index, recipe.whole), few, np.float32, pool)
-        return decode_nvfp4(packed, scale, whole).astype(dtype)
+        return decode_nvfp4(packed, scale, whole, multiplies=recipe.multiplies, axis=axis)
 
-    shape = (*recipe.data.shape[:-1], 2 * recipe.data.shape[-1])
-    array = _put_slices(index, recipe.data, shape, sharding, FP4_GROUP, read)
+    data = recipe.data
+    shape = (*data.shape[:axis], 2 * data.shape[axis], *data.shape[axis + 1 :])
+    in_file = place(data.reorder(names))
+    read = functools.partial(_read_in_pieces, decode, dtype, axis)
+    array = _put_slices(index, data, shape, in_file, FP4_GROUP, read, axis)
     index.release(part.name for part in recipe.parts)
-    return array
+    return _turn(array, data, place(names))
+
+
+def _read_int4(
+    index: Index, recipe: QuantizedRecipe, sharding: Sharding, pool: Executor
+) -> jax.Array:
+    """int4 values, each device its own slices, taken out of their words on the host."""
+    data, groups = recipe.data, recipe.scale.shape[-1]
+
+    def decode(box: Box) -> np.ndarray:
+        words = _narrow_box(box, WORD)
+        return unpack(read_box(data, index.view, words, np.int32, pool, index.release))
+
+    shape = (*data.shape[:-1], WORD * data.shape[-1])
+    read = functools.partial(_read_in_pieces, decode, ml_dtypes.int4, len(shape) - 1)
+    unit = math.lcm(WORD, shape[-1] // groups)
+    return _put_slices(index, data, shape, sharding, unit, read)
+
+
+def _read_in_pieces(
+    decode: Callable[[Box], np.ndarray], dtype: Any, axis: int, box: Box
+) -> np.ndarray:
+    """A box of what has to be decoded: piece by piece, since that takes many times its bytes."""
+    values = np.empty([cut.stop - cut.start for cut in box], dtype)
+    for piece in _halve(box, axis):
+        inside = zip(piece, box, strict=True)
+        target = tuple(slice(cut.start - x.start, cut.stop - x.start) for cut, x in inside)
+        values[target] = decode(piece)
+    return values
+
+
+def _halve(box: Box, axis: int) -> Iterator[Box]:
+    """A box in pieces of `DECODED` values at most, as far as cuts across other axes can do it."""
+    sizes = [cut.stop - cut.start for cut in box]
+    at = next((at for at, size in enumerate(sizes) if size > 1 and at != axis), None)
+    if at is None or math.prod(sizes) <= DECODED:
+        yield box
+        return
+    middle = box[at].start + sizes[at] // 2
+    for half in (slice(box[at].start, middle), slice(middle, box[at].stop)):
+        yield from _halve((*box[:at], half, *box[at + 1 :]), axis)
 
 
 def _read_array(
@@ -249,23 +301,18 @@ def _read_array(
     sharding: Sharding,
     dtype: Any,
     pool: Executor,
-    widen: Callable[[np.ndarray], np.ndarray] | None = None,
     view: Callable[[str], np.ndarray] | None = None,
 ) -> jax.Array:
     """The array of a recipe, in the order of the file, on devices.
 
     Args:
-        widen: makes more of a slice's last axis, `WORD` values of each, after it was read.
         view: in place of the index's own.
     """
-    factor = WORD if widen else 1
 
     def read(box: Box) -> np.ndarray:
-        values = read_box(recipe, view or index.view, _narrow_box(box, factor), dtype, pool)
-        return widen(values) if widen else values
+        return read_box(recipe, view or index.view, box, dtype, pool, index.release)
 
-    shape = (*recipe.shape[:-1], recipe.shape[-1] * factor) if recipe.shape else ()
-    return _put_slices(index, recipe, shape, sharding, factor, read)
+    return _put_slices(index, recipe, recipe.shape, sharding, 1, read)
 
 
 def _put_slices(
@@ -275,19 +322,21 @@ def _put_slices(
     sharding: Sharding,
     unit: int,
     read: Callable[[Box], np.ndarray],
+    axis: int = -1,
 ) -> jax.Array:
     """Read each distinct slice once and put it on all devices that want it; then the next.
 
     `jax.make_array_from_callback` would have all slices of an array in host memory at a time.
 
     Args:
-        unit: columns that stand together in the file: no device may have a part of them.
+        unit: how many stand together in the file along an axis: no device may have a part of them.
+        axis: that one.
     """
     takers: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     for device, box in sharding.addressable_devices_indices_map(shape).items():
         assert box is not None
         spans = [cut.indices(size)[:2] for cut, size in zip(box, shape, strict=True)]
-        if any(at % unit for at in spans[-1]):
+        if any(at % unit for at in spans[axis]):
             raise CheckpointError(
                 f"{index.folder}: {recipe.parts[0].name} keeps {unit} values together, and "
                 f"{len(sharding.device_set)} devices would cut through them: take fewer devices."
@@ -301,9 +350,11 @@ def _put_slices(
     return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
 
 
-def _narrow_box(box: Box, factor: int) -> Box:
-    """A box of values as one of what holds `factor` of them."""
-    return (*box[:-1], slice(box[-1].start // factor, box[-1].stop // factor))
+def _narrow_box(box: Box, factor: int, axis: int = -1) -> Box:
+    """A box of values as one of what holds `factor` of them along an axis."""
+    cuts = list(box)
+    cuts[axis] = slice(cuts[axis].start // factor, cuts[axis].stop // factor)
+    return tuple(cuts)
 
 
 def flatten(tree: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """How a parameter is put together from stored tensors, and reading the box of it that is wanted."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
@@ -10,6 +10,9 @@ import numpy as np
 Box = tuple[slice, ...]
 OfAxis = TypeVar("OfAxis")
 _PIECE = 16 * 2**20  # bytes that one thread copies at a time
+# Pieces between two releases. Columns of rows that are shorter than a page touch all of its bytes:
+# eight times the piece, where eight devices share a row.
+_ROUND = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +52,20 @@ class Recipe:
 
 
 def read_box(
-    recipe: Recipe, view: Callable[[str], np.ndarray], box: Box, dtype: Any, pool: Executor
+    recipe: Recipe,
+    view: Callable[[str], np.ndarray],
+    box: Box,
+    dtype: Any,
+    pool: Executor,
+    release: Callable[[Iterable[str]], None] = lambda _: None,
 ) -> np.ndarray:
     """Read a box of a recipe's array (in file order), converted to `dtype`, with a pool's threads.
 
     Args:
         view: the stored tensor of a name, without reading it.
         box: slices without a step, one an axis.
+        release: is told now and then which tensors have been read as far as they will be at once,
+            so that no more than a piece of them stays in memory.
     """
     spans = [span.indices(size)[:2] for span, size in zip(box, recipe.shape, strict=True)]
     out = np.empty([stop - start for start, stop in spans], dtype)
@@ -68,10 +78,17 @@ def read_box(
             target.append(slice(low - start, high - start))
         if all(cut.start < cut.stop for cut in inside):
             source = view(part.name).reshape(part.shape)[tuple(inside)]
-            copies += _cut(out[tuple(target)], source)
-    for _ in pool.map(lambda copy: np.copyto(*copy, casting="unsafe"), copies):
-        pass
+            copies += [(*copy, part.name) for copy in _cut(out[tuple(target)], source)]
+    for at in range(0, len(copies), _ROUND):
+        targets, sources, names = zip(*copies[at : at + _ROUND], strict=True)
+        for _ in pool.map(_copy, targets, sources):
+            pass
+        release(dict.fromkeys(names))
     return out
+
+
+def _copy(target: np.ndarray, source: np.ndarray) -> None:
+    np.copyto(target, source, casting="unsafe")
 
 
 def _cut(target: np.ndarray, source: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -25,6 +25,7 @@ class Capacity:
         max_num_batched_tokens: tokens of a step, over all data shards.
         block_size: positions of a page.
         kv_cache_dtype: of keys and values, "auto" (the model's) or "fp8".
+        calculate_kv_scales: whether to calibrate an fp8 cache where the checkpoint has no scales.
         kv_cache_memory_bytes: for the page pool, over all devices of a data shard.
         gpu_memory_utilization: share of an accelerator's memory that weights and pool may take.
         max_images: images of a prompt, at most.
@@ -38,6 +39,7 @@ class Capacity:
     max_num_batched_tokens: int = 2048
     block_size: int | None = None
     kv_cache_dtype: str = "auto"
+    calculate_kv_scales: bool = False
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     max_images: int = 10
@@ -53,6 +55,11 @@ class Capacity:
         if self.kv_cache_dtype not in ("auto", "fp8", "fp8_e4m3"):
             raise CapacityError(
                 f"kv_cache_dtype is {self.kv_cache_dtype!r}: it is auto or fp8 (e4m3)."
+            )
+        if self.calculate_kv_scales and self.kv_cache_dtype == "auto":
+            raise CapacityError(
+                "calculate_kv_scales is for an fp8 cache, and kv_cache_dtype is 'auto': "
+                "make it fp8, or leave calculate_kv_scales out."
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise CapacityError(

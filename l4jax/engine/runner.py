@@ -15,7 +15,7 @@ import numpy as np
 
 from l4jax import axes, cache, checkpoint, decode, sampling
 from l4jax.config import Config
-from l4jax.engine import arrays
+from l4jax.engine import arrays, calibrate
 from l4jax.engine.capacity import Buckets, Capacity, choose_page, plan_limits
 from l4jax.engine.request import MAX_LOGPROBS
 from l4jax.engine.scheduler import Limits, Plan, Run
@@ -117,6 +117,7 @@ class Runner:
         page = choose_page(self.config, capacity)
         dtype = self.dtype if capacity.kv_cache_dtype == "auto" else FP8
         page_bytes = cache.count_page_bytes(text, page, dtype)
+        self._scales = self._find_kv_scales(capacity, page) if dtype == FP8 else None
         memory = self._find_memory(capacity)
         self.limits = plan_limits(self.config, capacity, shards, page_bytes, memory)
         self.buckets = Buckets.of(self.limits)
@@ -136,8 +137,8 @@ class Runner:
         )
         pool_places = place(cache.name_pool_axes(jax.eval_shape(make_pool)))
         self.pool = jax.jit(make_pool, out_shardings=pool_places)()
-        if self.kv_scales is not None and self.pool.k_scale is not None:
-            k_scale, v_scale = self._put(self.kv_scales, ((axes.LAYERS,), (axes.LAYERS,)))
+        if self._scales is not None:
+            k_scale, v_scale = self._put(self._scales, ((axes.LAYERS,), (axes.LAYERS,)))
             self.pool = dataclasses.replace(self.pool, k_scale=k_scale, v_scale=v_scale)
         slots, memory_places = limits.shards * limits.requests, place(decode.MEMORY_AXES)
         make_memory = functools.partial(decode.make_memory, slots, text.vocab)
@@ -280,6 +281,26 @@ class Runner:
     def _tile_shape(self) -> tuple[int, int, int]:
         assert self.config.vision is not None
         return self.config.vision.channels, self.config.vision.tile, self.config.vision.tile
+
+    def _find_kv_scales(
+        self, capacity: Capacity, page: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """The checkpoint's scales of an fp8 cache; else calibrated, if so asked; None is 1."""
+        if self.kv_scales is not None or not capacity.calculate_kv_scales:
+            return self.kv_scales
+        shards = self.layout.count(axes.ROWS)
+        batch = calibrate.make_batch(self.config, page, shards)
+        with self._ready():
+            largest = calibrate.find_largest(
+                self.params,
+                self._put(batch, cache.name_axes()),
+                model=self.model,
+                page=page,
+                shards=shards,
+                dtype=self.dtype,
+            )
+        k_largest, v_largest = jax.device_get(largest)
+        return calibrate.choose_scales(k_largest), calibrate.choose_scales(v_largest)
 
     def _put(self, tree: Any, names: Any) -> Any:
         return jax.device_put(tree, self.layout.place_all(names))

@@ -120,16 +120,21 @@ def quantize_fp8(weight: Array, inner: int, scale_dtype: Any = jnp.float32) -> Q
     return Quantized(jnp.clip(steps, -FP8_MAX, FP8_MAX).astype(FP8), scale)
 
 
-@functools.partial(jax.jit, static_argnames=("group",))
-def quantize_int4(weight: Array, group: int) -> Quantized:
+@functools.partial(jax.jit, static_argnames=("group", "scale_dtype"))
+def quantize_int4(weight: Array, group: int, scale_dtype: Any = jnp.float32) -> Quantized:
     """Round a weight [out.., in..] to -7..7, with a scale for each `group` neighbors on the last
     axis: amax / 7.
+
+    Args:
+        weight: of any float dtype; what is computed is float32.
+        group: a divisor of the last axis.
+        scale_dtype: as for `quantize_fp8`.
 
     Returns:
         int4 [out.., in..] and float32 [out.., in / group]; a group of zeros has the scale 1.
     """
     wide = weight.astype(jnp.float32).reshape(*weight.shape[:-1], -1, group)
-    scale = _find_scale(jnp.abs(wide).max(-1), INT4_MAX, jnp.float32)
+    scale = _find_scale(jnp.abs(wide).max(-1), INT4_MAX, scale_dtype)
     steps = jnp.clip(jnp.round(wide * (1 / scale)[..., None]), -INT4_MAX, INT4_MAX)
     return Quantized(steps.reshape(weight.shape).astype(jnp.int4), scale)
 

@@ -1,4 +1,4 @@
-"""Laws of writing fp8 checkpoints: what is read back is numpy's own rounding of what was there."""
+"""Laws of writing quantized checkpoints: what is read back is numpy's own rounding."""
 
 import json
 import tracemalloc
@@ -20,7 +20,10 @@ from l4jax.kernels.formats import Quantized
 from tests import quantized, weights
 from tests.checkpoint.published import place_on_mesh, place_on_one, read_published
 
-RAW = weights.tiny_config("maverick", num_hidden_layers=2)
+# Widths that groups of 128 divide, also what each of four devices has of them.
+WIDTHS = {"hidden_size": 128, "intermediate_size": 512, "intermediate_size_mlp": 1024}
+RAW = weights.tiny_config("maverick", num_hidden_layers=2, **WIDTHS)
+STORED: dict[str, quantized.Form] = {"fp8": "fp8-dynamic", "int4": "w4a16"}
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +35,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def narrow(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That in fp8, through the door."""
-    folder = tmp_path_factory.mktemp("converted") / "fp8"
-    assert convert.main(["--quantization", "fp8", str(source), str(folder), "--quiet"]) == 0
+@pytest.fixture(scope="module", params=["fp8", "int4"])
+def narrow(
+    request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """That in few bits, through the door, in a folder that is named after the format."""
+    folder = tmp_path_factory.mktemp("converted") / request.param
+    words = ["--quantization", request.param, str(source), str(folder), "--quiet"]
+    assert convert.main(words) == 0
     return folder
 
 
@@ -57,42 +63,64 @@ def _same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
         np.testing.assert_array_equal(values, wanted[name], err_msg=name)
 
 
-def _expect(raw: dict[str, Any]) -> dict[str, np.ndarray]:
-    """By `tests.quantized` but for the rounding, which here multiplies by reciprocals."""
+def _expect(raw: dict[str, Any], form: str) -> dict[str, np.ndarray]:
+    """By `tests.quantized` but for the rounding, which here multiplies by reciprocals, and divides
+    int4's largest by 7."""
     tensors = weights.random_tensors(weights.tensor_shapes(raw), 5)
-    found, _ = quantized.quantize_tensors(tensors, "fp8-dynamic")
+    found, _ = quantized.quantize_tensors(tensors, STORED[form], group_size=128)
     for name, values in weights.unfuse_experts(dict(tensors)).items():
-        if name + "_scale" in found:
-            scale = np.abs(values).max(-1, keepdims=True) * np.float32(1 / 448)
-            found[name + "_scale"] = scale.astype(ml_dtypes.bfloat16)
-            steps = values * (1 / found[name + "_scale"].astype(np.float32))
+        if name + "_scale" not in found:
+            continue
+        groups = values.reshape(len(values), -1, values.shape[1] if form == "fp8" else 128)
+        top = np.float32(1 / (448 if form == "fp8" else 7))
+        scale = (np.abs(groups).max(-1) * top).astype(ml_dtypes.bfloat16)
+        steps = (groups * (1 / scale.astype(np.float32))[..., None]).reshape(values.shape)
+        found[name + "_scale"] = scale
+        if form == "fp8":
             found[name] = np.clip(steps, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+        else:
+            found[name + "_packed"] = _pack(np.clip(np.rint(steps), -7, 7).astype(np.int64))
     return found
 
 
+def _pack(steps: np.ndarray) -> np.ndarray:
+    """Eight to a word by arithmetic on digits of base 16, the first one lowest."""
+    digits = (steps + 8).reshape(len(steps), -1, 8)
+    return (digits * 16 ** np.arange(8)).sum(-1).astype(np.uint32).view(np.int32)
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "int4"])
 @pytest.mark.parametrize("kind", ["scout", "maverick"])
 @pytest.mark.parametrize("form", [{}, {"fused": False}, {"shards": 3}], ids=str)
 def test_what_is_written_is_each_matrix_rounded(
-    kind: weights.Kind, form: dict[str, Any], tmp_path: Path
+    kind: weights.Kind, form: dict[str, Any], quantization: str, tmp_path: Path
 ) -> None:
-    raw = weights.tiny_config(kind, num_hidden_layers=2)
+    raw = weights.tiny_config(kind, num_hidden_layers=2, **WIDTHS)
     raw = weights.text_only(raw) if "fused" in form else raw
     weights.write_checkpoint(tmp_path / "wide", raw, 5, dtype="BF16", **form)
-    compressed.quantize_folder(tmp_path / "wide", tmp_path / "narrow", progress=False)
-    found, wanted = _read(tmp_path / "narrow"), _expect(raw)
+    compressed.quantize_folder(tmp_path / "wide", tmp_path / "x", quantization, progress=False)
+    found, wanted = _read(tmp_path / "x"), _expect(raw, quantization)
     if "fused" in form:
         wanted = {name.removeprefix("language_model."): x for name, x in wanted.items()}
         found = {name.removeprefix("language_model."): x for name, x in found.items()}
     _same(found, wanted)
 
 
-def test_data_and_scales_agree(source: Path, narrow: Path) -> None:
-    decoded = quantized.decode_tensors(_read(narrow), "fp8-dynamic")
+def test_data_and_scales_agree(narrow: Path) -> None:
+    form, stored = narrow.name, _read(narrow)
+    decoded = quantized.decode_tensors(stored, STORED[form])
     wide = weights.random_tensors(weights.tensor_shapes(RAW), 5)
     for name, values in weights.unfuse_experts(dict(wide)).items():
-        largest = np.abs(values).max(-1, keepdims=True) if values.ndim > 1 else np.abs(values)
-        # Half of a mantissa's 2^-3; and the largest may be clipped by half of BF16's 2^-8.
+        if name + "_scale" not in stored:
+            np.testing.assert_array_equal(decoded[name], values, err_msg=name)
+            continue
+        size = 128 if form == "int4" else values.shape[-1]
+        groups = np.abs(values).reshape(-1, size)
+        largest = np.repeat(groups.max(-1), size).reshape(values.shape)
+        # Half of a mantissa's 2^-3; and the largest may be clipped by half of BF16's 2^-8. Or half
+        # of int4's seventh, and the same.
         bound = np.maximum(np.abs(values) / 16, largest * 2.0**-18)
+        bound = bound if form == "fp8" else largest * (1 / 14 + 2.0**-8)
         assert (np.abs(decoded[name] - values) <= 1.0001 * bound).all(), name
 
 
@@ -103,7 +131,7 @@ def test_what_is_written_is_read_back(place: Any, narrow: Path, tmp_path: Path) 
     # The same tensors in a file of safetensors' own library.
     from safetensors.numpy import save_file
 
-    save_file(_expect(RAW), tmp_path / "model.safetensors")
+    save_file(_expect(RAW, narrow.name), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(RAW))
     found, wanted = _load(narrow, place), _load(tmp_path, place)
     assert set(found) == set(wanted)
@@ -120,7 +148,7 @@ def test_config_says_how_and_what_is_left(source: Path, narrow: Path) -> None:
     described = raw.pop("quantization_config")
     assert raw == json.loads((source / "config.json").read_text())
     tensors = weights.random_tensors(weights.tensor_shapes(RAW), 5)
-    _, wanted = quantized.quantize_tensors(tensors, "fp8-dynamic")
+    _, wanted = quantized.quantize_tensors(tensors, STORED[narrow.name], group_size=128)
     assert sorted(described.pop("ignore")) == sorted(wanted.pop("ignore"))
     assert described == wanted
     assert sorted(path.name for path in narrow.iterdir()) == [
@@ -139,9 +167,9 @@ def test_of_the_published_scout_as_many_modules_are_left() -> None:
 def test_shards_are_full_and_not_larger(
     source: Path, narrow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit = 100_000
+    limit = 200_000
     monkeypatch.setattr(compressed, "SHARD_BYTES", limit)
-    total = compressed.quantize_folder(source, tmp_path / "x", progress=False)
+    total = compressed.quantize_folder(source, tmp_path / "x", narrow.name, progress=False)
     files = sorted((tmp_path / "x").glob("*.safetensors"))
     assert len(files) > 3
     assert files[-1].name == f"model-{len(files):05}-of-{len(files):05}.safetensors"
@@ -190,15 +218,33 @@ def test_what_cannot_be_quantized_is_refused(
         conversion.convert_folder(narrow, tmp_path / "x", progress=False)
 
 
+def test_widths_that_groups_of_int4_do_not_divide_are_refused(tmp_path: Path) -> None:
+    raw = weights.tiny_config("scout", num_hidden_layers=1, hidden_size=128, intermediate_size=96)
+    weights.write_checkpoint(tmp_path / "wide", raw, 5, dtype="BF16")
+    says = r"down_proj\.weight has 96 columns, which groups of 128 do not divide"
+    with pytest.raises(CheckpointError, match=says):
+        compressed.quantize_folder(tmp_path / "wide", tmp_path / "x", "int4", progress=False)
+    with pytest.raises(CheckpointError, match="quantization is 'int3': weights are made fp8 or"):
+        compressed.quantize_folder(tmp_path / "wide", tmp_path / "x", "int3", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["wide"]
+
+
 @pytest.mark.slow
-def test_host_memory_holds_a_few_matrices_at_most(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["fp8", "int4"])
+def test_host_memory_holds_a_few_matrices_at_most(form: str, tmp_path: Path) -> None:
     raw = weights.text_only(
-        weights.tiny_config("scout", intermediate_size=4096, num_local_experts=16)
+        weights.tiny_config(
+            "scout",
+            num_hidden_layers=2,
+            hidden_size=128,
+            intermediate_size=4096,
+            num_local_experts=16,
+        )
     )
     weights.write_checkpoint(tmp_path / "wide", raw, 3, dtype="BF16")
-    compressed.quantize_folder(tmp_path / "wide", tmp_path / "first", progress=False)
+    compressed.quantize_folder(tmp_path / "wide", tmp_path / "first", form, progress=False)
     tracemalloc.start()
-    compressed.quantize_folder(tmp_path / "wide", tmp_path / "narrow", progress=False)
+    compressed.quantize_folder(tmp_path / "wide", tmp_path / "narrow", form, progress=False)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 6 * 4096 * 64 * 2 < 16 * 4096 * 64 * 2  # an expert's matrix, all of a layer
+    assert peak < 6 * 4096 * 128 * 2 < 16 * 4096 * 128 * 2  # an expert's matrix, all of a layer

@@ -70,6 +70,7 @@ def test_scout_takes_217_gigabytes() -> None:
     ("name", "gigabytes", "narrow"),
     [
         ("scout-instruct", 217.3, set()),
+        ("maverick-instruct", 803.2, set()),
         ("maverick-instruct-fp8", 416.8, {"gate_up", "down"}),
         ("scout-instruct-fp8-dynamic", 114.6, {"gate_up", "down", "shared/gate_up", "shared/down"}),
         ("scout-instruct-w4a16", 64.9, {"gate_up", "down", "shared/gate_up", "shared/down"}),
@@ -112,6 +113,7 @@ def test_on_devices_a_checkpoint_takes_the_bytes_of_its_files(
         ({"a.weight": "BF16"}, None),
         ({"a.weight_packed": "U8", "a.weight_global_scale": "F32"}, "nvfp4-pack-quantized"),
         ({"a.weight": "U8", "a.weight_scale_2": "F32"}, "modelopt nvfp4"),
+        ({"experts.down_proj": "U8", "experts.down_proj_weight_scale_2": "F32"}, "modelopt nvfp4"),
         ({"a.weight": "F8_E4M3", "a.input_scale": "F32"}, "modelopt fp8"),
         ({"experts.down_proj": "F8_E4M3", "experts.down_proj_weight_scale": "F32"}, "modelopt fp8"),
         ({"a.weight": "F8_E5M2"}, "float-quantized fp8"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 from typing import get_args
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from l4jax import checkpoint
+from l4jax.checkpoint import parameters
 from l4jax.checkpoint.errors import CheckpointError
 from l4jax.checkpoint.parameters import flatten, unflatten
 from l4jax.checkpoint.safetensors import Index, write_safetensors
@@ -28,7 +30,9 @@ from tests.engine.engines import GREEDY, run_all
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "intermediate_size_mlp": 128}
 FORMS = get_args(quantized.Form)
 # What is computed in few bits; nvfp4 becomes the model's own dtype while it is read.
-NARROW = {form: {"float8_e4m3fn"} for form in FORMS} | {"w4a16": {"int4"}, "nvfp4": set()}
+WIDE = ("nvfp4", "modelopt-nvfp4")
+NARROW = {form: {"float8_e4m3fn"} for form in FORMS} | {"w4a16": {"int4"}}
+NARROW |= {form: set() for form in WIDE}
 
 
 def place(_names):
@@ -50,8 +54,8 @@ def stored(request, tmp_path_factory):
     return form, folder, config, arrange(quantized.decode_tensors(tensors, form), config)
 
 
-def load(folder, config):
-    return checkpoint.load(folder, config, jnp.float32, place, progress=False)
+def load(folder, config, dtype="float32"):
+    return checkpoint.load(folder, config, dtype, place, progress=False)
 
 
 def test_what_is_loaded_is_bit_for_bit_what_the_files_mean(stored):
@@ -65,9 +69,31 @@ def test_what_is_loaded_is_bit_for_bit_what_the_files_mean(stored):
     kinds = {found[path].data.dtype.name for path in narrow}
     assert kinds == NARROW[form]
     has_shared = any("/shared/" in path for path in narrow)
-    assert has_shared == (form not in ("maverick-fp8", "nvfp4"))
+    assert has_shared == (form not in ("maverick-fp8", *WIDE))
     assert any("/attention/" in path for path in narrow) == (form == "modelopt-fp8")
     assert not any("router" in path or "norm" in path for path in narrow)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["w4a16", *WIDE])
+def test_host_memory_holds_no_more_than_it_decodes_at_a_time(form, tmp_path, monkeypatch):
+    """Beside two slices as they will be on the devices, and two that jax lets go of a call later:
+    decoded at once, a slice would take five more."""
+    raw = weights.text_only(
+        weights.tiny_config("scout", intermediate_size=2048, num_hidden_layers=3, hidden_size=128)
+    )
+    quantized.write_checkpoint(tmp_path, raw, 0, form)
+    config = Config.from_folder(tmp_path)
+    monkeypatch.setattr(parameters, "DECODED", 2**14)
+    load(tmp_path, config, "bfloat16")  # what is compiled and imported once does not count
+    tracemalloc.start()
+    found = flatten(load(tmp_path, config, "bfloat16"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    data = [weight.data if isinstance(weight, Quantized) else weight for weight in found.values()]
+    largest = max(array.nbytes for array in data)
+    assert largest > 20 * 2**14
+    assert peak < 4.5 * largest + 40 * 2**14
 
 
 @pytest.mark.parametrize("mesh", ["8", "2x4"])
@@ -85,8 +111,8 @@ def test_each_device_holds_its_part_of_data_and_scales(stored, mesh):
 
 
 def test_logits_are_those_of_the_dequantized_weights(stored, monkeypatch):
-    """To float32's accuracy, once fp8's rounding of the activations is left out: what that rounding
-    does is told, product by product, in tests/test_formats.py."""
+    """To float32's accuracy, once fp8's rounding of the activations is left out: that rounding is
+    compared, product by product, in tests/test_formats.py, and as a whole with the reference's."""
     _, folder, config, wanted = stored
 
     def leave_alone(x, summed):
@@ -111,10 +137,31 @@ def test_an_engine_gives_the_same_tokens_on_one_device_and_on_eight(stored):
         runner = Runner(config, mesh, "float32")
         runner.load(folder, progress=False)
         capacity = Capacity(max_model_len=64, max_num_seqs=1, block_size=4)
-        engine = Engine(runner, runner.reserve(capacity))
-        engine.add(ids, GREEDY.replace(max_tokens=20 if form in ("w4a16", "nvfp4") else 1))
+        engine = Engine(runner, capacity)
+        engine.add(ids, GREEDY.replace(max_tokens=20 if form in ("w4a16", *WIDE) else 1))
         found.append(run_all(engine)[0])
     assert found[0] == found[1]
+
+
+def test_nvfp4_by_modelopt_comes_fused_and_one_by_one_and_in_attention(tmp_path, monkeypatch):
+    """Decoded whole and in pieces of a few rows."""
+    raw = weights.tiny_config("maverick", num_hidden_layers=4, head_dim=16, **WIDTHS)
+    tensors = weights.random_tensors(weights.tensor_shapes(raw), 1)
+    single, about = quantized.quantize_tensors(tensors, "modelopt-nvfp4", fused=False)
+    for name in [name for name in single if "language" in name and "self_attn" in name]:
+        # As a matrix that the writer takes, under another name.
+        made, _ = quantized.quantize_tensors(
+            {name.replace("self_attn", "feed_forward"): tensors[name]}, "modelopt-nvfp4"
+        )
+        single |= {other.replace("feed_forward", "self_attn"): x for other, x in made.items()}
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "quantization_config": about}))
+    write_safetensors(tmp_path / "model.safetensors", single)
+    config = Config.from_folder(tmp_path)
+    wanted = arrange(quantized.decode_tensors(single, "modelopt-nvfp4"), config)
+    for decoded in (parameters.DECODED, 300):
+        monkeypatch.setattr(parameters, "DECODED", decoded)
+        for path, weight in flatten(load(tmp_path, config)).items():
+            np.testing.assert_array_equal(np.asarray(weight), wanted[path], err_msg=path)
 
 
 @pytest.mark.parametrize("shape", get_args(quantized.ScaleShape))
@@ -147,7 +194,8 @@ def test_wrong_bytes_are_named(stored, tmp_path):
     layer = max(i for i in range(config.text.layers) if config.text.is_moe(i))
     experts = f"language_model.model.layers.{layer}.feed_forward.experts."
     base = experts + "1.up_proj.weight"
-    scale = experts + "gate_up_proj_weight_scale" if form == "modelopt-fp8" else base + "_scale"
+    is_fused = form.startswith("modelopt")
+    scale = experts + "gate_up_proj_weight_scale" if is_fused else base + "_scale"
 
     def drop(tensors):
         return {name: x for name, x in tensors.items() if name != scale}
@@ -163,29 +211,40 @@ def test_wrong_bytes_are_named(stored, tmp_path):
         out, width = config.text.expert_width, config.text.width
         return {**rest, base: np.ones((out, width), np.float32)}
 
+    def double(tensors):
+        return {**tensors, scale + "_2": np.ones(2, np.float32)}
+
     def reorder(tensors):
         order = np.arange(config.text.width, dtype=np.int32)[::-1].copy()
         return {**tensors, base + "_g_idx": order}
 
-    names = {"modelopt-fp8": experts + "gate_up_proj", "w4a16": base + "_packed"}
-    weight = names.get(form, base + "_packed" if form == "nvfp4" else base)
-    says = {"nvfp4": f"has {scale} nothing instead of"}.get(form, f"lacks {scale}")
+    weight = base + "_packed" if form in ("w4a16", "nvfp4") else base
+    weight = experts + "gate_up_proj" if is_fused else weight
+    says = f"has {scale} nothing instead of" if form in WIDE else f"lacks {scale}"
     cases = [(drop, says), (reshape, re.escape(scale))]
     cases.append((shorten, re.escape(weight)))
-    if form != "modelopt-fp8":
+    if form == "modelopt-nvfp4":
+        cases.append((double, re.escape(f"has {scale}_2 [2] instead of one number")))
+    if not is_fused:
         cases.append((widen, "quantized in different ways: .*plain"))
     if form == "w4a16":
         cases.append((reorder, f"{base}_g_idx puts columns into groups out of order"))
     for number, (change, says) in enumerate(cases):
         (tmp_path / str(number)).mkdir()
         wrong = spoil(folder, tmp_path / str(number), change)
-        with pytest.raises(CheckpointError, match=says):
+        with pytest.raises(CheckpointError, match=says) as refused:
             load(wrong, config)
+        # A tensor that is wrong lies in a file, one that is absent in none.
+        is_there = "lacks" not in says and "nothing" not in says and "different ways" not in says
+        assert (str(wrong / "model.safetensors") in str(refused.value)) == is_there, says
 
 
-def test_devices_that_would_cut_a_group_are_refused(tmp_path):
-    raw = weights.tiny_config("scout", hidden_size=64, intermediate_size=32)
-    quantized.write_checkpoint(tmp_path, raw, 0, "w4a16", group_size=16)
+# Of 32 columns eight devices have half a word each; of 384 whole words, and three quarters of 64.
+@pytest.mark.parametrize(("columns", "group"), [(32, 16), (384, 64)])
+def test_devices_that_would_cut_a_group_are_refused(columns, group, tmp_path):
+    raw = weights.tiny_config("scout", hidden_size=64, intermediate_size=columns)
+    quantized.write_checkpoint(tmp_path, raw, 0, "w4a16", group_size=group)
     runner = Runner(Config.from_folder(tmp_path), "8", "float32")
-    with pytest.raises(CheckpointError, match="devices would cut through them: take fewer devices"):
+    says = f"keeps {group} values together, and 8 devices would cut through them: take fewer"
+    with pytest.raises(CheckpointError, match=says):
         runner.load(tmp_path, progress=False)

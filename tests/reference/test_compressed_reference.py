@@ -1,15 +1,23 @@
-"""Hugging Face reads the fp8 checkpoints that we write: nothing missing, and the same bits."""
+"""Hugging Face reads the checkpoints that we write: nothing missing, and the same bits."""
 
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from transformers.utils.quantization_config import CompressedTensorsConfig
 
+from l4jax import checkpoint
 from l4jax.checkpoint import compressed
+from l4jax.checkpoint.parameters import flatten, unflatten
 from l4jax.checkpoint.safetensors import Index
-from tests import weights
+from l4jax.config import Config
+from l4jax.kernels.formats import dequantize
+from tests import models, quantized, weights
+from tests.checkpoint.published import place_on_one
 from tests.reference import oracle
+from tests.test_model import assert_close
 
 
 @pytest.mark.parametrize("kind", ["scout", "maverick"])
@@ -29,3 +37,41 @@ def test_hugging_face_reads_what_is_written(kind: weights.Kind, tmp_path: Path) 
         np.testing.assert_array_equal(
             tensor.view(torch.uint8).numpy(), stored.view(np.uint8), err_msg=name
         )
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+@pytest.mark.parametrize("form", ["fp8", "int4"])
+@pytest.mark.parametrize("kind", ["scout", "maverick"])
+def test_hugging_face_finds_the_same_weights_and_logits(
+    kind: weights.Kind, form: str, tmp_path: Path
+) -> None:
+    """compressed-tensors dequantizes what is written to our values, rounded to the BF16 of the
+    scales; and transformers runs these to the logits that our model has with what we load."""
+    widths = {"hidden_size": 128, "intermediate_size": 128, "intermediate_size_mlp": 256}
+    raw = weights.tiny_config(kind, num_hidden_layers=2, **widths)
+    weights.write_checkpoint(tmp_path / "wide", raw, 5, dtype="BF16")
+    compressed.quantize_folder(tmp_path / "wide", tmp_path / "narrow", form, progress=False)
+    model, told = oracle.Model.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+        tmp_path / "narrow",
+        dtype=torch.float32,
+        attn_implementation="eager",
+        quantization_config=CompressedTensorsConfig(dequantize=True),
+        output_loading_info=True,
+    )
+    assert not told["missing_keys"] and not told["mismatched_keys"], told
+    index = Index.open(tmp_path / "narrow")
+    stored = {name: np.array(index.view(name)) for name in index.kinds}
+    decoded = quantized.decode_tensors(stored, "fp8-dynamic" if form == "fp8" else "w4a16")
+    found = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    assert set(found) == set(decoded)
+    for name, values in decoded.items():
+        rounded = values.astype(ml_dtypes.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(found[name], rounded, err_msg=name)
+    config, ids = Config.from_folder(tmp_path / "narrow"), weights.random_ids(20, 3)
+    params = checkpoint.load(tmp_path / "narrow", config, "float32", place_on_one, progress=False)
+    dense = {
+        path: dequantize(weight, "bfloat16").astype("float32")
+        for path, weight in flatten(params).items()
+    }
+    ours = models.run_in_pieces(models.Tiny(config, unflatten(dense)), ids, [9])
+    assert_close(ours, oracle.logits(model.eval(), ids))

@@ -1,4 +1,4 @@
-"""Tiny Llama 4 checkpoints in the published layout, tokenizer and all: for first tries."""
+"""A whole model on disk: config, tokenizer, weights."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ import numpy as np
 from jax.tree_util import tree_flatten_with_path
 
 from l4jax.config import TINY, Config
+from l4jax.testing.quantized import Form, quantize_tensors
 
 # Llama 4's special tokens that matter here, in the order of the real vocabulary.
 SPECIAL_TOKENS = (
@@ -73,7 +74,13 @@ CHAT_TEMPLATE = """\
 
 
 def write_model(
-    folder: str | os.PathLike, config: Config = TINY, *, seed: int = 0, dtype: str = "bfloat16"
+    folder: str | os.PathLike,
+    config: Config = TINY,
+    *,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    quantization: Form | None = None,
+    **choices: Any,
 ) -> Config:
     """Write a whole model with random weights, as Hugging Face lays it out: anything that serves
     can load it.
@@ -86,15 +93,24 @@ def write_model(
             with it.
         seed: of the weights.
         dtype: of the weights, "bfloat16" or "float32".
+        quantization: None for weights as they are; or how they are quantized on disk, byte for
+            byte as it is published: "maverick-fp8", "fp8-dynamic", "w4a16", "nvfp4",
+            "modelopt-fp8" or "modelopt-nvfp4". What is not quantized is in bfloat16 then.
+        **choices: of the quantization, as `quantize_tensors` has them: `group_size`, ...
 
     Returns:
         The config that was written.
+
+    Raises:
+        ValueError: for a quantization that there is not, or one that does not suit the config.
     """
+    if choices and quantization is None:
+        raise TypeError(f"{', '.join(choices)}: only for a quantization, and there is none.")
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        config = _write_model(scratch, config, seed, dtype)
+        config = _write_model(scratch, config, seed, dtype, quantization, choices)
         if folder.exists():
             shutil.rmtree(folder)
         scratch.replace(folder)
@@ -108,7 +124,14 @@ def write_model(
     return config
 
 
-def _write_model(folder: Path, config: Config, seed: int, dtype: str) -> Config:
+def _write_model(
+    folder: Path,
+    config: Config,
+    seed: int,
+    dtype: str,
+    quantization: Form | None,
+    choices: dict[str, Any],
+) -> Config:
     from l4jax.checkpoint.names import publish
     from l4jax.checkpoint.safetensors import write_safetensors
     from l4jax.model import declare_parameters
@@ -123,7 +146,6 @@ def _write_model(folder: Path, config: Config, seed: int, dtype: str) -> Config:
     )
     if config.vision:
         write_processor_configs(folder, config.vision.tile, config.vision.patch)
-    write_json(folder / "config.json", {**config.to_hf(), "torch_dtype": dtype})
     sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": ids["eos"]}
     write_json(folder / "generation_config.json", sampling)
     shapes, _ = declare_parameters(config, dtype)
@@ -133,6 +155,12 @@ def _write_model(folder: Path, config: Config, seed: int, dtype: str) -> Config:
         tensors |= publish(
             name, _draw(name, leaf.shape, seed).astype(leaf.dtype), is_whole=bool(config.vision)
         )
+    described = {**config.to_hf(), "torch_dtype": dtype}
+    if quantization is not None:
+        wide = {name: values.astype(np.float32) for name, values in tensors.items()}
+        tensors, about = quantize_tensors(wide, quantization, **choices)
+        described |= {"torch_dtype": "bfloat16", "quantization_config": about}
+    write_json(folder / "config.json", described)
     write_safetensors(folder / "model.safetensors", tensors)
     return config
 

@@ -1,0 +1,33 @@
+"""Calculated scales of an fp8 cache are those of the keys and values that Hugging Face has."""
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.llama4 import modeling_llama4
+
+from l4jax.engine import calibrate
+from tests import weights
+from tests.engine.engines import load_runner
+from tests.engine.test_calibrate import choose_scales, find_scales
+from tests.reference import oracle
+
+
+@pytest.mark.parametrize("name", ["scout-8-text", "scout-32-text", "maverick-32-text"])
+def test_scales_are_those_of_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the largest over the prompts, run one by one: keys behind RoPE and norm."""
+    golden, runner = weights.read_golden(name), load_runner(name, "1")
+    model, layers = oracle.build(golden.config, golden.weights_seed), runner.config.text.layers
+    largest = np.zeros((2, layers), np.float32)
+    attend = modeling_llama4.eager_attention_forward
+
+    def record(module: torch.nn.Module, query: torch.Tensor, *key_value: torch.Tensor, **rest):
+        i = module.layer_idx
+        found = [float(tensor.abs().max()) for tensor in key_value[:2]]
+        largest[:, i] = np.maximum(largest[:, i], found)
+        return attend(module, query, *key_value, **rest)
+
+    monkeypatch.setattr(modeling_llama4, "eager_attention_forward", record)
+    batch = calibrate.make_batch(runner.config, 4, 1)
+    for prompt in batch.token_T.reshape(-1, runner.config.text.chunk):
+        oracle.logits(model, prompt)
+    np.testing.assert_array_equal(find_scales(runner), choose_scales(largest))
