@@ -45,7 +45,7 @@ def engine():
         runner = Runner(Config.from_folder(folder), "1", "float32")
         runner.load(Path(folder), progress=False)
     capacity = Capacity(max_model_len=2 * CHUNK + 200, max_num_seqs=1, max_num_batched_tokens=2048)
-    return Engine(runner, runner.reserve(capacity))
+    return Engine(runner, capacity)
 
 
 @pytest.fixture(scope="module")
