@@ -1,0 +1,41 @@
+"""The door to the server: `python -m l4jax.serve --model FOLDER`."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from l4jax.server import flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, build, call; 0 after SIGTERM or Ctrl-C, 1 for what cannot be served."""
+    args = flags.parse(argv)
+    try:
+        options = flags.make_options(args)
+        changes = flags.make_generation_changes(args)
+        engine_options = flags.make_engine_options(args)
+        try:
+            from l4jax.server.run import serve
+        except ModuleNotFoundError as error:
+            raise ValueError(f'{error}: the server needs pip install "l4jax[serve]".') from error
+        from l4jax import LLM, SamplingParams
+        from l4jax.server.logs import LineLog, configure_logs
+        from l4jax.server.service import Service
+
+        configure_logs(args.log_level)
+        with contextlib.redirect_stderr(LineLog(logging.getLogger("l4jax.serve"))):
+            llm = LLM(**engine_options)
+        is_own = args.generation_config == "auto"
+        defaults = llm.get_default_sampling_params() if is_own else SamplingParams()
+        return serve(Service(llm, options, defaults.replace(**changes)))
+    except (ValueError, OSError) as error:
+        print(f"l4jax.serve: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nl4jax.serve: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
