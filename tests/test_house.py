@@ -142,7 +142,7 @@ def test_no_file_names_a_machine() -> None:
 def _text_files() -> list[Path]:
     """What a clone holds: all but binary files and what the tools leave behind."""
     binary = {".npz", ".png", ".jpg", ".safetensors", ".pyc"}
-    made = {"__pycache__", "build", "dist", "venv"}
+    made = {"__pycache__", "build", "dist", "node_modules", "venv"}
     files = []
     for folder, folders, names in os.walk(ROOT):
         folders[:] = [

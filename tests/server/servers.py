@@ -1,0 +1,108 @@
+"""A real server on a loopback port, in a thread, with the tiny model; and ways to ask it."""
+
+import base64
+import contextlib
+import io
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import openai
+from PIL import Image
+
+from l4jax import LLM
+from l4jax.config import TINY
+from l4jax.server.media import MediaReader
+from l4jax.server.options import Options
+from l4jax.server.run import Server
+from l4jax.server.service import Service
+from l4jax.testing import write_model
+
+MODEL = "tiny"
+ASK = [{"role": "user", "content": "Why is the sky blue?"}]
+LONG_SECONDS = 120.0  # for anything that may compile
+
+
+def make_llm(folder: Path, **options: Any) -> LLM:
+    """The tiny model with little room, so that little is compiled."""
+    if not (folder / "config.json").exists():
+        write_model(folder, TINY)
+    small = {"max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+    return LLM(folder, dtype="float32", quiet=True, **{**small, **options})
+
+
+class Running:
+    """A server that runs."""
+
+    def __init__(self, service: Service, port: int):
+        self.service, self.url = service, f"http://127.0.0.1:{port}"
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        """The official client."""
+        given = {"api_key": "none", "max_retries": 0, "timeout": LONG_SECONDS, **options}
+        return openai.OpenAI(base_url=f"{self.url}/v1", **given)
+
+    def post(self, path: str, body: Any = None, **options: Any) -> httpx2.Response:
+        """A POST of JSON, or of what `content` holds."""
+        if body is not None:
+            options["json"] = body
+        return httpx2.post(self.url + path, timeout=LONG_SECONDS, **options)
+
+    def get(self, path: str) -> httpx2.Response:
+        return httpx2.get(self.url + path, timeout=LONG_SECONDS)
+
+    def read_metric(self, name: str) -> float:
+        """The value of a metric without other labels than the model's."""
+        lines = self.get("/metrics").text.splitlines()
+        return float(next(line.split()[-1] for line in lines if line.startswith(f"{name}{{")))
+
+    def wait_idle(self) -> None:
+        """Until nothing runs or waits; fails if that does not come."""
+        until = time.monotonic() + LONG_SECONDS
+        loop = self.service.loop
+        while loop.count_flying() or loop.stats.running or loop.stats.waiting:
+            assert time.monotonic() < until, f"still in flight: {loop.stats}"
+            time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def run_server(llm: LLM, media: MediaReader | None = None, **options: Any) -> Iterator[Running]:
+    """A server for as long as the context lasts; then everything of it has ended."""
+    given = {"host": "127.0.0.1", "port": 0, "served_model_names": (MODEL,), **options}
+    defaults = llm.get_default_sampling_params()
+    service = Service(llm, Options(**given), defaults, media)
+    server = Server(service)
+    thread = threading.Thread(target=server.run, name="server")
+    thread.start()
+    try:
+        until = time.monotonic() + LONG_SECONDS
+        while not (server.started and service.loop.is_ready):
+            assert thread.is_alive() and time.monotonic() < until, "the server does not start"
+            time.sleep(0.01)
+        yield Running(service, server.servers[0].sockets[0].getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(LONG_SECONDS)
+        assert not thread.is_alive() and not service.loop.is_running
+
+
+def make_picture(width: int = 40, height: int = 30, seed: int = 0) -> bytes:
+    """A small PNG."""
+    rng = np.random.default_rng(seed)
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def spell_data_uri(picture: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture).decode()
+
+
+def ask_about(*urls: str, text: str = "What is it?") -> list[dict[str, Any]]:
+    """A conversation of pictures and a question."""
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]

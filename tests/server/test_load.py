@@ -1,0 +1,114 @@
+"""Many clients at once on the tiny model: all are served, leavers leave nothing, and it is faster."""
+
+import asyncio
+import gc
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.server.servers import ASK, MODEL, make_llm, run_server
+from tests.server.typist import wait_until
+
+CLIENTS, KILLED, TOGETHER = 64, 20, 16
+SPEEDUP = 4.0
+REQUESTS, GROWTH = 1000, 8 * 2**20  # bytes, of 200 MB and more: what allocators do
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    # Without the prefix cache, which keeps pages on purpose, no page may be left.
+    llm = make_llm(folder, max_num_seqs=TOGETHER, enable_prefix_caching=False)
+    with run_server(llm, max_waiting=CLIENTS) as running:
+        yield running
+        running.wait_idle()
+
+
+def ask(number: int, **options):
+    extra = {"ignore_eos": True}
+    given = {"model": MODEL, "messages": ASK, "max_tokens": 40, "seed": number, "temperature": 1.0}
+    return {**given, **options, "extra_body": extra}
+
+
+async def stream(client: openai.AsyncOpenAI, number: int, is_killed: bool) -> str | None:
+    """The text of an answer; None where the client hangs up after its first words."""
+    text = ""
+    events = await client.chat.completions.create(**ask(number, stream=True))
+    async with events:
+        async for chunk in events:
+            text += chunk.choices[0].delta.content or ""
+            if is_killed and text:
+                return None  # and the connection is closed
+    assert chunk.choices[0].finish_reason == "length"
+    return text
+
+
+@pytest.mark.slow
+def test_sixty_four_streams_at_once_are_served_and_the_twenty_that_are_killed_leave_nothing(server):
+    async def run_all() -> list[str | None]:
+        async with openai.AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300
+        ) as client:
+            asked = (stream(client, n, n < KILLED) for n in range(CLIENTS))
+            return await asyncio.gather(*asked)
+
+    texts = asyncio.run(run_all())
+    assert texts[:KILLED] == [None] * KILLED and all(texts[KILLED:])
+    server.wait_idle()
+    assert server.service.loop.stats.pages_used == 0
+    with server.client() as client:  # each answer is what it is alone
+        for number in (KILLED, CLIENTS - 1):
+            alone = client.chat.completions.create(**ask(number)).choices[0].message.content
+            assert alone == texts[number]
+
+
+@pytest.mark.slow
+def test_sixteen_requests_together_are_four_times_as_fast_as_one_by_one(server):
+    with server.client() as client, ThreadPoolExecutor(TOGETHER) as pool:
+
+        def run(number: int) -> int:
+            answer = client.chat.completions.create(**ask(number, max_tokens=100))
+            return answer.usage.completion_tokens
+
+        def measure(run_all) -> float:
+            began = time.perf_counter()
+            tokens = sum(run_all(range(TOGETHER)))
+            assert tokens == 100 * TOGETHER
+            return tokens / (time.perf_counter() - began)
+
+        measure(lambda numbers: pool.map(run, numbers))  # whatever is compiled, is compiled now
+        alone = measure(lambda numbers: map(run, numbers))
+        together = measure(lambda numbers: pool.map(run, numbers))
+    print(f"{alone:.0f} tokens/s one by one, {together:.0f} together: {together / alone:.1f} times")
+    assert together >= SPEEDUP * alone
+
+
+def read_memory() -> int:
+    """Bytes of this process that are in memory."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+def test_the_memory_is_flat_over_a_thousand_requests(server):
+    with server.client() as client, ThreadPoolExecutor(TOGETHER) as pool:
+
+        def run(number: int) -> None:
+            options = {"max_tokens": 4, "stream": number % 2 == 0, "logprobs": number % 3 == 0}
+            answer = client.chat.completions.create(**ask(number, **options))
+            if options["stream"]:
+                list(answer)
+
+        def run_all(count: int) -> int:
+            list(pool.map(run, range(count)))
+            wait_until(lambda: not server.service.loop.count_flying())
+            return read_memory()
+
+        before = run_all(REQUESTS // 2)
+        after = run_all(REQUESTS)
+    print(f"{before / 2**20:.1f} MiB, and {after / 2**20:.1f} MiB {REQUESTS} requests later")
+    assert after - before < GROWTH

@@ -1,0 +1,225 @@
+"""The door: what its flags mean, and a server in a process of its own, from start to SIGTERM."""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from l4jax import serve
+from l4jax.server import flags
+from l4jax.server.flags import make_engine_options, make_generation_changes, make_options, parse
+
+START_SECONDS = 240.0
+
+
+@pytest.fixture(autouse=True)
+def loggers_stay_as_they_were() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("l4jax", "uvicorn")]
+    kept = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, kept, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+def test_the_flags_of_vllm_mean_here_what_they_mean_there(tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ messages }}")
+    args = parse(
+        [
+            *("meta-llama/Llama-4", "--host", "127.0.0.1", "--port", "9", "--api-key", "a", "b"),
+            *("--served-model-name", "one", "two", "--max-model-len", "128K", "-tp", "4"),
+            *("--data-parallel-size", "2", "--max-num-seqs", "16", "--no-enable-prefix-caching"),
+            *("--max-num-batched-tokens", "4k", "--kv-cache-dtype", "fp8", "--block-size", "64"),
+            *("--limit-mm-per-prompt", '{"image": 3}', "--chat-template", str(template)),
+            *("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 4}'),
+            *("--override-generation-config", '{"temperature": 0.1, "max_new_tokens": 9}'),
+            *("--allowed-media-domains", "Pictures.example", "--tool-call-parser"),
+            *("llama4_pythonic", "--enable-auto-tool-choice", "--allowed-origins", '["*"]'),
+            *("--gpu-memory-utilization", "0.5", "--quantization", "fp8", "--seed", "7"),
+        ]
+    )
+    engine = make_engine_options(args)
+    assert engine["model"] == "meta-llama/Llama-4" and engine["mesh"] == "2x4"
+    assert engine["max_model_len"] == 131_072 and engine["max_num_batched_tokens"] == 4000
+    assert engine["enable_prefix_caching"] is False and engine["max_num_seqs"] == 16
+    assert engine["speculative_config"] == {"method": "ngram", "num_speculative_tokens": 4}
+    assert engine["limit_mm_per_prompt"] == {"image": 3} and engine["block_size"] == 64
+    assert engine["chat_template"] == "{{ messages }}" and engine["kv_cache_dtype"] == "fp8"
+    assert engine["quantization"] == "fp8" and engine["seed"] == 7
+    assert engine["gpu_memory_utilization"] == 0.5
+    options = make_options(args)
+    assert options.served_model_names == ("one", "two") and options.api_keys == ("a", "b")
+    assert (options.host, options.port, options.max_new_tokens) == ("127.0.0.1", 9, 9)
+    assert options.media.domains == ("pictures.example",) and options.allowed_origins == ("*",)
+    assert make_generation_changes(args) == {"temperature": 0.1}
+
+
+def test_what_is_not_said_is_vllms_default_and_the_tiny_model():
+    args = parse([])
+    options, engine = make_options(args), make_engine_options(args)
+    assert (options.host, options.port) == ("0.0.0.0", 8000)
+    assert engine["model"] is None and engine["mesh"] == "1x1"
+    assert options.served_model_names == ("l4jax-tiny",)
+    assert engine["enable_prefix_caching"] is True and engine["limit_mm_per_prompt"]["image"] == 10
+    assert make_engine_options(parse(["--mesh", "data=2,model=4"]))["mesh"] == "data=2,model=4"
+    assert make_engine_options(parse(["--limit-mm-per-prompt", "image=3"]))[
+        "limit_mm_per_prompt"
+    ] == {"image": 3}
+
+
+def test_a_key_may_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("L4JAX_API_KEY", "secret")
+    assert make_options(parse([])).api_keys == ("secret",)
+    assert make_options(parse(["--api-key", "other"])).api_keys == ("other",)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4096", 4096), ("1k", 1000), ("1K", 1024), ("25.6k", 25_600), ("1M", 2**20), ("10m", 10**7)],
+)
+def test_sizes_are_read_as_vllm_reads_them(text, size):
+    assert flags.read_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "k", "-1", "1.5", "1.0001k", "1 k", "1T", "many"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a count"):
+        flags.read_size(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--max-waiting", "-1"], "--max-waiting is -1"),
+        (["--request-timeout", "0"], "--request-timeout is 0"),
+        (["--ssl-keyfile", "key.pem"], "come together"),
+        (["--allowed-local-media-path", "nowhere"], "'nowhere'"),
+        (["--override-generation-config", '{"warmth": 1}'], "'warmth'"),
+        (["--override-generation-config", '{"max_new_tokens": 0}'], "max_new_tokens is 0"),
+        (["--chat-template", "nowhere.jinja"], "nowhere.jinja"),
+        (["--model", "./nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_one_line(words, says, capsys):
+    assert serve.main(words) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("l4jax.serve: ") and says in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["a", "--model", "b"], "named twice"),
+        (["--mesh", "8", "-tp", "8"], "two spellings"),
+        (["--max-model-len", "many"], "is not a count"),
+        (["--allowed-origins", "a"], "is not JSON"),
+        (["--limit-mm-per-prompt", "image"], "is not JSON"),
+    ],
+)
+def test_flags_that_contradict_are_refused_by_the_parser(words, says, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(words)
+    assert says in capsys.readouterr().err
+
+
+def test_every_flag_says_what_it_is_for(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    assert text.count("(default: ") > 30
+
+
+class Process:
+    """A server in a process of its own."""
+
+    def __init__(self, folder: Path, *words: str):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS" or "backend" in v}
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = folder / "log"
+        small = ["--max-model-len", "128", "--max-num-seqs", "2", "--max-num-batched-tokens", "32"]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "l4jax.serve", "--host", "127.0.0.1"),
+                    *("--port", str(port), *small, *words),
+                ],
+                stderr=log,
+                env={**kept, "L4JAX_CACHE": str(folder / "cache"), "JAX_PLATFORMS": "cpu"},
+            )
+
+    def wait_for(self, path: str) -> None:
+        until = time.monotonic() + START_SECONDS
+        while True:
+            assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()
+            try:
+                if httpx2.get(self.url + path).status_code == 200:
+                    return
+            except httpx2.TransportError:
+                pass
+            time.sleep(0.05)
+
+    def read_log(self) -> list[dict]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+@pytest.fixture
+def start(tmp_path) -> Iterator:
+    started: list[Process] = []
+
+    def start(*words: str) -> Process:
+        started.append(Process(tmp_path, *words))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.process.kill()
+        server.process.wait()
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_process_with_0_and_what_runs_is_finished_or_ended(start):
+    server = start("--shutdown-timeout", "1")
+    server.wait_for("/ready")
+    body = {"prompt": "The sky", "max_tokens": 100, "ignore_eos": True, "stream": True, "n": 2}
+    chunks: list[str] = []
+
+    def read() -> None:
+        with httpx2.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as stream:
+            chunks.extend(line for line in stream.iter_lines() if line)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    while not chunks and reader.is_alive():
+        time.sleep(0.01)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(30) == 0
+    reader.join(30)
+    assert chunks[-1] == "data: [DONE]"
+    events = [record["event"] for record in server.read_log()]  # every line of it is JSON
+    assert events[-1] == "stopped" and "listening" in events and "ready" in events
+    assert any("its words mean nothing" in event for event in events)
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(server.url + "/health")
+
+
+@pytest.mark.slow
+def test_sigterm_while_it_compiles_ends_the_process_with_0_too(start):
+    server = start("--shutdown-timeout", "0")
+    server.wait_for("/health")  # it lives before it is ready
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(60) == 0
