@@ -40,13 +40,11 @@ async def answer_chat(service: Service, request: ChatRequest) -> Response:
     """
     model = service.find_model(request.model)
     has_tools = bool(request.tools) and request.tool_choice != "none"
-    params = read_chat_params(
-        request, service.defaults, service.options.max_logprobs, _find_forced(request)
-    )
+    params = read_chat_params(request, service.defaults, service.options, _find_forced(request))
     ticket = service.reserve(request.n)
     try:
         prompt = await service.render(request, has_tools)
-        answers = await service.start(ticket, [prompt], params, request.n, "messages")
+        answers = await service.start(ticket, [prompt], params, "messages")
         work = _Chat(service, request, model, prompt, ticket, answers)
         if request.stream:
             return EventStream(work.stream(), work.tally, ticket.close)

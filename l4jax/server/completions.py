@@ -31,7 +31,7 @@ async def answer_completion(service: Service, request: CompletionRequest) -> Res
         ApiError: for what cannot be continued.
     """
     model = service.find_model(request.model)
-    params = read_completion_params(request, service.defaults, service.options.max_logprobs)
+    params = read_completion_params(request, service.defaults, service.options)
     asked = split_prompts(request.prompt)
     ticket = service.reserve(max(1, len(asked)) * request.n)
     try:
@@ -41,7 +41,7 @@ async def answer_completion(service: Service, request: CompletionRequest) -> Res
             else Prompt(tuple(one), ())
             for one in asked
         ]
-        answers = await service.start(ticket, prompts, params, request.n, "prompt")
+        answers = await service.start(ticket, prompts, params, "prompt")
         work = _Completion(service, request, model, asked, prompts, ticket, answers)
         if request.stream:
             return EventStream(work.stream(), work.tally, ticket.close)

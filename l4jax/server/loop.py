@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from l4jax.engine.engine import Engine, Update
-from l4jax.engine.request import SamplingParams
+from l4jax.engine.request import Constraints, SamplingParams
 from l4jax.server.metrics import Metrics
 from l4jax.text.image import Tiles
 
@@ -37,7 +37,7 @@ class Work:
     token_ids: tuple[int, ...]
     params: SamplingParams
     images: tuple[Tiles, ...] = ()
-    constraints: Any = None
+    constraints: Constraints | None = None
 
 
 @dataclasses.dataclass

@@ -23,7 +23,7 @@ _GAUGES = {
     "num_requests_running": ("Requests that run.", "running"),
     "num_requests_waiting": ("Requests that wait for room.", "waiting"),
     "kv_cache_pages": ("Pages of the cache.", "pages"),
-    "kv_cache_pages_used": ("Pages that hold a request or may be hit again.", "pages_used"),
+    "kv_cache_pages_used": ("Pages that requests own.", "pages_used"),
 }
 _COUNTERS = {
     "prompt_tokens": ("Tokens of prompts.", "prompt_tokens"),
@@ -97,7 +97,9 @@ class _EngineCollector(Collector):
         for name, (text, field) in _GAUGES.items():
             yield self._fill(GaugeMetricFamily, name, text, getattr(stats, field))
         usage = stats.pages_used / stats.pages if stats.pages else 0.0
-        yield self._fill(GaugeMetricFamily, "kv_cache_usage_perc", "Share of pages used.", usage)
+        yield self._fill(
+            GaugeMetricFamily, "kv_cache_usage_perc", "Share of the pages that requests own.", usage
+        )
         for name, (text, field) in _COUNTERS.items():
             yield self._fill(CounterMetricFamily, name, text, getattr(stats, field))
 

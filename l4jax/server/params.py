@@ -4,10 +4,12 @@ from typing import Any
 
 from l4jax.engine.request import SamplingParams, StructuredOutputsParams
 from l4jax.server.errors import ApiError, refuse_in_words
+from l4jax.server.options import Options
 from l4jax.server.protocol import ChatRequest, CompletionRequest, Sampling
 
 # Taken over as they are; those that are None are the default's.
 _SAME = (
+    "n",
     "temperature",
     "top_p",
     "top_k",
@@ -28,42 +30,38 @@ _SAME = (
 
 
 def read_chat_params(
-    request: ChatRequest, defaults: SamplingParams, max_logprobs: int, forced: dict[str, Any] | None
+    request: ChatRequest,
+    defaults: SamplingParams,
+    options: Options,
+    forced: dict[str, Any] | None,
 ) -> SamplingParams:
     """Settings of a chat.
 
     Args:
         request: as it came.
         defaults: of the model.
-        max_logprobs: of the server.
+        options: of the server, which bound them.
         forced: the JSON schema that `tool_choice` demands, if it does.
     """
     max_tokens = request.max_tokens
     if request.max_completion_tokens is not None:
         max_tokens = request.max_completion_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    check_logprobs("top_logprobs", logprobs, max_logprobs)
-    return _read(request, defaults, max_logprobs, forced, max_tokens=max_tokens, logprobs=logprobs)
+    check_logprobs("top_logprobs", logprobs, options.max_logprobs)
+    return _read(request, defaults, options, forced, max_tokens=max_tokens, logprobs=logprobs)
 
 
 def read_completion_params(
-    request: CompletionRequest, defaults: SamplingParams, max_logprobs: int
+    request: CompletionRequest, defaults: SamplingParams, options: Options
 ) -> SamplingParams:
     """Settings of a completion; `echo` with `logprobs` asks for those of the prompt, too."""
-    check_logprobs("logprobs", request.logprobs, max_logprobs)
+    check_logprobs("logprobs", request.logprobs, options.max_logprobs)
     given: dict[str, Any] = {"logprobs": request.logprobs, "max_tokens": request.max_tokens}
     if request.max_tokens == 0:  # only the prompt is wanted, and running it brings one token
         given["max_tokens"] = 1
     if request.echo and request.logprobs is not None and request.prompt_logprobs is None:
         given["prompt_logprobs"] = request.logprobs
-    return _read(request, defaults, max_logprobs, None, **given)
-
-
-def spread(params: SamplingParams, count: int) -> list[SamplingParams]:
-    """One for each of `count` answers: a seed counts up, so that the answers differ."""
-    if params.seed is None:
-        return [params] * count
-    return [params.replace(seed=(params.seed + i) % 2**63) for i in range(count)]
+    return _read(request, defaults, options, None, **given)
 
 
 def check_logprobs(name: str, value: int | None, limit: int) -> None:
@@ -76,11 +74,14 @@ def check_logprobs(name: str, value: int | None, limit: int) -> None:
 def _read(
     request: Sampling,
     defaults: SamplingParams,
-    max_logprobs: int,
+    options: Options,
     forced: dict[str, Any] | None,
     **given: Any,
 ) -> SamplingParams:
-    check_logprobs("prompt_logprobs", request.prompt_logprobs, max_logprobs)
+    check_logprobs("prompt_logprobs", request.prompt_logprobs, options.max_logprobs)
+    if options.max_new_tokens is not None:
+        asked = given["max_tokens"]
+        given["max_tokens"] = min(options.max_new_tokens, asked or options.max_new_tokens)
     values = {name: getattr(request, name) for name in _SAME} | {
         "logit_bias": _read_bias(request.logit_bias),
         "structured_outputs": _read_structure(request, forced),

@@ -8,14 +8,13 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from l4jax.engine.request import SamplingParams
+from l4jax.engine.request import Constraints, SamplingParams
 from l4jax.llm import LLM, Answer, Piece
 from l4jax.server.errors import ApiError, refuse_in_words
 from l4jax.server.loop import BusyError, ClosedError, EngineLoop, Ticket, Work
 from l4jax.server.media import MediaReader
 from l4jax.server.metrics import Metrics
 from l4jax.server.options import Options
-from l4jax.server.params import spread
 from l4jax.server.protocol import Conversation
 from l4jax.server.tally import Tally
 from l4jax.text.chat import Prompt, render_chat, spell_prompt
@@ -148,27 +147,16 @@ class Service:
         return Prompt(tuple(ids), ())
 
     async def start(
-        self, ticket: Ticket, prompts: list[Prompt], params: SamplingParams, n: int, param: str
+        self, ticket: Ticket, prompts: list[Prompt], params: SamplingParams, param: str
     ) -> list[Answer]:
-        """Hand `n` requests a prompt to the engine; the answers that their updates fill.
+        """Hand n requests a prompt to the engine; the answers that their updates fill.
 
-        Answer i is for prompt i // n.
+        Answer i is for prompt i // n. A refused prompt is the fault of the field `param`.
         """
-        if self.options.max_new_tokens is not None:
-            most = self.options.max_new_tokens
-            params = params.replace(max_tokens=min(params.max_tokens or most, most))
-        each = spread(params, n)
         works = [
-            Work(
-                prompt.token_ids,
-                its,
-                prompt.images,
-                await self.read(
-                    lambda its=its: self.llm.make_constraints(its), "structured_outputs"
-                ),
-            )
+            Work(prompt.token_ids, single, prompt.images, await self._constrain(single))
             for prompt in prompts
-            for its in each
+            for single in params.split()
         ]
         try:
             with refuse_in_words(param):
@@ -176,6 +164,12 @@ class Service:
         except ClosedError as error:
             raise make_closed(error) from None
         return [Answer(self.tokenizer, work.params) for work in works]
+
+    async def _constrain(self, params: SamplingParams) -> Constraints | None:
+        """What an answer must keep to: for one answer only, since it follows that answer."""
+        if params.structured_outputs is None and not params.bad_words:
+            return None
+        return await self.read(lambda: self.llm.make_constraints(params), "structured_outputs")
 
     async def follow(
         self, ticket: Ticket, answers: list[Answer], tally: Tally, n: int

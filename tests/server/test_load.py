@@ -1,4 +1,4 @@
-"""Many clients at once on the tiny model: all are served, leavers leave nothing, and it is faster."""
+"""Many clients at once: all are served, those who leave leave nothing, and together is faster."""
 
 import asyncio
 import gc
@@ -21,8 +21,7 @@ REQUESTS, GROWTH = 1000, 8 * 2**20  # bytes, of 200 MB and more: what allocators
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    # Without the prefix cache, which keeps pages on purpose, no page may be left.
-    llm = make_llm(folder, max_num_seqs=TOGETHER, enable_prefix_caching=False)
+    llm = make_llm(folder, max_num_seqs=TOGETHER)
     with run_server(llm, max_waiting=CLIENTS) as running:
         yield running
         running.wait_idle()
