@@ -3,6 +3,11 @@
 import base64
 import contextlib
 import io
+import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -88,6 +93,51 @@ def run_server(llm: LLM, media: MediaReader | None = None, **options: Any) -> It
         server.should_exit = True
         thread.join(LONG_SECONDS)
         assert not thread.is_alive() and not service.loop.is_running
+
+
+class Process:
+    """A server in a process of its own, by the door.
+
+    Args:
+        folder: for its log and what it caches.
+        words: flags.
+        drops: names of variables that it does not get.
+    """
+
+    def __init__(self, folder: Path, *words: str, drops: tuple[str, ...] = ()):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        kept = {key: value for key, value in os.environ.items() if key not in drops}
+        self.url = f"http://127.0.0.1:{port}"
+        self._log = folder / "log"
+        door = (sys.executable, "-m", "l4jax.serve", "--host", "127.0.0.1", "--port", str(port))
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*door, *words],
+                stderr=log,
+                env={**kept, "L4JAX_CACHE": str(folder / "cache"), "JAX_PLATFORMS": "cpu"},
+            )
+
+    def wait_for(self, path: str) -> None:
+        """Until a path is answered with 200; fails with the log if that does not come."""
+        until = time.monotonic() + 2 * LONG_SECONDS
+        while True:
+            assert self.process.poll() is None and time.monotonic() < until, self._log.read_text()
+            try:
+                if httpx2.get(self.url + path).status_code == 200:
+                    return
+            except httpx2.TransportError:
+                pass
+            time.sleep(0.05)
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """Its log so far, every line of which is JSON."""
+        return [json.loads(line) for line in self._log.read_text().splitlines()]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 def make_picture(width: int = 40, height: int = 30, seed: int = 0) -> bytes:

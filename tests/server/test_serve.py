@@ -1,17 +1,11 @@
 """The door: what its flags mean, and a server in a process of its own, from start to SIGTERM."""
 
 import argparse
-import json
 import logging
-import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx2
 import pytest
@@ -19,8 +13,7 @@ import pytest
 from l4jax import serve
 from l4jax.server import flags
 from l4jax.server.flags import make_engine_options, make_generation_changes, make_options, parse
-
-START_SECONDS = 240.0
+from tests.server.servers import Process
 
 
 @pytest.fixture(autouse=True)
@@ -141,54 +134,18 @@ def test_every_flag_says_what_it_is_for(capsys):
     assert text.count("(default: ") > 30
 
 
-class Process:
-    """A server in a process of its own."""
-
-    def __init__(self, folder: Path, *words: str):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS" or "backend" in v}
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = folder / "log"
-        small = ["--max-model-len", "128", "--max-num-seqs", "2", "--max-num-batched-tokens", "32"]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "l4jax.serve", "--host", "127.0.0.1"),
-                    *("--port", str(port), *small, *words),
-                ],
-                stderr=log,
-                env={**kept, "L4JAX_CACHE": str(folder / "cache"), "JAX_PLATFORMS": "cpu"},
-            )
-
-    def wait_for(self, path: str) -> None:
-        until = time.monotonic() + START_SECONDS
-        while True:
-            assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()
-            try:
-                if httpx2.get(self.url + path).status_code == 200:
-                    return
-            except httpx2.TransportError:
-                pass
-            time.sleep(0.05)
-
-    def read_log(self) -> list[dict]:
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
-
-
 @pytest.fixture
 def start(tmp_path) -> Iterator:
     started: list[Process] = []
 
     def start(*words: str) -> Process:
-        started.append(Process(tmp_path, *words))
+        small = ("--max-model-len", "128", "--max-num-seqs", "2", "--max-num-batched-tokens", "32")
+        started.append(Process(tmp_path, *small, *words))
         return started[-1]
 
     yield start
     for server in started:
-        server.process.kill()
-        server.process.wait()
+        server.kill()
 
 
 @pytest.mark.slow
