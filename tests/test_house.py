@@ -25,6 +25,8 @@ JAX_FREE = [
     "l4jax.engine.pages",
     "l4jax.engine.request",
     "l4jax.engine.scheduler",
+    "l4jax.serve",
+    "l4jax.server.flags",
     "l4jax.text",
 ]
 

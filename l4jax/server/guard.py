@@ -18,7 +18,8 @@ from l4jax.server.options import Options
 
 BODY_SECONDS = 60.0  # for a body to arrive; an answer may take as long as it likes
 LOGGED_BYTES = 16_384  # of a body, where bodies are logged
-GUARDED = ("/v1/", "/tokenize", "/detokenize")
+# For probes, Prometheus and the page, which asks for the key itself.
+OPEN = ("/", "/health", "/ready", "/metrics", "/version", "/openapi.json")
 
 logger = logging.getLogger(__name__)
 
@@ -111,9 +112,8 @@ class Gate:
         await self._app(scope, replay, send)
 
     def _check_key(self, scope: Scope) -> None:
-        root = scope.get("root_path", "")
-        path = scope["path"].removeprefix(root)
-        if not self._digests or not path.startswith(GUARDED):
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if not self._digests or path in OPEN:
             return
         kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         digest = _digest(key.strip())

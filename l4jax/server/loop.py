@@ -251,9 +251,10 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
+            began = time.monotonic()
             self._engine.warm_up()
             self.is_ready = True
-            logger.info("ready")
+            logger.info("ready", extra={"seconds": round(time.monotonic() - began, 1)})
             while self._obey():
                 if self._engine.has_work:
                     self._step()

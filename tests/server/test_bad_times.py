@@ -183,6 +183,7 @@ def test_a_key_is_asked_for_where_answers_are_and_not_of_probes(typist):
         for path in ("/v1/models", "/v1/models/tiny"):
             assert server.get(path).status_code == 401
         assert server.post("/tokenize", {"prompt": "a"}).status_code == 401
+        assert server.get("/nothing").status_code == 401
         for path in ("/", "/health", "/ready", "/metrics", "/version"):
             assert server.get(path).status_code == 200
         with server.client(api_key="first") as client:

@@ -346,6 +346,16 @@ def test_penalties_biases_and_bad_words_reach_the_sampler(client):
     assert "A" not in banned.choices[0].message.content
 
 
+def test_what_a_prompt_begins_with_is_read_once_and_the_usage_says_so(client, server):
+    prompt = [11, *range(100, 180)]
+    hits = server.read_metric("l4jax:prefix_cache_hits_total")
+    answers = [client.completions.create(model=MODEL, prompt=prompt, **GREEDY) for _ in range(2)]
+    cached = [answer.usage.prompt_tokens_details.cached_tokens for answer in answers]
+    assert cached[0] == 0 and 32 <= cached[1] < len(prompt)
+    assert server.read_metric("l4jax:prefix_cache_hits_total") == hits + cached[1]
+    assert answers[0].choices[0].text == answers[1].choices[0].text
+
+
 def test_models_are_listed_and_found_by_every_served_name(client):
     assert [model.id for model in client.models.list()] == [MODEL, "other"]
     assert client.models.retrieve("other").max_model_len == 512
