@@ -35,7 +35,6 @@ class Options:
     shutdown_timeout: float = 30.0
     max_logprobs: int = 20
     max_new_tokens: int | None = None
-    tool_call_parser: str = "auto"
     trusts_request_templates: bool = False
     logs_requests: bool = False
     root_path: str = ""

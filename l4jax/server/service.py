@@ -179,7 +179,7 @@ class Service:
         Raises:
             ApiError: a step failed, a deadline passed, or the server shuts down.
         """
-        ended = [False] * len(answers)
+        begun, ended = [False] * len(answers), [False] * len(answers)
         while not all(ended):
             index, update = await ticket.receive()
             if ended[index]:
@@ -189,8 +189,9 @@ class Service:
                 raise self._make_failure(update.finish_reason)
             piece = answers[index].take(update)
             tally.completion_tokens += len(piece.token_ids)
-            if index % n == 0:  # the answers to one prompt share what was read of it
+            if not begun[index] and index % n == 0:  # the answers to a prompt share it
                 tally.cached_tokens += update.cached_tokens
+            begun[index] = True
             if piece.finish_reason is not None:
                 ended[index] = True
                 ticket.end(index, piece.finish_reason)
