@@ -123,10 +123,11 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     async def tokenize(body: TokenizePrompt | TokenizeChat) -> TokenizeResponse:
         """The token ids of a text or of a conversation."""
         service.find_model(body.model)
-        if isinstance(body, TokenizePrompt):
-            prompt = await service.spell(body.prompt, body.add_special_tokens)
-        else:
-            prompt = await service.render(body, bool(body.tools))
+        with service.hold_place():
+            if isinstance(body, TokenizePrompt):
+                prompt = await service.spell(body.prompt, body.add_special_tokens)
+            else:
+                prompt = await service.render(body, bool(body.tools))
         tokens, spell = list(prompt.token_ids), service.tokenizer.token_bytes
         return TokenizeResponse(
             count=len(tokens),
@@ -142,7 +143,10 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         """The text of token ids, special tokens included."""
         service.find_model(body.model)
         decode = service.tokenizer.decode
-        text = await service.read(lambda: decode(body.tokens, skip_special_tokens=False), "tokens")
+        with service.hold_place():
+            text = await service.read(
+                lambda: decode(body.tokens, skip_special_tokens=False), "tokens"
+            )
         return DetokenizeResponse(prompt=text)
 
     @app.get("/tokenizer_info", responses={401: REFUSALS[401]})

@@ -252,6 +252,8 @@ def make_options(args: argparse.Namespace) -> Options:
             raise ValueError(f"{_spell(name)} is {value}: it must be above 0.")
     if (args.ssl_keyfile is None) != (args.ssl_certfile is None):
         raise ValueError("--ssl-keyfile and --ssl-certfile come together.")
+    if not all(args.api_key):
+        raise ValueError("--api-key is empty, and would let everybody in: give a key, or no flag.")
     folder = args.allowed_local_media_path
     if folder is not None and not folder.is_dir():
         raise ValueError(f"--allowed-local-media-path is {str(folder)!r}: there is no such folder.")

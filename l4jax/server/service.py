@@ -1,10 +1,11 @@
 """What the endpoints share: the model, its engine's thread, and the way from a prompt to pieces."""
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -105,6 +106,15 @@ class Service:
             ) from None
         except ClosedError as error:
             raise make_closed(error) from None
+
+    @contextlib.contextmanager
+    def hold_place(self) -> Iterator[None]:
+        """A place for what is not answered by the engine, and takes its time all the same."""
+        ticket = self.reserve(1)
+        try:
+            yield
+        finally:
+            ticket.close()
 
     async def read(self, call: Callable[[], T], param: str) -> T:
         """Do what takes long away from the event loop; its `ValueError` is the caller's."""

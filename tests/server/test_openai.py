@@ -1,5 +1,6 @@
 """The official client against a real server: what it asks for is what comes back."""
 
+import dataclasses
 import json
 
 import openai
@@ -43,7 +44,15 @@ def llm(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(llm):
     with run_server(llm, max_waiting=64, served_model_names=(MODEL, "other")) as running:
+        before = count_programs(llm)
         yield running
+        assert count_programs(llm) == before  # the warm-up compiled all that these tests asked for
+
+
+def count_programs(llm) -> list[int]:
+    """How many shapes each of the engine's programs has been compiled for."""
+    programs = llm.engine.runner.programs
+    return [getattr(programs, x.name)._cache_size() for x in dataclasses.fields(programs)]
 
 
 @pytest.fixture(scope="module")
@@ -354,6 +363,24 @@ def test_what_a_prompt_begins_with_is_read_once_and_the_usage_says_so(client, se
     assert cached[0] == 0 and 32 <= cached[1] < len(prompt)
     assert server.read_metric("l4jax:prefix_cache_hits_total") == hits + cached[1]
     assert answers[0].choices[0].text == answers[1].choices[0].text
+
+
+def test_a_step_that_fails_fails_its_requests_and_the_next_ones_are_served(
+    client, llm, monkeypatch
+):
+    before = chat(client).choices[0].message.content
+
+    def fail(_plan):
+        monkeypatch.undo()
+        raise RuntimeError("the device is on fire")
+
+    monkeypatch.setattr(llm.engine.runner, "dispatch", fail)
+    with pytest.raises(openai.InternalServerError, match="ask again"):
+        chat(client)
+    monkeypatch.setattr(llm.engine.runner, "dispatch", fail)
+    with pytest.raises(openai.APIError, match="ask again"):
+        list(chat(client, stream=True))
+    assert chat(client).choices[0].message.content == before
 
 
 def test_models_are_listed_and_found_by_every_served_name(client):

@@ -96,6 +96,7 @@ def test_what_is_no_size_is_refused(text):
     ("words", "says"),
     [
         (["--max-waiting", "-1"], "--max-waiting is -1"),
+        (["--api-key", ""], "--api-key is empty"),
         (["--request-timeout", "0"], "--request-timeout is 0"),
         (["--ssl-keyfile", "key.pem"], "come together"),
         (["--allowed-local-media-path", "nowhere"], "'nowhere'"),
