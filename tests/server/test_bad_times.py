@@ -141,7 +141,7 @@ def test_a_step_that_raises_fails_its_requests_and_the_next_ones_are_served(serv
     assert server.post(CHAT, ask()).json()["choices"][0]["message"]["content"] == "aaaaa"
 
 
-def test_an_engine_that_breaks_for_good_shows_in_the_health(server, typist, caplog):
+def test_an_engine_that_breaks_for_good_shows_in_the_health(server, typist):
     def fail(*_):
         raise RuntimeError("broken")
 
