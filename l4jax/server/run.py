@@ -14,6 +14,9 @@ from l4jax.server.service import Service
 
 # Between ending the requests that are left and hanging up on their callers, in seconds.
 FAREWELL_SECONDS = 3.0
+# How long a connection may idle: longer than clients and proxies keep theirs, since one that is
+# closed just as its client uses it again is a lost request.
+IDLE_SECONDS = 75
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ class Server(uvicorn.Server):
                 lifespan="on",
                 ssl_keyfile=options.ssl_keyfile,
                 ssl_certfile=options.ssl_certfile,
+                timeout_keep_alive=IDLE_SECONDS,
                 timeout_graceful_shutdown=int(options.shutdown_timeout + FAREWELL_SECONDS) + 1,
             )
         )

@@ -54,6 +54,8 @@ class Service:
         media: MediaReader | None = None,
     ):
         self.llm, self.options, self.defaults = llm, options, defaults
+        # Imports the renderer of templates, on one thread: two that import it at once fail.
+        llm.tokenizer.render([{"role": "user", "content": ""}], template="-")
         self.created = int(time.time())
         self.metrics = Metrics(options.served_model_names[0])
         limits = llm.engine.limits

@@ -3,6 +3,8 @@
 import json
 import logging
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +75,22 @@ def test_a_body_that_is_none_is_refused_with_its_field(server, body, param, says
     assert response.status_code == 400
     error = read_error(response)
     assert says in error["message"] and error["param"] == param, error
+
+
+def test_the_first_requests_may_come_together(tmp_path):
+    """In a process of its own: what renders conversations is imported once."""
+    code = f"""
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tests.server.test_bad_times import CHAT, ask
+from tests.server.servers import run_server
+from tests.server.typist import make_typist
+with run_server(make_typist(Path({str(tmp_path)!r}), 8)) as server, ThreadPoolExecutor(8) as pool:
+    asked = [pool.submit(server.post, CHAT, ask()) for _ in range(8)]
+    print({{future.result().status_code for future in asked}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.stdout.split() == ["{200}"], done.stdout + done.stderr
 
 
 def test_an_empty_prompt_and_an_overlong_one_are_refused(server):
