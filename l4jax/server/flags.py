@@ -105,6 +105,11 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         help="of cached keys and values (default: that of the weights)",
     )
     add(
+        "--calculate-kv-scales",
+        action="store_true",
+        help="of an fp8 cache, where the checkpoint has none (default: 1)",
+    )
+    add(
         "--enable-prefix-caching",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -281,8 +286,8 @@ def make_engine_options(args: argparse.Namespace) -> dict[str, Any]:
         mesh = f"{args.data_parallel_size or 1}x{args.tensor_parallel_size or 1}"
     names = (
         "revision load_format dtype quantization seed gpu_memory_utilization max_model_len "
-        "max_num_seqs max_num_batched_tokens block_size kv_cache_dtype enable_prefix_caching "
-        "speculative_config limit_mm_per_prompt"
+        "max_num_seqs max_num_batched_tokens block_size kv_cache_dtype calculate_kv_scales "
+        "enable_prefix_caching speculative_config limit_mm_per_prompt"
     )
     return {
         "model": args.model or args.model_tag,
