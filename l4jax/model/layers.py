@@ -7,6 +7,7 @@ from flax.linen.spmd import RulesFallback, with_logical_constraint
 from jax import Array
 
 from l4jax import axes
+from l4jax.kernels import Kernels
 from l4jax.kernels.formats import Weight, multiply
 
 
@@ -51,6 +52,7 @@ class GatedMLP(nn.Module):
     """`down @ (silu(gate @ x) * (up @ x))`: dense layers, and the expert that all tokens share."""
 
     hidden: int
+    kernels: Kernels
 
     @nn.compact
     def __call__(self, x_TD: Array) -> Array:
@@ -59,11 +61,9 @@ class GatedMLP(nn.Module):
             self, "gate_up", (2, self.hidden, width), (axes.GATE_UP, axes.HIDDEN, axes.WIDTH)
         )
         down_DF = declare(self, "down", (width, self.hidden), (axes.WIDTH, axes.HIDDEN))
-        gate_up_cTF = project("TD,cFD->cTF", x_TD, gate_up_cFD)
-        hidden_TF = constrain(
-            jax.nn.silu(gate_up_cTF[0]) * gate_up_cTF[1], axes.TOKENS, axes.HIDDEN
-        )
-        return project("TF,DF->TD", hidden_TF, down_DF)
+        alone_T = jnp.zeros(x_TD.shape[0], jnp.int32)  # an expert, and no other
+        gate_up_EcFD, down_EDF = jax.tree.map(lambda w: w[None], (gate_up_cFD, down_DF))
+        return self.kernels.run_experts(x_TD, alone_T, gate_up_EcFD, down_EDF)
 
 
 class LayerNorm(nn.Module):

@@ -40,7 +40,7 @@ class MixtureOfExperts(nn.Module):
         expert_T, gate_T = route(project("TD,ED->TE", x_TD, router_ED))
         scaled_TD = x_TD * gate_T[:, None].astype(x_TD.dtype)
         y_TD = self.kernels.run_experts(scaled_TD, expert_T, gate_up_EcFD, down_EDF)
-        return GatedMLP(c.expert_width, name="shared")(x_TD) + y_TD
+        return GatedMLP(c.expert_width, self.kernels, name="shared")(x_TD) + y_TD
 
 
 def route(score_TE: Array) -> tuple[Array, Array]:
