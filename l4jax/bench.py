@@ -11,8 +11,8 @@ from typing import Any
 EXAMPLES = """examples:
   python -m l4jax.bench
   python -m l4jax.bench --config scout --quantization fp8 --plot decode.png
-  python -m l4jax.bench --config scout --layers 24 --batch 1 --context 256 32768 --prefill
-  python -m l4jax.bench --config scout --quantization int4 --requests 512 --batch --prefill
+  python -m l4jax.bench --config scout --layers 24 --decode 1x256 1x32768 --prefill
+  python -m l4jax.bench --config scout --quantization int4 --requests 512 --decode --prefill
 """
 
 
@@ -32,8 +32,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--quantization", choices=["fp8", "int4"], help="of the weights (default: none)")
     add("--kv-cache-dtype", default="auto", choices=["auto", "fp8"], help="(default: auto)")
     numbers: Any = {"type": int, "nargs": "*", "metavar": "N"}
-    add("--batch", default=[1, 8, 32, 128], help="rows of decode; none: no decode", **numbers)
-    add("--context", default=[256], help="tokens before them (default: 256)", **numbers)
+    add(
+        "--decode",
+        nargs="*",
+        type=_read_pair,
+        metavar="ROWSxTOKENS",
+        default=[(rows, 256) for rows in (1, 8, 32, 128)],
+        help="rows, and tokens before each (default: 1x256 8x256 32x256 128x256); none: no decode",
+    )
     add("--steps", type=int, default=64, metavar="N", help="of decode (default: 64)")
     add("--prefill", default=[2048, 8192], help="lengths of prompts; none: no prefill", **numbers)
     add("--requests", type=int, default=0, metavar="N", help="through the engine (default: none)")
@@ -47,6 +53,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--plot", type=Path, metavar="FILE", help="draw decode against batch; needs matplotlib")
     add("--profile", type=Path, metavar="FOLDER", help="write a trace for XProf or Perfetto")
     return parser.parse_args(argv)
+
+
+def _read_pair(text: str) -> tuple[int, int]:
+    rows, _, tokens = text.partition("x")
+    if not (rows.isdigit() and tokens.isdigit() and int(rows)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 8x256, rows x tokens before each")
+    return int(rows), int(tokens)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,9 +123,8 @@ def _measure(args: argparse.Namespace) -> int:
 
 
 def _run(bench: Any, args: argparse.Namespace) -> Iterator[Any]:
-    for context in args.context:
-        for batch in args.batch:
-            yield bench.measure_decode(batch, context, args.steps)
+    for batch, context in args.decode:
+        yield bench.measure_decode(batch, context, args.steps)
     for length in args.prefill:
         yield bench.measure_prefill(length)
     if args.requests:

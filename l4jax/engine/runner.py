@@ -330,7 +330,12 @@ def choose_kernels(device: Any) -> Kernels:
     from l4jax.kernels.hopper import Hopper  # needs what only jax for a GPU brings
 
     hopper = Hopper(device.core_count)
-    return Kernels(attend=hopper.attend, run_experts=hopper.run_experts, multiply=hopper.multiply)
+    return Kernels(
+        attend=hopper.attend,
+        run_experts=hopper.run_experts,
+        mix_experts=hopper.mix_experts,
+        multiply=hopper.multiply,
+    )
 
 
 def make_kernels(kernels: Kernels, layout: Layout) -> Kernels:
@@ -347,6 +352,12 @@ def make_kernels(kernels: Kernels, layout: Layout) -> Kernels:
         run = local(kernels.run_experts, ins, x, sum_over=axes.HIDDEN)
         return run(x_TD, expert_T, gate_up_EcFD, down_EDF)
 
+    def mix_experts(x_TD: Any, expert_T: Any, gate_T: Any, *weights: Any) -> jax.Array:
+        names = (gate_up, down, gate_up[1:], down[1:])
+        ins = (x, at, at, *(name_axes(w, n) for w, n in zip(weights, names, strict=True)))
+        run = local(kernels.mix_experts, ins, x, sum_over=axes.HIDDEN)
+        return run(x_TD, expert_T, gate_T, *weights)
+
     def multiply(subscripts: str, x: Any, weight: Any) -> jax.Array:
         ins, out = subscripts.split("->")
         x_axes, w_axes, out_axes = (
@@ -361,6 +372,7 @@ def make_kernels(kernels: Kernels, layout: Layout) -> Kernels:
         store=local(kernels.store, (pool, pool, kv, kv, table, at, at), (pool, pool)),
         attend=local(kernels.attend, (q, pool, pool, table, at, at), q),
         run_experts=run_experts,
+        mix_experts=mix_experts,
         multiply=multiply,
     )
 

@@ -19,6 +19,7 @@ class Kernels:
     store: Callable[..., tuple[Array, Array]] = reference.store
     attend: Callable[..., Array] = reference.attend
     run_experts: Callable[..., Array] = reference.run_experts
+    mix_experts: Callable[..., Array] = reference.mix_experts
     multiply: Callable[..., Array] = formats.multiply
 
 

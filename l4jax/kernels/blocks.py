@@ -5,8 +5,9 @@ expert that no token wants it reads nothing. The weights are the left operand, 6
 instruction, and the tokens the right one, 8 to an instruction: so a decode step wastes little, and
 the same kernel fills the tensor cores with a prompt.
 
-One warpgroup copies and two multiply. The copies run ahead, over the borders between items of work,
-so that memory never waits for arithmetic. There are as many thread blocks as multiprocessors.
+One warpgroup copies and the others multiply. The copies run ahead, over the borders between items
+of work, so that memory never waits for arithmetic. There are as many thread blocks as
+multiprocessors.
 
 Letters here: I blocks, T slots of a block, O what a matrix gives, U what it joins.
 """
@@ -21,9 +22,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-_MULTIPLIERS = 2  # warpgroups
 _INSTRUCTION_ROWS = 64
 _LINE = 128  # bytes of a row that are swizzled together; what is joined comes in such lines
+_COPY_REGISTERS = 40  # of a thread that copies
 GROUP = 128  # of int4: neighbors that share a scale
 
 
@@ -32,11 +33,12 @@ class Tiles:
     """How a product is cut into items of work.
 
     Attributes:
-        rows: of the matrix; a multiple of 128, half to each warpgroup.
+        rows: of the matrix; as many of them, a multiple of 64, to each warpgroup.
         depth: columns that are copied at once.
         stages: of such copies under way.
         splits: of the columns, each an item of its own; their results are yet to be added up.
         width: blocks that are multiplied side by side, so that they find the weights in L2.
+        multipliers: warpgroups that multiply.
     """
 
     rows: int
@@ -44,13 +46,14 @@ class Tiles:
     stages: int
     splits: int = 1
     width: int = 1
+    multipliers: int = 2  # warpgroups that multiply
 
 
 @functools.partial(jax.jit, static_argnames=("tiles", "dtype", "sms", "interpret"))
 def multiply_blocks(
     x_ITU: Array,
-    weight_EOU: Array,
-    scale_EOL: Array | None,
+    weights: tuple[Array, ...],
+    scales: tuple[Array, ...],
     expert_I: Array,
     count: Array,
     *,
@@ -63,9 +66,9 @@ def multiply_blocks(
 
     Args:
         x_ITU: the blocks: bfloat16, or e4m3 where the weights are.
-        weight_EOU: bfloat16, e4m3 or int4.
-        scale_EOL: of int4, one for each 128 columns; else None.
-        expert_I: int32 expert of each block.
+        weights: stacks [E, O, U] of matrices, bfloat16, e4m3 or int4 all.
+        scales: of int4, stacks [E, O, L] with one for each 128 columns; else none.
+        expert_I: int32 expert of each block, counted through the stacks.
         count: int32 [1], how many blocks are multiplied; what the others give is undefined.
         tiles: how to cut.
         dtype: of the result; what is summed is float32.
@@ -76,19 +79,21 @@ def multiply_blocks(
         [splits, I * T, O]: parts, to be added up.
     """
     blocks, slots, columns = x_ITU.shape
-    rows = weight_EOU.shape[1]
+    rows, weight_dtype = weights[0].shape[1], weights[0].dtype
     row_tiles, steps = rows // tiles.rows, columns // (tiles.depth * tiles.splits)
     assert rows % tiles.rows == 0 and columns == steps * tiles.depth * tiles.splits
-    stages, half = tiles.stages, tiles.rows // _MULTIPLIERS
-    is_int4 = weight_EOU.dtype == jnp.int4
-    groups = tiles.depth // GROUP
+    stages, multipliers = tiles.stages, tiles.multipliers
+    part = tiles.rows // multipliers  # rows of a warpgroup
+    is_int4, groups = weight_dtype == jnp.int4, tiles.depth // GROUP
+    # How many matrices lie in the stacks before, and in this one.
+    sizes = [weight.shape[0] for weight in weights]
+    stacks = [(sum(sizes[:at]), size) for at, size in enumerate(sizes)]
 
-    def body(*refs: Any, w_smem: Any, x_smem: Any, out_smem: Any, full: Any, free: Any) -> None:
-        scale = None
-        if is_int4:
-            x, w, scale, expert, counts, out = refs
-        else:
-            x, w, expert, counts, out = refs
+    def blocks_body(
+        *refs: Any, w_smem: Any, x_smem: Any, out_smem: Any, full: Any, free: Any
+    ) -> None:
+        x, expert, counts, *matrices, out = refs
+        matrices, scale_refs = matrices[: len(stacks)], matrices[len(stacks) :]
         warpgroup, live = lax.axis_index("warpgroup"), counts[0]
         share = functools.partial(
             plgpu.nd_loop, (live * (row_tiles * tiles.splits),), collective_axes="sm"
@@ -103,14 +108,14 @@ def multiply_blocks(
             width = jnp.minimum(tiles.width, live - band * tiles.width)
             return band * tiles.width + lax.rem(within, width), lax.div(within, width), split
 
-        @pl.when(warpgroup == _MULTIPLIERS)
+        @pl.when(warpgroup == multipliers)
         def _copy() -> None:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
 
             @share()
             def _item(info: plgpu.NDLoopInfo) -> None:
                 block, tile, split = locate(info)
-                mine = expert[block], pl.ds(tile * tiles.rows, tiles.rows)
+                e, mine = expert[block], pl.ds(tile * tiles.rows, tiles.rows)
 
                 @pl.loop(0, steps)
                 def _step(step: Array) -> None:
@@ -122,15 +127,22 @@ def multiply_blocks(
                         plgpu.barrier_wait(free.at[stage])
 
                     here = pl.ds((split * steps + step) * tiles.depth, tiles.depth)
-                    plgpu.copy_gmem_to_smem(w.at[*mine, here], w_smem.at[stage], full.at[stage])
+                    for w, (before, size) in zip(matrices, stacks, strict=True):
+
+                        @pl.when((e >= before) & (e < before + size))
+                        def _(w: Any = w, before: int = before) -> None:
+                            plgpu.copy_gmem_to_smem(
+                                w.at[e - before, mine, here], w_smem.at[stage], full.at[stage]
+                            )
+
                     plgpu.copy_gmem_to_smem(
                         x.at[pl.ds(block * slots, slots), here], x_smem.at[stage], full.at[stage]
                     )
 
-        @pl.when(warpgroup < _MULTIPLIERS)
+        @pl.when(warpgroup < multipliers)
         def _multiply() -> None:
-            plgpu.set_max_registers(232, action="increase")
-            mine = pl.ds(warpgroup * half, half)
+            plgpu.set_max_registers(count_registers(multipliers), action="increase")
+            mine = pl.ds(warpgroup * part, part)
 
             def multiply(first: Any) -> Any:
                 """Both operands straight from shared memory, two stages at a time."""
@@ -151,12 +163,26 @@ def multiply_blocks(
                     plgpu.barrier_arrive(free.at[lax.rem(first + steps - 1, stages)])
                     return acc[...]
 
-                return pl.run_scoped(run, plgpu.ACC((half, slots), jnp.float32))
+                return pl.run_scoped(run, plgpu.ACC((part, slots), jnp.float32))
 
             def widen_and_multiply(first: Any, block: Any, tile: Any, split: Any) -> Any:
                 """The weights through registers, a group of columns at a time: their scales meet
                 the sums, which are far fewer."""
-                e, mine_in_all = expert[block], pl.ds(tile * tiles.rows + warpgroup * half, half)
+                e, mine_in_all = expert[block], pl.ds(tile * tiles.rows + warpgroup * part, part)
+
+                def read(column: Any) -> Array:
+                    found = None
+                    for scale, (before, size) in zip(scale_refs, stacks, strict=True):
+                        here = plgpu.load(
+                            scale.at[jnp.clip(e - before, 0, size - 1), mine_in_all, column],
+                            layout=plgpu.Layout.WGMMA.reduce(1),
+                            optimized=False,
+                        )
+                        # The compiler knows no select by a scalar.
+                        own = jnp.where((e >= before) & (e < before + size), 1.0, 0.0)
+                        found = here * own if found is None else found + here * own
+                    assert found is not None
+                    return found
 
                 def run(step: Array, acc: Any) -> Any:
                     stage = lax.rem(first + step, stages)
@@ -166,16 +192,12 @@ def multiply_blocks(
                         wide = w_smem[stage, mine, here].astype(x.dtype)
                         tokens = x_smem.at[stage, :, here].transpose((1, 0))
                         found = _multiply_from_registers(wide, tokens, interpret)
-                        scales = plgpu.load(
-                            scale.at[e, mine_in_all, (split * steps + step) * groups + group],
-                            layout=plgpu.Layout.WGMMA.reduce(1),
-                            optimized=False,
-                        )
-                        acc += found * lax.broadcast_in_dim(scales, found.shape, [0])
+                        factor = read((split * steps + step) * groups + group)
+                        acc += found * lax.broadcast_in_dim(factor, found.shape, [0])
                     plgpu.barrier_arrive(free.at[stage])
                     return acc
 
-                zeros = jnp.zeros((half, slots), jnp.float32)
+                zeros = jnp.zeros((part, slots), jnp.float32)
                 return lax.fori_loop(0, steps, run, plgpu.layout_cast(zeros, plgpu.Layout.WGMMA))
 
             @share()
@@ -187,13 +209,13 @@ def multiply_blocks(
                 else:
                     found = multiply(first)
                 found = found.astype(dtype)
-                for at in range(0, half, _INSTRUCTION_ROWS):
+                for at in range(0, part, _INSTRUCTION_ROWS):
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     out_smem.at[warpgroup].transpose((1, 0))[...] = plgpu.layout_cast(
                         found[at : at + _INSTRUCTION_ROWS], plgpu.Layout.WGMMA_TRANSPOSED
                     )
                     plgpu.commit_smem()
-                    to = pl.ds(tile * tiles.rows + warpgroup * half + at, _INSTRUCTION_ROWS)
+                    to = pl.ds(tile * tiles.rows + warpgroup * part + at, _INSTRUCTION_ROWS)
                     plgpu.copy_smem_to_gmem(
                         out_smem.at[warpgroup], out.at[split, pl.ds(block * slots, slots), to]
                     )
@@ -211,31 +233,31 @@ def multiply_blocks(
         )
 
     kernel = plgpu.kernel(
-        body,
+        blocks_body,
         out_type=jax.ShapeDtypeStruct((tiles.splits, blocks * slots, rows), dtype),
         grid=(sms,),
         grid_names=("sm",),
-        num_threads=_MULTIPLIERS + 1,
+        num_threads=multipliers + 1,
         thread_name="warpgroup",
         scratch_types=dict(
             # int4: lines as wide as a group, so that one can be read alone.
             w_smem=allocate(
                 (stages, tiles.rows, tiles.depth),
-                weight_EOU.dtype,
+                weight_dtype,
                 GROUP // 2 if is_int4 else _LINE,
             ),
             x_smem=allocate((stages, slots, tiles.depth), x_ITU.dtype),
-            out_smem=allocate((_MULTIPLIERS, slots, _INSTRUCTION_ROWS), dtype),
+            out_smem=allocate((multipliers, slots, _INSTRUCTION_ROWS), dtype),
             full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            free=plgpu.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=stages),
+            free=plgpu.Barrier(num_arrivals=multipliers, num_barriers=stages),
         ),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, unsafe_no_auto_barriers=True
         ),
         interpret=interpret,
     )
-    weights = (weight_EOU, scale_EOL) if is_int4 else (weight_EOU,)
-    return kernel(x_ITU.reshape(blocks * slots, columns), *weights, expert_I, count)
+    x_SU = x_ITU.reshape(blocks * slots, columns)
+    return kernel(x_SU, expert_I, count, *weights, *(scales if is_int4 else ()))
 
 
 def _multiply_from_registers(left: Array, right: Any, interpret: Any) -> Array:
@@ -248,6 +270,17 @@ def _multiply_from_registers(left: Array, right: Any, interpret: Any) -> Array:
         return acc[...]
 
     return pl.run_scoped(run, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
+
+
+def count_registers(computing: int) -> int:
+    """Registers of a thread of so many warpgroups beside one that copies.
+
+    A thread block is launched with as many for each thread as there are, in eights; one that waits
+    for more than the others give back waits for ever.
+    """
+    warpgroups = computing + 1
+    launched = 65536 // (128 * warpgroups) // 8 * 8
+    return min(232, (launched * warpgroups - _COPY_REGISTERS) // computing // 8 * 8)
 
 
 def count_bits(dtype: Any) -> int:

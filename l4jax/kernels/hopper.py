@@ -6,8 +6,10 @@ What a kernel here cannot run, a strange shape or a format, goes to the definiti
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -18,6 +20,7 @@ from l4jax.kernels.routing import Slots, assign_slots, count_blocks
 from l4jax.kernels.rows import activate_rows, round_rows
 from l4jax.kernels.tiles import Tiles, choose_slots, choose_tiles
 
+_MIXED = 32  # tokens up to which the shared expert runs beside the others
 _FEW = 128  # tokens up to which a dense product is bound by reading its weights
 _LAST = (((1,), (1,)), ((), ()))  # both sides are summed over their last axis
 
@@ -59,11 +62,11 @@ class Hopper:
         weight = Quantized(data_OU[None], scale_OL[None])
         plan = self._plan(weight, tokens)
         if plan is None or tokens > _FEW:
-            x_TU, x_scale_T = self._round(x_TU, jnp.arange(tokens), data_OU.dtype)
+            x_TU, x_scale_T = self._round(x_TU, None, None, data_OU.dtype)
             return _multiply_by_xla(x_TU, x_scale_T, data_OU, scale_OL)
         where = assign_slots(jnp.zeros(tokens, jnp.int32), 1, plan.slots)
-        x_SU, x_scale_S = self._round(x_TU, where.token_S, data_OU.dtype)
-        parts_PSO = self._multiply_slots(x_SU, weight, where, plan)
+        x_SU, x_scale_S = self._round(x_TU, where.token_S, None, data_OU.dtype)
+        parts_PSO = self._multiply_slots(x_SU, (weight,), where, plan)
         y_TO = parts_PSO[:, :tokens].astype(jnp.float32).sum(axis=0)
         if x_scale_S is not None:
             y_TO = y_TO * x_scale_S[:tokens, None] * scale_OL[:, 0].astype(jnp.float32)
@@ -82,31 +85,105 @@ class Hopper:
         if experts == 1 and tokens > _FEW:
             return self._run_one_expert(x_TD, up_EOD, down_EDF)
         where = assign_slots(expert_T, experts, up_plan.slots)
-        dtype = _get_data(up_EOD).dtype
-        x_SD, x_scale_S = self._round(x_TD, where.token_S, dtype)
-        parts_PSO = self._multiply_slots(x_SD, up_EOD, where, up_plan)
-        scales = None if x_scale_S is None else (x_scale_S, _get_scale(up_EOD))
-        hidden_SF = activate_rows(
+        gate_S = jnp.ones(where.token_S.shape, jnp.float32)
+        plans = (up_plan, down_plan)
+        take = self._run_slots(x_TD, where, gate_S, (up_EOD,), (down_EDF,), plans)
+        return take(where.slot_T, expert_T).astype(x_TD.dtype)
+
+    def mix_experts(
+        self,
+        x_TD: Array,
+        expert_T: Array,
+        gate_T: Array,
+        gate_up_EcFD: Weight,
+        down_EDF: Weight,
+        shared_gate_up_cFD: Weight,
+        shared_down_DF: Weight,
+    ) -> Array:
+        """`reference.mix_experts`; of few tokens in the launches of one expert: the shared one is
+        one more expert, whose blocks come first."""
+        tokens, (experts, _, hidden, _) = x_TD.shape[0], gate_up_EcFD.shape
+        shared = jax.tree.map(lambda w: w[None], (shared_gate_up_cFD, shared_down_DF))
+        ups = tuple(_reshape(w, w.shape[0], 2 * hidden) for w in (gate_up_EcFD, shared[0]))
+        downs = (down_EDF, shared[1])
+        plans = tuple(self._plan(w, tokens, has_shared=True) for w in (ups[0], down_EDF))
+        is_one_format = _get_data(ups[0]).dtype == _get_data(ups[1]).dtype
+        up_plan, down_plan = plans
+        is_known = up_plan is not None and down_plan is not None and is_one_format
+        if not is_known or tokens > _MIXED or x_TD.dtype != jnp.bfloat16:
+            scaled_TD = x_TD * gate_T[:, None].astype(x_TD.dtype)
+            alone_T = jnp.zeros_like(expert_T)
+            return self.run_experts(x_TD, alone_T, *shared) + self.run_experts(
+                scaled_TD, expert_T, gate_up_EcFD, down_EDF
+            )
+        slots = up_plan.slots
+        mine = assign_slots(expert_T, experts, slots)
+        blocks = -(-tokens // slots)
+        at_S = jnp.minimum(jnp.arange(blocks * slots, dtype=jnp.int32), tokens - 1)
+        where = Slots(
+            blocks * slots + mine.slot_T,
+            jnp.concatenate([at_S, mine.token_S]),
+            jnp.concatenate([jnp.full(blocks, experts, jnp.int32), mine.expert_I]),
+            mine.count + blocks,
+        )
+        gate_S = jnp.concatenate([jnp.ones(at_S.shape, jnp.float32), gate_T[mine.token_S]])
+        take = self._run_slots(x_TD, where, gate_S, ups, downs, (up_plan, down_plan))
+        shared_TD = take(jnp.arange(tokens), jnp.full(tokens, experts))
+        return (shared_TD + take(where.slot_T, expert_T)).astype(x_TD.dtype)
+
+    def _run_slots(
+        self,
+        x_TD: Array,
+        where: Slots,
+        gate_S: Array,
+        ups: tuple[Weight, ...],
+        downs: tuple[Weight, ...],
+        plans: "tuple[Plan, Plan]",
+    ) -> Callable[[Array, Array], Array]:
+        """Slots through their experts, counted through the stacks.
+
+        Returns:
+            What gives, of slots [T] and their experts [T], the results [T, D] in float32.
+        """
+        dtype = _get_data(ups[0]).dtype
+        x_SD, x_scale_S = self._round(x_TD, where.token_S, gate_S, dtype)
+        parts_PSO = self._multiply_slots(x_SD, ups, where, plans[0])
+        scales = () if x_scale_S is None else (x_scale_S, *map(_get_scale, ups))
+        hidden = activate_rows(
             parts_PSO, scales, where.expert_I, is_rounded=dtype == FP8, interpret=self.interpret
         )
-        hidden_SF, hidden_scale_S = hidden_SF if dtype == FP8 else (hidden_SF, None)
-        parts_PSD = self._multiply_slots(hidden_SF, down_EDF, where, down_plan)
-        y_TD = parts_PSD.astype(jnp.float32).sum(axis=0)[where.slot_T]
-        if hidden_scale_S is not None:
-            y_TD = y_TD * hidden_scale_S[where.slot_T][:, None] * _get_scale(down_EDF)[expert_T]
-        return y_TD.astype(x_TD.dtype)
+        hidden_SF, hidden_scale_S = hidden if dtype == FP8 else (hidden, None)
+        parts_PSD = self._multiply_slots(hidden_SF, downs, where, plans[1])
+
+        def take(slot_T: Array, expert_T: Array) -> Array:
+            y_TD = parts_PSD[:, slot_T].astype(jnp.float32).sum(axis=0)
+            if hidden_scale_S is None:
+                return y_TD
+            scale_TD, before = None, 0
+            for scale_ED in map(_get_scale, downs):
+                found_TD = scale_ED[jnp.clip(expert_T - before, 0, len(scale_ED) - 1)]
+                is_here_T = expert_T >= before
+                scale_TD = (
+                    found_TD
+                    if scale_TD is None
+                    else jnp.where(is_here_T[:, None], found_TD, scale_TD)
+                )
+                before += len(scale_ED)
+            return y_TD * hidden_scale_S[slot_T][:, None] * scale_TD
+
+        return take
 
     def _run_one_expert(self, x_TD: Array, up_EOD: Weight, down_EDF: Weight) -> Array:
         """The same for many tokens and one expert: the library's products are the fastest."""
-        tokens, dtype = x_TD.shape[0], _get_data(up_EOD).dtype
+        dtype = _get_data(up_EOD).dtype
         alone = jnp.zeros(1, jnp.int32)
         if dtype != FP8:
             y_TO = lax.dot_general(x_TD, formats.dequantize(up_EOD, x_TD.dtype)[0], _LAST)
             hidden_TF = activate_rows(
-                y_TO[None], None, alone, is_rounded=False, interpret=self.interpret
+                y_TO[None], (), alone, is_rounded=False, interpret=self.interpret
             )
             return lax.dot_general(hidden_TF, formats.dequantize(down_EDF, x_TD.dtype)[0], _LAST)
-        x_TD, x_scale_T = self._round(x_TD, jnp.arange(tokens), dtype)
+        x_TD, x_scale_T = self._round(x_TD, None, None, dtype)
         y_TO = lax.dot_general(
             x_TD, _get_data(up_EOD)[0], _LAST, preferred_element_type=jnp.bfloat16
         )
@@ -120,8 +197,9 @@ class Hopper:
         data_DF, scale_D = _get_data(down_EDF)[0], _get_scale(down_EDF)[0]
         return _multiply_by_xla(hidden_TF, scale_T, data_DF, scale_D[:, None])
 
-    def _plan(self, weight_EOU: Weight, tokens: int) -> "Plan | None":
-        """How to multiply tokens by the matrices of experts; None where the kernel cannot."""
+    def _plan(self, weight_EOU: Weight, tokens: int, *, has_shared: bool = False) -> "Plan | None":
+        """How to multiply tokens by the matrices of experts, and by one that all share; None where
+        the kernel cannot."""
         data, (experts, rows, columns) = _get_data(weight_EOU), weight_EOU.shape
         if data.dtype == jnp.int4 and columns != _get_scale(weight_EOU).shape[-1] * GROUP:
             return None
@@ -129,24 +207,34 @@ class Hopper:
         blocks = count_blocks(tokens, experts, slots)
         # Were the tokens spread evenly at random.
         live = max(experts * (1 - (1 - 1 / experts) ** tokens), tokens / slots)
+        shared = -(-tokens // slots) if has_shared else 0
+        blocks, live = blocks + shared, live + shared
         tiles = choose_tiles(
             data.dtype.type, slots, rows, columns, blocks=blocks, live=live, sms=self.sms
         )
         return None if tiles is None else Plan(slots, blocks, tiles)
 
-    def _round(self, x_TU: Array, token_S: Array, dtype: Any) -> tuple[Array, Array | None]:
-        """The tokens of slots as weights of a dtype want them, and the scales of fp8."""
+    def _round(
+        self, x_TU: Array, token_S: Array | None, gate_S: Array | None, dtype: Any
+    ) -> tuple[Array, Array | None]:
+        """The tokens of slots, times their gates, as weights of a dtype want them, and the scales
+        of fp8. Without slots: of each token, as it is."""
         if dtype == FP8:
-            return round_rows(x_TU, token_S, interpret=self.interpret)
-        return x_TU[token_S], None
+            token_S = jnp.arange(x_TU.shape[0], dtype=jnp.int32) if token_S is None else token_S
+            gate_S = jnp.ones(token_S.shape, jnp.float32) if gate_S is None else gate_S
+            return round_rows(x_TU, token_S, gate_S, interpret=self.interpret)
+        x_SU = x_TU if token_S is None else x_TU[token_S]
+        return (x_SU if gate_S is None else x_SU * gate_S[:, None].astype(x_SU.dtype)), None
 
-    def _multiply_slots(self, x_SU: Array, weight_EOU: Weight, where: Slots, plan: "Plan") -> Array:
+    def _multiply_slots(
+        self, x_SU: Array, weights: tuple[Weight, ...], where: Slots, plan: "Plan"
+    ) -> Array:
         """[P, S, O]: parts, to be added up; not yet scaled, but for int4."""
-        data = _get_data(weight_EOU)
+        data = tuple(map(_get_data, weights))
         return multiply_blocks(
             x_SU.reshape(plan.blocks, plan.slots, -1),
             data,
-            _get_scale(weight_EOU) if data.dtype == jnp.int4 else None,
+            tuple(map(_get_scale, weights)) if data[0].dtype == jnp.int4 else (),
             where.expert_I,
             where.count,
             tiles=plan.tiles,

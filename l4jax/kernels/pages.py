@@ -19,6 +19,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from l4jax.kernels.blocks import count_registers
 from l4jax.kernels.rows import join_rows
 
 _ROWS = 64  # query rows of a warpgroup
@@ -61,8 +62,9 @@ def attend(
     pool = (k_PKZH, v_PKZH, table_RB)
     tokens, kv_heads, heads, _ = q_TKGH.shape
     if tokens == table_RB.shape[0]:
-        splits = min(_MOST_SPLITS, max(1, 2 * sms // (kv_heads * tokens)))
-        return _attend_each(q_TKGH, pool, row_T, position_T, splits, run)
+        # As many parts as fill the device, but none of less than four pages.
+        splits = min(_MOST_SPLITS, 2 * sms // (kv_heads * tokens), -(-table_RB.shape[1] // 4))
+        return _attend_each(q_TKGH, pool, row_T, position_T, max(1, splits), run)
     size = 2 * _ROWS
     plan, slot_TG = _cut(row_T, position_T, rows=table_RB.shape[0], heads=heads, size=size)
     q_XKH = q_TKGH.swapaxes(1, 2).reshape(tokens * heads, kv_heads, -1)
@@ -139,7 +141,7 @@ def _attend_tiles(
     stages, is_split = 2, splits > 1
     out_dtype = jnp.float32 if is_split else dtype
 
-    def body(
+    def pages_body(
         *refs: Any,
         q_smem: Any,
         k_smem: Any,
@@ -209,8 +211,7 @@ def _attend_tiles(
 
         @pl.when(warpgroup < groups)
         def _compute() -> None:
-            # Of 65,536 registers: more are waited for, and never come.
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(count_registers(groups), action="increase")
 
             @share()
             def _item(info: plgpu.NDLoopInfo, carry: Array) -> Array:
@@ -296,7 +297,7 @@ def _attend_tiles(
 
     softmax = jax.ShapeDtypeStruct((splits, tiles, kv_heads, groups * _ROWS), jnp.float32)
     kernel = plgpu.kernel(
-        body,
+        pages_body,
         out_type=[
             jax.ShapeDtypeStruct((splits, tiles, kv_heads, height, head_dim), out_dtype),
             softmax,

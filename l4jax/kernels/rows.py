@@ -19,21 +19,27 @@ from l4jax.kernels.formats import FP8, FP8_MAX
 
 
 @functools.partial(jax.jit, static_argnames=("interpret",))
-def round_rows(x_TU: Array, token_S: Array, *, interpret: Any = None) -> tuple[Array, Array]:
-    """`formats.quantize_tokens` of the token of each slot: e4m3 [S, U] and float32 scales [S]."""
+def round_rows(
+    x_TU: Array, token_S: Array, gate_S: Array, *, interpret: Any = None
+) -> tuple[Array, Array]:
+    """`formats.quantize_tokens` of the token of each slot, times a gate: e4m3 [S, U] and float32
+    scales [S]."""
 
-    def body(x: Any, token: Any, out: Any, scale: Any) -> None:
+    def round_body(x: Any, token: Any, gate: Any, out: Any, scale: Any) -> None:
         row = lax.axis_index("row")
-        _write_rounded(x[token[row]].astype(jnp.float32), out, scale, row)
+        # The gate and what it scales are bfloat16 in the model.
+        factor = gate[row].astype(jnp.bfloat16).astype(jnp.float32)
+        scaled = (x[token[row]].astype(jnp.float32) * factor).astype(jnp.bfloat16)
+        _write_rounded(scaled.astype(jnp.float32), out, scale, row)
 
     sizes = {"rows": token_S.shape[0], "width": x_TU.shape[1]}
-    return _launch(body, x_TU, token_S, **sizes, is_rounded=True, interpret=interpret)
+    return _launch(round_body, x_TU, token_S, gate_S, **sizes, is_rounded=True, interpret=interpret)
 
 
 @functools.partial(jax.jit, static_argnames=("is_rounded", "interpret"))
 def activate_rows(
     parts_PSO: Array,
-    scales: tuple[Array, Array] | None,
+    scales: tuple[Array, ...],
     expert_I: Array,
     *,
     is_rounded: bool,
@@ -43,8 +49,9 @@ def activate_rows(
 
     Args:
         parts_PSO: the parts, to be added up.
-        scales: what the sums are multiplied by: float32 [S] of the slots and [E, O] of experts.
-        expert_I: int32, of each block of slots.
+        scales: what the sums are multiplied by, where they are: float32 [S] of the slots, and
+            stacks [E, O] of the experts.
+        expert_I: int32, of each block of slots, counted through the stacks.
         is_rounded: to e4m3, with a scale for each slot.
         interpret: as for the other kernels.
 
@@ -54,21 +61,27 @@ def activate_rows(
     parts, slots, outs = parts_PSO.shape
     half, block = outs // 2, slots // expert_I.shape[0]
 
-    def body(*refs: Any) -> None:
+    def activate_body(*refs: Any) -> None:
         row = lax.axis_index("row")
-        if scales is None:
-            (x, expert), x_scale, w_scale, to = refs[:2], None, None, refs[2:]
-        else:
-            (x, expert, x_scale, w_scale), to = refs[:4], refs[4:]
+        x, expert, *factors = refs[: 2 + len(scales)]
+        to = refs[2 + len(scales) :]
+        e = expert[lax.div(row, block)]
 
         def read(at: int) -> Array:
             here = pl.ds(at * half, half)
             total = x[0, row, here].astype(jnp.float32)
             for part in range(1, parts):
                 total += x[part, row, here].astype(jnp.float32)
-            if x_scale is not None and w_scale is not None:
-                total = total * x_scale[row] * w_scale[expert[lax.div(row, block)], here]
-            return total
+            if not factors:
+                return total
+            before, found = 0, jnp.zeros((half,), jnp.float32)
+            for stack in factors[1:]:
+                size = stack.shape[0]
+                # The compiler knows no select by a scalar.
+                own = jnp.where((e >= before) & (e < before + size), 1.0, 0.0)
+                found += stack[jnp.clip(e - before, 0, size - 1), here] * own
+                before += size
+            return total * factors[0][row] * found
 
         gate = read(0)
         # Rounded once to bfloat16, as the product of other kernels is.
@@ -78,9 +91,9 @@ def activate_rows(
         else:
             to[0][row] = found
 
-    operands = (parts_PSO, expert_I, *(scales or ()))
+    operands = (parts_PSO, expert_I, *scales)
     return _launch(
-        body, *operands, rows=slots, width=half, is_rounded=is_rounded, interpret=interpret
+        activate_body, *operands, rows=slots, width=half, is_rounded=is_rounded, interpret=interpret
     )
 
 
@@ -101,7 +114,7 @@ def join_rows(
     """
     count, tokens, kv_heads, _, head_dim = parts.shape
 
-    def body(part: Any, peak: Any, total: Any, out: Any) -> None:
+    def join_body(part: Any, peak: Any, total: Any, out: Any) -> None:
         row = lax.axis_index("row")
         head, at = lax.rem(row, heads), lax.div(row, heads)
         here = lax.div(at, kv_heads), lax.rem(at, kv_heads), head
@@ -113,7 +126,7 @@ def join_rows(
         out[row] = (joined / jnp.maximum(whole, 1e-30)).astype(jnp.bfloat16)
 
     sizes = {"rows": tokens * kv_heads * heads, "width": head_dim}
-    return _launch(body, parts, peaks, totals, **sizes, is_rounded=False, interpret=interpret)
+    return _launch(join_body, parts, peaks, totals, **sizes, is_rounded=False, interpret=interpret)
 
 
 def _write_rounded(x_U: Array, out: Any, scale: Any, row: Any) -> None:

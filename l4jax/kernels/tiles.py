@@ -12,11 +12,13 @@ FORMATS = (jnp.bfloat16, jnp.float8_e4m3fn, jnp.int4)  # of weights
 _SHARED_BYTES = 227 * 1024  # of a multiprocessor
 _SPARE_BYTES = 2 * 1024  # of it, for barriers and what the compiler takes
 _MOST_STAGES = 12
+_REGISTER_SLOTS = 32  # of a block, up to which four warpgroups have enough registers
 _PROMPT_SLOTS = 1024  # in all blocks, from which on arithmetic bounds and not memory
 
-# By bits of a weight: rows, columns of a copy, blocks side by side. `scripts/tune.py` measures.
-_DECODE = {16: (128, 64, 4), 8: (128, 128, 4), 4: (128, 256, 4)}
-_PROMPT = {16: (256, 64, 8), 8: (256, 128, 8), 4: (128, 256, 8)}
+# By bits of a weight: rows, columns of a copy, blocks side by side, warpgroups that multiply.
+# Widening int4 keeps four of them busy in a decode step.
+_DECODE = {16: (128, 64, 4, 2), 8: (128, 128, 4, 2), 4: (256, 256, 4, 4)}
+_PROMPT = {16: (256, 64, 8, 2), 8: (256, 128, 8, 2), 4: (128, 256, 8, 2)}
 _LEAST_COLUMNS = {16: 64, 8: 128, 4: GROUP}
 
 
@@ -38,15 +40,16 @@ def choose_tiles(
         return None
     bits = count_bits(dtype)
     is_prompt = blocks * slots >= _PROMPT_SLOTS
-    height, depth, width = (_PROMPT if is_prompt else _DECODE)[bits]
-    if rows % height:
-        height = 128
+    height, depth, width, multipliers = (_PROMPT if is_prompt else _DECODE)[bits]
+    if rows % height or (slots > _REGISTER_SLOTS and multipliers > 2):
+        height, multipliers = 128, 2
     if columns % depth:
         depth = _LEAST_COLUMNS[bits]
     if rows % height or columns % depth or slots % 8:
         return None
     column = (height * bits + slots * (16 if bits == 4 else bits)) // 8  # bytes, of both operands
-    room = _SHARED_BYTES - _SPARE_BYTES - 2 * slots * 64 * (2 if is_prompt else 4)
+    out = multipliers * slots * 64 * (2 if is_prompt else 4)
+    room = _SHARED_BYTES - _SPARE_BYTES - out
     if room < 2 * depth * column:
         depth = min(depth, _LEAST_COLUMNS[bits])
     stages = min(_MOST_STAGES, room // (depth * column))
@@ -55,7 +58,7 @@ def choose_tiles(
     splits = (
         1 if is_prompt else _choose_splits(live * (rows // height) / sms, columns // depth, part)
     )
-    return Tiles(height, depth, stages, splits, width)
+    return Tiles(height, depth, stages, splits, width, multipliers)
 
 
 def _choose_splits(rounds: float, steps: int, part: float) -> int:
