@@ -60,8 +60,8 @@ class Figure:
 class Bench:
     """A runner with random weights, and what is measured on it.
 
-    `phases` holds the seconds that each part of the start took: "load", then "compile" and
-    "warm-up", which each figure adds to.
+    `phases` holds the seconds that the parts of the start took: "load" once; "compile" and
+    "warm-up" are added to by each figure.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Bench:
     ):
         self.config = dataclasses.replace(config, vision=None)
         self.kv_cache_dtype, self.seed = kv_cache_dtype, seed
-        self.phases = dict.fromkeys(("load", "compile", "warm-up"), 0.0)
+        self.phases: dict[str, float] = dict.fromkeys(("load", "compile", "warm-up"), 0.0)
         with self._clock("load"):
             self.runner = Runner(self.config, mesh, dtype)
             self.runner.initialize(seed, quantization=quantization)
@@ -142,9 +142,9 @@ class Bench:
             max_num_batched_tokens=tokens,
             kv_cache_dtype=self.kv_cache_dtype,
             loop_steps=16,
+            enable_prefix_caching=False,  # a second run would find all of the first
         )
-        self._forget_pool()
-        engine = Engine(self.runner, self.runner.reserve(capacity))
+        engine = Engine(self.runner, capacity)
         with self._clock("warm-up"):
             self._serve(engine, asked)
         started = time.perf_counter()
@@ -165,7 +165,6 @@ class Bench:
 
     def _reserve(self, rows: int, length: int, *, tokens: int) -> cache.Tables:
         """A pool of noise for so many rows of a length, and their tables."""
-        self._forget_pool()
         capacity = Capacity(
             max_model_len=length,
             max_num_seqs=rows,
@@ -186,9 +185,6 @@ class Bench:
         locals_RGB = ids_RB[:, whole:].reshape(rows, limits.local_groups, local)
         self.runner.pool = _fill(self.runner.pool, self.seed)
         return cache.Tables(ids_RB[:, :whole], np.ascontiguousarray(locals_RGB.swapaxes(0, 1)))
-
-    def _forget_pool(self) -> None:
-        self.runner.pool = None  # before there is another: two would not fit
 
     def _compile(self, program: Any, batch: cache.Batch, **static: Any) -> Callable[..., Any]:
         with self.runner.layout.active(), self._clock("compile"):

@@ -22,6 +22,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+_load: Any = plgpu.load  # whose parameters differ between versions of jax
+
 _INSTRUCTION_ROWS = 64
 _LINE = 128  # bytes of a row that are swizzled together; what is joined comes in such lines
 _COPY_REGISTERS = 40  # of a thread that copies
@@ -163,7 +165,7 @@ def multiply_blocks(
                     plgpu.barrier_arrive(free.at[lax.rem(first + steps - 1, stages)])
                     return acc[...]
 
-                return pl.run_scoped(run, plgpu.ACC((part, slots), jnp.float32))
+                return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((part, slots), jnp.float32))
 
             def widen_and_multiply(first: Any, block: Any, tile: Any, split: Any) -> Any:
                 """The weights through registers, a group of columns at a time: their scales meet
@@ -173,7 +175,7 @@ def multiply_blocks(
                 def read(column: Any) -> Array:
                     found = None
                     for scale, (before, size) in zip(scale_refs, stacks, strict=True):
-                        here = plgpu.load(
+                        here = _load(
                             scale.at[jnp.clip(e - before, 0, size - 1), mine_in_all, column],
                             layout=plgpu.Layout.WGMMA.reduce(1),
                             optimized=False,
@@ -184,21 +186,27 @@ def multiply_blocks(
                     assert found is not None
                     return found
 
-                def run(step: Array, acc: Any) -> Any:
+                def read_step(step: Any) -> list[Array]:
+                    column = (split * steps + step) * groups
+                    return [read(column + group) for group in range(groups)]
+
+                def run(step: Array, carry: Any) -> Any:
+                    acc, factors = carry
+                    # From device memory, and a step ahead: they take as long as a step to come.
+                    ahead = read_step(jnp.minimum(step + 1, steps - 1))
                     stage = lax.rem(first + step, stages)
                     plgpu.barrier_wait(full.at[stage])
-                    for group in range(groups):
+                    for group, factor in enumerate(factors):
                         here = pl.ds(group * GROUP, GROUP)
                         wide = w_smem[stage, mine, here].astype(x.dtype)
                         tokens = x_smem.at[stage, :, here].transpose((1, 0))
                         found = _multiply_from_registers(wide, tokens, interpret)
-                        factor = read((split * steps + step) * groups + group)
                         acc += found * lax.broadcast_in_dim(factor, found.shape, [0])
                     plgpu.barrier_arrive(free.at[stage])
-                    return acc
+                    return acc, ahead
 
-                zeros = jnp.zeros((part, slots), jnp.float32)
-                return lax.fori_loop(0, steps, run, plgpu.layout_cast(zeros, plgpu.Layout.WGMMA))
+                zeros = plgpu.layout_cast(jnp.zeros((part, slots), jnp.float32), plgpu.Layout.WGMMA)
+                return lax.fori_loop(0, steps, run, (zeros, read_step(0)))[0]
 
             @share()
             def _item(info: plgpu.NDLoopInfo) -> None:
@@ -269,7 +277,9 @@ def _multiply_from_registers(left: Array, right: Any, interpret: Any) -> Array:
         plgpu.wgmma(acc, left, right)
         return acc[...]
 
-    return pl.run_scoped(run, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
+    return pl.run_scoped(
+        run, plgpu.WGMMAAccumulatorRef((left.shape[0], right.shape[1]), jnp.float32)
+    )
 
 
 def count_registers(computing: int) -> int:

@@ -20,7 +20,9 @@ from l4jax.kernels.routing import Slots, assign_slots, count_blocks
 from l4jax.kernels.rows import activate_rows, round_rows
 from l4jax.kernels.tiles import Tiles, choose_slots, choose_tiles
 
-_MIXED = 32  # tokens up to which the shared expert runs beside the others
+# Tokens up to which the shared expert runs beside the others; in int4 one block, since each block
+# widens the weights anew.
+_MIXED = 32
 _FEW = 128  # tokens up to which a dense product is bound by reading its weights
 _LAST = (((1,), (1,)), ((), ()))  # both sides are summed over their last axis
 
@@ -106,11 +108,16 @@ class Hopper:
         shared = jax.tree.map(lambda w: w[None], (shared_gate_up_cFD, shared_down_DF))
         ups = tuple(_reshape(w, w.shape[0], 2 * hidden) for w in (gate_up_EcFD, shared[0]))
         downs = (down_EDF, shared[1])
-        plans = tuple(self._plan(w, tokens, has_shared=True) for w in (ups[0], down_EDF))
-        is_one_format = _get_data(ups[0]).dtype == _get_data(ups[1]).dtype
-        up_plan, down_plan = plans
-        is_known = up_plan is not None and down_plan is not None and is_one_format
-        if not is_known or tokens > _MIXED or x_TD.dtype != jnp.bfloat16:
+        up_plan = self._plan(ups[0], tokens, has_shared=True)
+        down_plan = self._plan(down_EDF, tokens, has_shared=True)
+        formats_found = {_get_data(w).dtype for w in (*ups, *downs)}
+        if (
+            up_plan is None
+            or down_plan is None
+            or len(formats_found) > 1
+            or tokens > (up_plan.slots if jnp.dtype(jnp.int4) in formats_found else _MIXED)
+            or x_TD.dtype != jnp.bfloat16
+        ):
             scaled_TD = x_TD * gate_T[:, None].astype(x_TD.dtype)
             alone_T = jnp.zeros_like(expert_T)
             return self.run_experts(x_TD, alone_T, *shared) + self.run_experts(

@@ -22,6 +22,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from l4jax.kernels.blocks import count_registers
 from l4jax.kernels.rows import join_rows
 
+_load: Any = plgpu.load  # whose parameters differ between versions of jax
+
 _ROWS = 64  # query rows of a warpgroup
 _MOST_SPLITS = 32
 _NEVER = -1e30  # below every score, and finite: what sees nothing gives 0 / tiny and not nan
@@ -157,7 +159,7 @@ def _attend_tiles(
     ) -> None:
         q, k, v, table, row, first_row, offset, last, stored, out, peaks, totals = refs
         warpgroup = lax.axis_index("warpgroup")
-        share = functools.partial(
+        share: Any = functools.partial(
             plgpu.nd_loop,
             (tiles * splits * kv_heads,),
             collective_axes="sm",
@@ -233,7 +235,9 @@ def _attend_tiles(
                         plgpu.wgmma(acc, q_smem.at[slot, mine], k_smem.at[stage].transpose((1, 0)))
                         return acc[...]
 
-                    score_US = pl.run_scoped(score, plgpu.ACC((_ROWS, page), jnp.float32))
+                    score_US = pl.run_scoped(
+                        score, plgpu.WGMMAAccumulatorRef((_ROWS, page), jnp.float32)
+                    )
                     plgpu.barrier_arrive(k_free.at[stage])
                     if is_masked:
                         u, s = (_count((_ROWS, page), axis) for axis in (0, 1))
@@ -251,7 +255,7 @@ def _attend_tiles(
                         # write the same.
                         @pl.when(begin + page - 1 > limit)
                         def _() -> None:
-                            v_SH = plgpu.load(v_smem.at[stage], layout=plgpu.Layout.WGMMA)
+                            v_SH = _load(v_smem.at[stage], layout=plgpu.Layout.WGMMA)
                             is_stored = begin + _count(v_SH.shape, 0) <= limit
                             v_smem[stage] = jnp.where(is_stored, v_SH, jnp.zeros_like(v_SH))
                             plgpu.commit_smem()
@@ -353,4 +357,5 @@ def _add_product(sum_UH: Array, left_US: Array, right_SH: Any, interpret: Any) -
     if interpret is not None:  # the interpreter knows wgmma on two references only
         product = jnp.dot(left_US, right_SH[...], preferred_element_type=jnp.float32)
         return sum_UH + product
-    return pl.run_state(lambda acc: plgpu.wgmma(acc, left_US, right_SH))(plgpu.ACC.init(sum_UH))
+    add: Any = pl.run_state(lambda acc: plgpu.wgmma(acc, left_US, right_SH))
+    return add(plgpu.WGMMAAccumulatorRef.init(sum_UH))

@@ -87,7 +87,7 @@ def activate_rows(
         # Rounded once to bfloat16, as the product of other kernels is.
         found = (gate / (1 + jnp.exp(-gate)) * read(1)).astype(jnp.bfloat16)
         if is_rounded:
-            _write_rounded(found.astype(jnp.float32), *to, row)
+            _write_rounded(found.astype(jnp.float32), to[0], to[1], row)
         else:
             to[0][row] = found
 
