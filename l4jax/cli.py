@@ -11,6 +11,7 @@ DOORS = {
     "generate": ("l4jax.generate", "answer a prompt, with or without pictures"),
     "serve": ("l4jax.serve", "answer over HTTP as OpenAI's API does"),
     "convert": ("l4jax.convert", "turn a checkpoint into another format"),
+    "bench": ("l4jax.bench", "measure a model of random weights"),
 }
 
 

@@ -25,6 +25,11 @@ from l4jax.model import Llama4, VisionTower, declare_parameters
 from sharding import STRATEGIES, Layout, make_mesh, prepare_devices
 
 TILES = (1, 4)  # image tiles that are encoded in one call
+# What the letters of a product stand for; of those that are summed, the first may be cut.
+_AXES = {
+    **{"T": axes.TOKENS, "D": axes.WIDTH, "F": axes.HIDDEN, "c": axes.GATE_UP},
+    **{"K": axes.KV_HEADS, "J": axes.QUERIES_KV, "G": axes.QUERIES, "H": axes.HEAD_DIM},
+}
 CPU_POOL_BYTES = 2**28  # where nobody says otherwise: what a laptop can spare
 
 
@@ -55,7 +60,8 @@ class Runner:
         self.notice = prepare_devices(mesh)
         self.layout = Layout(make_mesh(mesh), STRATEGIES[strategy])
         check_mesh(config, self.layout)
-        self.model = Llama4(config.text, make_kernels(PORTABLE, self.layout))
+        kernels = choose_kernels(self.layout.mesh.devices.flat[0])
+        self.model = Llama4(config.text, make_kernels(kernels, self.layout))
         self.tower = VisionTower(config.vision, config.text.width) if config.vision else None
         self.kv_scales: tuple[np.ndarray, np.ndarray] | None = None  # of a checkpoint that has them
         # On a GPU float32 would be multiplied as TF32, 13 bits shorter; bfloat16 stays as it is.
@@ -316,6 +322,22 @@ class Runner:
         return int(max(0, free)) * self.layout.count(axes.KV_HEADS)
 
 
+def choose_kernels(device: Any) -> Kernels:
+    """The fast ones where they run, on a Hopper GPU; else those that run everywhere."""
+    is_hopper = getattr(device, "compute_capability", None) == "9.0"
+    if not is_hopper or jax.__version_info__ < (0, 11):
+        return PORTABLE
+    from l4jax.kernels.hopper import Hopper  # needs what only jax for a GPU brings
+
+    hopper = Hopper(device.core_count)
+    return Kernels(
+        attend=hopper.attend,
+        run_experts=hopper.run_experts,
+        mix_experts=hopper.mix_experts,
+        multiply=hopper.multiply,
+    )
+
+
 def make_kernels(kernels: Kernels, layout: Layout) -> Kernels:
     """The kernels, each entered through `shard_map`: on a device's own heads, rows and pages."""
     table, at = (axes.ROWS, axes.TABLE), (axes.TOKENS,)
@@ -330,10 +352,28 @@ def make_kernels(kernels: Kernels, layout: Layout) -> Kernels:
         run = local(kernels.run_experts, ins, x, sum_over=axes.HIDDEN)
         return run(x_TD, expert_T, gate_up_EcFD, down_EDF)
 
+    def mix_experts(x_TD: Any, expert_T: Any, gate_T: Any, *weights: Any) -> jax.Array:
+        names = (gate_up, down, gate_up[1:], down[1:])
+        ins = (x, at, at, *(name_axes(w, n) for w, n in zip(weights, names, strict=True)))
+        run = local(kernels.mix_experts, ins, x, sum_over=axes.HIDDEN)
+        return run(x_TD, expert_T, gate_T, *weights)
+
+    def multiply(subscripts: str, x: Any, weight: Any) -> jax.Array:
+        ins, out = subscripts.split("->")
+        x_axes, w_axes, out_axes = (
+            tuple(_AXES[letter] for letter in letters) for letters in (*ins.split(","), out)
+        )
+        summed = next(axis for axis in w_axes if axis not in out_axes)
+        run = functools.partial(kernels.multiply, subscripts)
+        ins = (x_axes, name_axes(weight, w_axes))
+        return local(run, ins, out_axes, sum_over=summed)(x, weight)
+
     return Kernels(
         store=local(kernels.store, (pool, pool, kv, kv, table, at, at), (pool, pool)),
         attend=local(kernels.attend, (q, pool, pool, table, at, at), q),
         run_experts=run_experts,
+        mix_experts=mix_experts,
+        multiply=multiply,
     )
 
 

@@ -8,16 +8,19 @@ from collections.abc import Callable
 
 from jax import Array
 
-from l4jax.kernels import portable, reference
+from l4jax.kernels import formats, portable, reference
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """What the model calls for the work worth a kernel, with the signatures of `reference.py`."""
+    """What the model calls for the work worth a kernel, with the signatures of `reference.py` and
+    of `formats.multiply`."""
 
     store: Callable[..., tuple[Array, Array]] = reference.store
     attend: Callable[..., Array] = reference.attend
     run_experts: Callable[..., Array] = reference.run_experts
+    mix_experts: Callable[..., Array] = reference.mix_experts
+    multiply: Callable[..., Array] = formats.multiply
 
 
 REFERENCE = Kernels()

@@ -91,3 +91,28 @@ def run_experts(x_TD: Array, expert_T: Array, gate_up_EcFD: Weight, down_EDF: We
     hidden_EcTF = multiply("ETD,EcFD->EcTF", x_ETD, gate_up_EcFD)
     hidden_ETF = jax.nn.silu(hidden_EcTF[:, 0]) * hidden_EcTF[:, 1]
     return multiply("ETF,EDF->ETD", hidden_ETF, down_EDF).sum(axis=0)
+
+
+def mix_experts(
+    x_TD: Array,
+    expert_T: Array,
+    gate_T: Array,
+    gate_up_EcFD: Weight,
+    down_EDF: Weight,
+    shared_gate_up_cFD: Weight,
+    shared_down_DF: Weight,
+) -> Array:
+    """`shared(x) + expert(gate * x)`: the expert that all tokens share, and each token's own.
+
+    Args:
+        x_TD: the tokens.
+        expert_T: int32 expert of each token.
+        gate_T: float32, what scales the input of that expert.
+        gate_up_EcFD, down_EDF: as for `run_experts`.
+        shared_gate_up_cFD, shared_down_DF: of the shared expert, in the same format.
+    """
+    alone_T = jnp.zeros_like(expert_T)
+    shared = jax.tree.map(lambda w: w[None], (shared_gate_up_cFD, shared_down_DF))
+    scaled_TD = x_TD * gate_T[:, None].astype(x_TD.dtype)
+    routed_TD = run_experts(scaled_TD, expert_T, gate_up_EcFD, down_EDF)
+    return run_experts(x_TD, alone_T, *shared) + routed_TD

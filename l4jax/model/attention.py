@@ -16,7 +16,7 @@ from l4jax import axes
 from l4jax.cache import Batch
 from l4jax.config import TextConfig
 from l4jax.kernels import Kernels
-from l4jax.model.layers import constrain, declare, norm, project
+from l4jax.model.layers import constrain, declare, norm
 from l4jax.model.rope import find_angles, rotate, scale_frequencies
 
 
@@ -68,7 +68,7 @@ class Attention(nn.Module):
             (c.width, c.kv_heads, c.queries, c.head_dim),
             (axes.WIDTH, axes.KV_HEADS, axes.QUERIES, axes.HEAD_DIM),
         )
-        qkv_TKJH = project("TD,KJHD->TKJH", x_TD, qkv_KJHD)
+        qkv_TKJH = self.kernels.multiply("TD,KJHD->TKJH", x_TD, qkv_KJHD)
         qkv_TKJH = constrain(qkv_TKJH, axes.TOKENS, axes.KV_HEADS, axes.QUERIES_KV, axes.HEAD_DIM)
         qk_TKJH, v_TKH = qkv_TKJH[:, :, :-1], qkv_TKJH[:, :, -1]
         if self.is_nope:
@@ -90,7 +90,8 @@ class Attention(nn.Module):
         y_TKGH = self.kernels.attend(q_TKGH, k_PKZH, v_PKZH, *where)
         if scales is not None:
             y_TKGH = y_TKGH * scales[1].astype(x_TD.dtype)
-        return project("TKGH,DKGH->TD", y_TKGH, out_DKGH), k_PKZH, v_PKZH
+        y_TD = self.kernels.multiply("TKGH,DKGH->TD", y_TKGH, out_DKGH)
+        return y_TD, k_PKZH, v_PKZH
 
 
 def find_temperature(position_T: Array, floor_scale: int, attn_scale: float) -> Array:

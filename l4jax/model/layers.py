@@ -7,6 +7,7 @@ from flax.linen.spmd import RulesFallback, with_logical_constraint
 from jax import Array
 
 from l4jax import axes
+from l4jax.kernels import Kernels
 from l4jax.kernels.formats import Weight, multiply
 
 
@@ -50,20 +51,19 @@ class RMSNorm(nn.Module):
 class GatedMLP(nn.Module):
     """`down @ (silu(gate @ x) * (up @ x))`: dense layers, and the expert that all tokens share."""
 
+    width: int
     hidden: int
+    kernels: Kernels
 
-    @nn.compact
+    def setup(self) -> None:
+        shape, names = (2, self.hidden, self.width), (axes.GATE_UP, axes.HIDDEN, axes.WIDTH)
+        self.gate_up_cFD = declare(self, "gate_up", shape, names)
+        self.down_DF = declare(self, "down", shape[:0:-1], names[:0:-1])
+
     def __call__(self, x_TD: Array) -> Array:
-        width = x_TD.shape[-1]
-        gate_up_cFD = declare(
-            self, "gate_up", (2, self.hidden, width), (axes.GATE_UP, axes.HIDDEN, axes.WIDTH)
-        )
-        down_DF = declare(self, "down", (width, self.hidden), (axes.WIDTH, axes.HIDDEN))
-        gate_up_cTF = project("TD,cFD->cTF", x_TD, gate_up_cFD)
-        hidden_TF = constrain(
-            jax.nn.silu(gate_up_cTF[0]) * gate_up_cTF[1], axes.TOKENS, axes.HIDDEN
-        )
-        return project("TF,DF->TD", hidden_TF, down_DF)
+        alone_T = jnp.zeros(x_TD.shape[0], jnp.int32)  # an expert, and no other
+        weights = jax.tree.map(lambda w: w[None], (self.gate_up_cFD, self.down_DF))
+        return self.kernels.run_experts(x_TD, alone_T, *weights)
 
 
 class LayerNorm(nn.Module):

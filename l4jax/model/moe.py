@@ -37,10 +37,10 @@ class MixtureOfExperts(nn.Module):
             (c.experts, c.width, c.expert_width),
             (axes.EXPERTS, axes.WIDTH, axes.HIDDEN),
         )
-        expert_T, gate_T = route(project("TD,ED->TE", x_TD, router_ED))
-        scaled_TD = x_TD * gate_T[:, None].astype(x_TD.dtype)
-        y_TD = self.kernels.run_experts(scaled_TD, expert_T, gate_up_EcFD, down_EDF)
-        return GatedMLP(c.expert_width, name="shared")(x_TD) + y_TD
+        shared = GatedMLP(c.width, c.expert_width, self.kernels, name="shared")
+        where = route(project("TD,ED->TE", x_TD, router_ED))
+        weights = (gate_up_EcFD, down_EDF, shared.gate_up_cFD, shared.down_DF)
+        return self.kernels.mix_experts(x_TD, *where, *weights)
 
 
 def route(score_TE: Array) -> tuple[Array, Array]:

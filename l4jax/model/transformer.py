@@ -45,7 +45,7 @@ class Layer(nn.Module):
         if c.is_moe(self.index):
             y_TD = MixtureOfExperts(c, self.kernels, name="feed_forward")(y_TD)
         else:
-            y_TD = GatedMLP(c.dense_width, name="feed_forward")(y_TD)
+            y_TD = GatedMLP(c.width, c.dense_width, self.kernels, name="feed_forward")(y_TD)
         return constrain(x_TD + y_TD, axes.TOKENS, axes.WIDTH), k_PKZH, v_PKZH
 
 

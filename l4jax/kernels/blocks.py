@@ -1,0 +1,298 @@
+"""Blocks of tokens times the matrices of their experts, on Hopper's tensor cores.
+
+A block is a few slots whose tokens all want one expert. The kernel reads a list of which; of an
+expert that no token wants it reads nothing. The weights are the left operand, 64 rows to an
+instruction, and the tokens the right one, 8 to an instruction: so a decode step wastes little, and
+the same kernel fills the tensor cores with a prompt.
+
+One warpgroup copies and the others multiply. The copies run ahead, over the borders between items
+of work, so that memory never waits for arithmetic. There are as many thread blocks as
+multiprocessors.
+
+Letters here: I blocks, T slots of a block, O what a matrix gives, U what it joins.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_load: Any = plgpu.load  # whose parameters differ between versions of jax
+
+_INSTRUCTION_ROWS = 64
+_LINE = 128  # bytes of a row that are swizzled together; what is joined comes in such lines
+_COPY_REGISTERS = 40  # of a thread that copies
+GROUP = 128  # of int4: neighbors that share a scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How a product is cut into items of work.
+
+    Attributes:
+        rows: of the matrix; as many of them, a multiple of 64, to each warpgroup.
+        depth: columns that are copied at once.
+        stages: of such copies under way.
+        splits: of the columns, each an item of its own; their results are yet to be added up.
+        width: blocks that are multiplied side by side, so that they find the weights in L2.
+        multipliers: warpgroups that multiply.
+    """
+
+    rows: int
+    depth: int
+    stages: int
+    splits: int = 1
+    width: int = 1
+    multipliers: int = 2  # warpgroups that multiply
+
+
+@functools.partial(jax.jit, static_argnames=("tiles", "dtype", "sms", "interpret"))
+def multiply_blocks(
+    x_ITU: Array,
+    weights: tuple[Array, ...],
+    scales: tuple[Array, ...],
+    expert_I: Array,
+    count: Array,
+    *,
+    tiles: Tiles,
+    dtype: Any,
+    sms: int,
+    interpret: Any = None,
+) -> Array:
+    """Each block times the matrix of its expert.
+
+    Args:
+        x_ITU: the blocks: bfloat16, or e4m3 where the weights are.
+        weights: stacks [E, O, U] of matrices, bfloat16, e4m3 or int4 all.
+        scales: of int4, stacks [E, O, L] with one for each 128 columns; else none.
+        expert_I: int32 expert of each block, counted through the stacks.
+        count: int32 [1], how many blocks are multiplied; what the others give is undefined.
+        tiles: how to cut.
+        dtype: of the result; what is summed is float32.
+        sms: multiprocessors of the device.
+        interpret: what `pallas` interprets the kernel with, where there is no such device.
+
+    Returns:
+        [splits, I * T, O]: parts, to be added up.
+    """
+    blocks, slots, columns = x_ITU.shape
+    rows, weight_dtype = weights[0].shape[1], weights[0].dtype
+    row_tiles, steps = rows // tiles.rows, columns // (tiles.depth * tiles.splits)
+    assert rows % tiles.rows == 0 and columns == steps * tiles.depth * tiles.splits
+    stages, multipliers = tiles.stages, tiles.multipliers
+    part = tiles.rows // multipliers  # rows of a warpgroup
+    is_int4, groups = weight_dtype == jnp.int4, tiles.depth // GROUP
+    # How many matrices lie in the stacks before, and in this one.
+    sizes = [weight.shape[0] for weight in weights]
+    stacks = [(sum(sizes[:at]), size) for at, size in enumerate(sizes)]
+
+    def blocks_body(
+        *refs: Any, w_smem: Any, x_smem: Any, out_smem: Any, full: Any, free: Any
+    ) -> None:
+        x, expert, counts, *matrices, out = refs
+        matrices, scale_refs = matrices[: len(stacks)], matrices[len(stacks) :]
+        warpgroup, live = lax.axis_index("warpgroup"), counts[0]
+        share = functools.partial(
+            plgpu.nd_loop, (live * (row_tiles * tiles.splits),), collective_axes="sm"
+        )
+
+        def locate(info: plgpu.NDLoopInfo) -> tuple[Any, Any, Any]:
+            """The block, the tile of rows and the split of an item."""
+            (item,) = info.index
+            split, at = lax.rem(item, tiles.splits), lax.div(item, tiles.splits)
+            band = lax.div(at, row_tiles * tiles.width)  # blocks side by side
+            within = lax.rem(at, row_tiles * tiles.width)
+            width = jnp.minimum(tiles.width, live - band * tiles.width)
+            return band * tiles.width + lax.rem(within, width), lax.div(within, width), split
+
+        @pl.when(warpgroup == multipliers)
+        def _copy() -> None:
+            plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+
+            @share()
+            def _item(info: plgpu.NDLoopInfo) -> None:
+                block, tile, split = locate(info)
+                e, mine = expert[block], pl.ds(tile * tiles.rows, tiles.rows)
+
+                @pl.loop(0, steps)
+                def _step(step: Array) -> None:
+                    at = info.local_index * steps + step
+                    stage = lax.rem(at, stages)
+
+                    @pl.when(at >= stages)
+                    def _() -> None:
+                        plgpu.barrier_wait(free.at[stage])
+
+                    here = pl.ds((split * steps + step) * tiles.depth, tiles.depth)
+                    for w, (before, size) in zip(matrices, stacks, strict=True):
+
+                        @pl.when((e >= before) & (e < before + size))
+                        def _(w: Any = w, before: int = before) -> None:
+                            plgpu.copy_gmem_to_smem(
+                                w.at[e - before, mine, here], w_smem.at[stage], full.at[stage]
+                            )
+
+                    plgpu.copy_gmem_to_smem(
+                        x.at[pl.ds(block * slots, slots), here], x_smem.at[stage], full.at[stage]
+                    )
+
+        @pl.when(warpgroup < multipliers)
+        def _multiply() -> None:
+            plgpu.set_max_registers(count_registers(multipliers), action="increase")
+            mine = pl.ds(warpgroup * part, part)
+
+            def multiply(first: Any) -> Any:
+                """Both operands straight from shared memory, two stages at a time."""
+
+                def run(acc: Any) -> Any:
+                    @pl.loop(0, steps)
+                    def _step(step: Array) -> None:
+                        stage = lax.rem(first + step, stages)
+                        plgpu.barrier_wait(full.at[stage])
+                        plgpu.wgmma(acc, w_smem.at[stage, mine], x_smem.at[stage].transpose((1, 0)))
+                        plgpu.wgmma_wait(1)
+
+                        @pl.when(step > 0)
+                        def _() -> None:
+                            plgpu.barrier_arrive(free.at[lax.rem(first + step - 1, stages)])
+
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(free.at[lax.rem(first + steps - 1, stages)])
+                    return acc[...]
+
+                return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((part, slots), jnp.float32))
+
+            def widen_and_multiply(first: Any, block: Any, tile: Any, split: Any) -> Any:
+                """The weights through registers, a group of columns at a time: their scales meet
+                the sums, which are far fewer."""
+                e, mine_in_all = expert[block], pl.ds(tile * tiles.rows + warpgroup * part, part)
+
+                def read(column: Any) -> Array:
+                    found = None
+                    for scale, (before, size) in zip(scale_refs, stacks, strict=True):
+                        here = _load(
+                            scale.at[jnp.clip(e - before, 0, size - 1), mine_in_all, column],
+                            layout=plgpu.Layout.WGMMA.reduce(1),
+                            optimized=False,
+                        )
+                        # The compiler knows no select by a scalar.
+                        own = jnp.where((e >= before) & (e < before + size), 1.0, 0.0)
+                        found = here * own if found is None else found + here * own
+                    assert found is not None
+                    return found
+
+                def read_step(step: Any) -> list[Array]:
+                    column = (split * steps + step) * groups
+                    return [read(column + group) for group in range(groups)]
+
+                def run(step: Array, carry: Any) -> Any:
+                    acc, factors = carry
+                    # From device memory, and a step ahead: they take as long as a step to come.
+                    ahead = read_step(jnp.minimum(step + 1, steps - 1))
+                    stage = lax.rem(first + step, stages)
+                    plgpu.barrier_wait(full.at[stage])
+                    for group, factor in enumerate(factors):
+                        here = pl.ds(group * GROUP, GROUP)
+                        wide = w_smem[stage, mine, here].astype(x.dtype)
+                        tokens = x_smem.at[stage, :, here].transpose((1, 0))
+                        found = _multiply_from_registers(wide, tokens, interpret)
+                        acc += found * lax.broadcast_in_dim(factor, found.shape, [0])
+                    plgpu.barrier_arrive(free.at[stage])
+                    return acc, ahead
+
+                zeros = plgpu.layout_cast(jnp.zeros((part, slots), jnp.float32), plgpu.Layout.WGMMA)
+                return lax.fori_loop(0, steps, run, (zeros, read_step(0)))[0]
+
+            @share()
+            def _item(info: plgpu.NDLoopInfo) -> None:
+                block, tile, split = locate(info)
+                first = info.local_index * steps
+                if is_int4:
+                    found = widen_and_multiply(first, block, tile, split)
+                else:
+                    found = multiply(first)
+                found = found.astype(dtype)
+                for at in range(0, part, _INSTRUCTION_ROWS):
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    out_smem.at[warpgroup].transpose((1, 0))[...] = plgpu.layout_cast(
+                        found[at : at + _INSTRUCTION_ROWS], plgpu.Layout.WGMMA_TRANSPOSED
+                    )
+                    plgpu.commit_smem()
+                    to = pl.ds(tile * tiles.rows + warpgroup * part + at, _INSTRUCTION_ROWS)
+                    plgpu.copy_smem_to_gmem(
+                        out_smem.at[warpgroup], out.at[split, pl.ds(block * slots, slots), to]
+                    )
+
+            plgpu.wait_smem_to_gmem(0)
+
+    def allocate(shape: tuple[int, ...], dtype: Any, line: int = _LINE) -> Any:
+        return plgpu.SMEM(
+            shape,
+            dtype,
+            transforms=(
+                plgpu.TilingTransform((8, line * 8 // count_bits(dtype))),
+                plgpu.SwizzleTransform(line),
+            ),
+        )
+
+    kernel = plgpu.kernel(
+        blocks_body,
+        out_type=jax.ShapeDtypeStruct((tiles.splits, blocks * slots, rows), dtype),
+        grid=(sms,),
+        grid_names=("sm",),
+        num_threads=multipliers + 1,
+        thread_name="warpgroup",
+        scratch_types=dict(
+            # int4: lines as wide as a group, so that one can be read alone.
+            w_smem=allocate(
+                (stages, tiles.rows, tiles.depth),
+                weight_dtype,
+                GROUP // 2 if is_int4 else _LINE,
+            ),
+            x_smem=allocate((stages, slots, tiles.depth), x_ITU.dtype),
+            out_smem=allocate((multipliers, slots, _INSTRUCTION_ROWS), dtype),
+            full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            free=plgpu.Barrier(num_arrivals=multipliers, num_barriers=stages),
+        ),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup, unsafe_no_auto_barriers=True
+        ),
+        interpret=interpret,
+    )
+    x_SU = x_ITU.reshape(blocks * slots, columns)
+    return kernel(x_SU, expert_I, count, *weights, *(scales if is_int4 else ()))
+
+
+def _multiply_from_registers(left: Array, right: Any, interpret: Any) -> Array:
+    """The product of an array and what lies in shared memory, in float32."""
+    if interpret is not None:  # the interpreter knows wgmma on two references only
+        return jnp.dot(left, right[...], preferred_element_type=jnp.float32)
+
+    def run(acc: Any) -> Any:
+        plgpu.wgmma(acc, left, right)
+        return acc[...]
+
+    return pl.run_scoped(
+        run, plgpu.WGMMAAccumulatorRef((left.shape[0], right.shape[1]), jnp.float32)
+    )
+
+
+def count_registers(computing: int) -> int:
+    """Registers of a thread of so many warpgroups beside one that copies.
+
+    A thread block is launched with as many for each thread as there are, in eights; one that waits
+    for more than the others give back waits for ever.
+    """
+    warpgroups = computing + 1
+    launched = 65536 // (128 * warpgroups) // 8 * 8
+    return min(232, (launched * warpgroups - _COPY_REGISTERS) // computing // 8 * 8)
+
+
+def count_bits(dtype: Any) -> int:
+    """Bits of an element in memory."""
+    return 4 if dtype == jnp.int4 else jnp.dtype(dtype).itemsize * 8

@@ -1,0 +1,306 @@
+"""Accelerations for Hopper GPUs (compute capability 9.0), with the signatures of `reference`.
+
+What a kernel here cannot run, a strange shape or a format, goes to the definition or to
+`portable`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from l4jax.kernels import formats, pages, portable, reference
+from l4jax.kernels.blocks import GROUP, multiply_blocks
+from l4jax.kernels.formats import FP8, Quantized, Weight
+from l4jax.kernels.routing import Slots, assign_slots, count_blocks
+from l4jax.kernels.rows import activate_rows, round_rows
+from l4jax.kernels.tiles import Tiles, choose_slots, choose_tiles
+
+# Tokens up to which the shared expert runs beside the others; in int4 one block, since each block
+# widens the weights anew.
+_MIXED = 32
+_FEW = 128  # tokens up to which a dense product is bound by reading its weights
+_LAST = (((1,), (1,)), ((), ()))  # both sides are summed over their last axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Hopper:
+    """The kernels on one kind of device.
+
+    Attributes:
+        sms: multiprocessors of the device.
+        interpret: what `pallas` interprets kernels with, where there is no such device.
+    """
+
+    sms: int
+    interpret: Any = None
+
+    def multiply(self, subscripts: str, x: Array, weight: Weight) -> Array:
+        """`formats.multiply`."""
+        if not isinstance(weight, Quantized):
+            return formats.multiply(subscripts, x, weight)
+        ins, out = subscripts.split("->")
+        x_axes, w_axes = ins.split(",")
+        x_left = "".join(letter for letter in x_axes if letter in out)
+        w_left = "".join(letter for letter in w_axes if letter in out)
+        summed = w_axes[len(w_left) :]
+        if x_axes != x_left + summed or w_axes != w_left + summed or x.dtype != jnp.bfloat16:
+            return formats.multiply(subscripts, x, weight)
+        tokens = math.prod(x.shape[: len(x_left)])
+        rows = math.prod(weight.shape[: len(w_left)])
+        x_TU, data_OU = x.reshape(tokens, -1), weight.data.reshape(rows, -1)
+        y_TO = self._multiply_dense(x_TU, data_OU, weight.scale.reshape(rows, -1))
+        shape = (*x.shape[: len(x_left)], *weight.shape[: len(w_left)])
+        order = [(x_left + w_left).index(letter) for letter in out]
+        return y_TO.reshape(shape).transpose(order)
+
+    def _multiply_dense(self, x_TU: Array, data_OU: Array, scale_OL: Array) -> Array:
+        """[T, O] of tokens and one quantized matrix."""
+        tokens = x_TU.shape[0]
+        weight = Quantized(data_OU[None], scale_OL[None])
+        plan = self._plan(weight, tokens)
+        if plan is None or tokens > _FEW:
+            x_TU, x_scale_T = self._round(x_TU, None, None, data_OU.dtype)
+            return _multiply_by_xla(x_TU, x_scale_T, data_OU, scale_OL)
+        where = assign_slots(jnp.zeros(tokens, jnp.int32), 1, plan.slots)
+        x_SU, x_scale_S = self._round(x_TU, where.token_S, None, data_OU.dtype)
+        parts_PSO = self._multiply_slots(x_SU, (weight,), where, plan)
+        y_TO = parts_PSO[:, :tokens].astype(jnp.float32).sum(axis=0)
+        if x_scale_S is not None:
+            y_TO = y_TO * x_scale_S[:tokens, None] * scale_OL[:, 0].astype(jnp.float32)
+        return y_TO.astype(x_TU.dtype)
+
+    def run_experts(
+        self, x_TD: Array, expert_T: Array, gate_up_EcFD: Weight, down_EDF: Weight
+    ) -> Array:
+        """`reference.run_experts`, of the experts that some token wants, each read once where its
+        tokens fit into a block."""
+        tokens, (experts, _, hidden, _) = x_TD.shape[0], gate_up_EcFD.shape
+        up_EOD = _reshape(gate_up_EcFD, experts, 2 * hidden)
+        up_plan, down_plan = self._plan(up_EOD, tokens), self._plan(down_EDF, tokens)
+        if up_plan is None or down_plan is None or x_TD.dtype != jnp.bfloat16:
+            return reference.run_experts(x_TD, expert_T, gate_up_EcFD, down_EDF)
+        if experts == 1 and tokens > _FEW:
+            return self._run_one_expert(x_TD, up_EOD, down_EDF)
+        where = assign_slots(expert_T, experts, up_plan.slots)
+        gate_S = jnp.ones(where.token_S.shape, jnp.float32)
+        plans = (up_plan, down_plan)
+        take = self._run_slots(x_TD, where, gate_S, (up_EOD,), (down_EDF,), plans)
+        return take(where.slot_T, expert_T).astype(x_TD.dtype)
+
+    def mix_experts(
+        self,
+        x_TD: Array,
+        expert_T: Array,
+        gate_T: Array,
+        gate_up_EcFD: Weight,
+        down_EDF: Weight,
+        shared_gate_up_cFD: Weight,
+        shared_down_DF: Weight,
+    ) -> Array:
+        """`reference.mix_experts`; of few tokens in the launches of one expert: the shared one is
+        one more expert, whose blocks come first."""
+        tokens, (experts, _, hidden, _) = x_TD.shape[0], gate_up_EcFD.shape
+        shared = jax.tree.map(lambda w: w[None], (shared_gate_up_cFD, shared_down_DF))
+        ups = tuple(_reshape(w, w.shape[0], 2 * hidden) for w in (gate_up_EcFD, shared[0]))
+        downs = (down_EDF, shared[1])
+        up_plan = self._plan(ups[0], tokens, has_shared=True)
+        down_plan = self._plan(down_EDF, tokens, has_shared=True)
+        formats_found = {_get_data(w).dtype for w in (*ups, *downs)}
+        if (
+            up_plan is None
+            or down_plan is None
+            or len(formats_found) > 1
+            or tokens > (up_plan.slots if jnp.dtype(jnp.int4) in formats_found else _MIXED)
+            or x_TD.dtype != jnp.bfloat16
+        ):
+            scaled_TD = x_TD * gate_T[:, None].astype(x_TD.dtype)
+            alone_T = jnp.zeros_like(expert_T)
+            return self.run_experts(x_TD, alone_T, *shared) + self.run_experts(
+                scaled_TD, expert_T, gate_up_EcFD, down_EDF
+            )
+        slots = up_plan.slots
+        mine = assign_slots(expert_T, experts, slots)
+        blocks = -(-tokens // slots)
+        at_S = jnp.minimum(jnp.arange(blocks * slots, dtype=jnp.int32), tokens - 1)
+        where = Slots(
+            blocks * slots + mine.slot_T,
+            jnp.concatenate([at_S, mine.token_S]),
+            jnp.concatenate([jnp.full(blocks, experts, jnp.int32), mine.expert_I]),
+            mine.count + blocks,
+        )
+        gate_S = jnp.concatenate([jnp.ones(at_S.shape, jnp.float32), gate_T[mine.token_S]])
+        take = self._run_slots(x_TD, where, gate_S, ups, downs, (up_plan, down_plan))
+        shared_TD = take(jnp.arange(tokens), jnp.full(tokens, experts))
+        return (shared_TD + take(where.slot_T, expert_T)).astype(x_TD.dtype)
+
+    def _run_slots(
+        self,
+        x_TD: Array,
+        where: Slots,
+        gate_S: Array,
+        ups: tuple[Weight, ...],
+        downs: tuple[Weight, ...],
+        plans: "tuple[Plan, Plan]",
+    ) -> Callable[[Array, Array], Array]:
+        """Slots through their experts, counted through the stacks.
+
+        Returns:
+            What gives, of slots [T] and their experts [T], the results [T, D] in float32.
+        """
+        dtype = _get_data(ups[0]).dtype
+        x_SD, x_scale_S = self._round(x_TD, where.token_S, gate_S, dtype)
+        parts_PSO = self._multiply_slots(x_SD, ups, where, plans[0])
+        scales = () if x_scale_S is None else (x_scale_S, *map(_get_scale, ups))
+        hidden = activate_rows(
+            parts_PSO, scales, where.expert_I, is_rounded=dtype == FP8, interpret=self.interpret
+        )
+        hidden_SF, hidden_scale_S = hidden if dtype == FP8 else (hidden, None)
+        parts_PSD = self._multiply_slots(hidden_SF, downs, where, plans[1])
+
+        def take(slot_T: Array, expert_T: Array) -> Array:
+            y_TD = parts_PSD[:, slot_T].astype(jnp.float32).sum(axis=0)
+            if hidden_scale_S is None:
+                return y_TD
+            scale_TD, before = None, 0
+            for scale_ED in map(_get_scale, downs):
+                found_TD = scale_ED[jnp.clip(expert_T - before, 0, len(scale_ED) - 1)]
+                is_here_T = expert_T >= before
+                scale_TD = (
+                    found_TD
+                    if scale_TD is None
+                    else jnp.where(is_here_T[:, None], found_TD, scale_TD)
+                )
+                before += len(scale_ED)
+            return y_TD * hidden_scale_S[slot_T][:, None] * scale_TD
+
+        return take
+
+    def _run_one_expert(self, x_TD: Array, up_EOD: Weight, down_EDF: Weight) -> Array:
+        """The same for many tokens and one expert: the library's products are the fastest."""
+        dtype = _get_data(up_EOD).dtype
+        alone = jnp.zeros(1, jnp.int32)
+        if dtype != FP8:
+            y_TO = lax.dot_general(x_TD, formats.dequantize(up_EOD, x_TD.dtype)[0], _LAST)
+            hidden_TF = activate_rows(
+                y_TO[None], (), alone, is_rounded=False, interpret=self.interpret
+            )
+            return lax.dot_general(hidden_TF, formats.dequantize(down_EDF, x_TD.dtype)[0], _LAST)
+        x_TD, x_scale_T = self._round(x_TD, None, None, dtype)
+        y_TO = lax.dot_general(
+            x_TD, _get_data(up_EOD)[0], _LAST, preferred_element_type=jnp.bfloat16
+        )
+        hidden_TF, scale_T = activate_rows(
+            y_TO[None],
+            (x_scale_T, _get_scale(up_EOD)),
+            alone,
+            is_rounded=True,
+            interpret=self.interpret,
+        )
+        data_DF, scale_D = _get_data(down_EDF)[0], _get_scale(down_EDF)[0]
+        return _multiply_by_xla(hidden_TF, scale_T, data_DF, scale_D[:, None])
+
+    def _plan(self, weight_EOU: Weight, tokens: int, *, has_shared: bool = False) -> "Plan | None":
+        """How to multiply tokens by the matrices of experts, and by one that all share; None where
+        the kernel cannot."""
+        data, (experts, rows, columns) = _get_data(weight_EOU), weight_EOU.shape
+        if data.dtype == jnp.int4 and columns != _get_scale(weight_EOU).shape[-1] * GROUP:
+            return None
+        slots = choose_slots(tokens, experts)
+        blocks = count_blocks(tokens, experts, slots)
+        # Were the tokens spread evenly at random.
+        live = max(experts * (1 - (1 - 1 / experts) ** tokens), tokens / slots)
+        shared = -(-tokens // slots) if has_shared else 0
+        blocks, live = blocks + shared, live + shared
+        tiles = choose_tiles(
+            data.dtype.type, slots, rows, columns, blocks=blocks, live=live, sms=self.sms
+        )
+        return None if tiles is None else Plan(slots, blocks, tiles)
+
+    def _round(
+        self, x_TU: Array, token_S: Array | None, gate_S: Array | None, dtype: Any
+    ) -> tuple[Array, Array | None]:
+        """The tokens of slots, times their gates, as weights of a dtype want them, and the scales
+        of fp8. Without slots: of each token, as it is."""
+        if dtype == FP8:
+            token_S = jnp.arange(x_TU.shape[0], dtype=jnp.int32) if token_S is None else token_S
+            gate_S = jnp.ones(token_S.shape, jnp.float32) if gate_S is None else gate_S
+            return round_rows(x_TU, token_S, gate_S, interpret=self.interpret)
+        x_SU = x_TU if token_S is None else x_TU[token_S]
+        return (x_SU if gate_S is None else x_SU * gate_S[:, None].astype(x_SU.dtype)), None
+
+    def _multiply_slots(
+        self, x_SU: Array, weights: tuple[Weight, ...], where: Slots, plan: "Plan"
+    ) -> Array:
+        """[P, S, O]: parts, to be added up; not yet scaled, but for int4."""
+        data = tuple(map(_get_data, weights))
+        return multiply_blocks(
+            x_SU.reshape(plan.blocks, plan.slots, -1),
+            data,
+            tuple(map(_get_scale, weights)) if data[0].dtype == jnp.int4 else (),
+            where.expert_I,
+            where.count,
+            tiles=plan.tiles,
+            dtype=jnp.bfloat16 if plan.tiles.splits == 1 else jnp.float32,
+            sms=self.sms,
+            interpret=self.interpret,
+        )
+
+    def attend(
+        self,
+        q_TKGH: Array,
+        k_PKZH: Array,
+        v_PKZH: Array,
+        table_RB: Array,
+        row_T: Array,
+        position_T: Array,
+    ) -> Array:
+        """`reference.attend`."""
+        where = (table_RB, row_T, position_T)
+        if not pages.is_supported(q_TKGH, k_PKZH):
+            return portable.attend(q_TKGH, k_PKZH, v_PKZH, *where)
+        return pages.attend(q_TKGH, k_PKZH, v_PKZH, *where, sms=self.sms, interpret=self.interpret)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How tokens are multiplied by the matrices of experts."""
+
+    slots: int  # of a block
+    blocks: int
+    tiles: Tiles
+
+
+def _get_data(weight: Weight) -> Array:
+    return weight.data if isinstance(weight, Quantized) else weight
+
+
+def _get_scale(weight: Weight) -> Array:
+    assert isinstance(weight, Quantized)
+    return weight.scale.astype(jnp.float32)
+
+
+def _reshape(weight_EcFD: Weight, experts: int, rows: int) -> Weight:
+    """With one axis for the rows of a matrix, [E, O, D]; scales alike."""
+    if not isinstance(weight_EcFD, Quantized):
+        return weight_EcFD.reshape(experts, rows, -1)
+    data, scale = weight_EcFD.data, weight_EcFD.scale
+    return Quantized(
+        data.reshape(experts, rows, -1), scale.reshape(experts, rows, *scale.shape[3:])
+    )
+
+
+def _multiply_by_xla(
+    x_TU: Array, x_scale_T: Array | None, data_OU: Array, scale_OL: Array
+) -> Array:
+    """Many tokens by the library: e4m3 times e4m3; int4 is made wide first."""
+    if x_scale_T is None:
+        wide_OU = formats.dequantize(Quantized(data_OU, scale_OL), x_TU.dtype)
+        return lax.dot_general(x_TU, wide_OU, _LAST)
+    y_TO = lax.dot_general(x_TU, data_OU, _LAST, preferred_element_type=jnp.bfloat16)
+    scale_O = scale_OL[:, 0].astype(jnp.float32)
+    return (y_TO.astype(jnp.float32) * x_scale_T[:, None] * scale_O).astype(jnp.bfloat16)

@@ -1,0 +1,361 @@
+"""Attention over pages on Hopper's tensor cores: prompts, decode tokens and mixes.
+
+The query heads of a kv head share its keys, so they are rows of one matrix: token by token, the
+heads of a token side by side. A tile is some of these rows, of one row of the step. In a decode
+step each token is a tile of its own, and where those are few the positions are cut as well, each
+part with its own softmax, to be joined afterwards.
+
+Letters here: I tiles, U query rows of a tile.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from l4jax.kernels.blocks import count_registers
+from l4jax.kernels.rows import join_rows
+
+_load: Any = plgpu.load  # whose parameters differ between versions of jax
+
+_ROWS = 64  # query rows of a warpgroup
+_MOST_SPLITS = 32
+_NEVER = -1e30  # below every score, and finite: what sees nothing gives 0 / tiny and not nan
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TilePlan:
+    """What a tile is, int32 each."""
+
+    row_I: Array  # of the step: which table
+    first_I: Array  # query row, counted over the whole step, of the tile's first
+    offset_I: Array  # what is added to the token of a query row to give its position
+    last_I: Array  # position that the tile's last token stands at; -1 is an unused tile
+    stored_I: Array  # position that the row's last token stands at: beyond it lies what was left
+
+
+def is_supported(q_TKGH: Array, k_PKZH: Array) -> bool:
+    """Whether `attend` runs these shapes and dtypes."""
+    page, head_dim = k_PKZH.shape[2:]
+    is_wide = q_TKGH.dtype == jnp.bfloat16 == k_PKZH.dtype
+    return is_wide and head_dim == 128 and page in (64, 128) and q_TKGH.shape[2] <= _ROWS
+
+
+def attend(
+    q_TKGH: Array,
+    k_PKZH: Array,
+    v_PKZH: Array,
+    table_RB: Array,
+    row_T: Array,
+    position_T: Array,
+    *,
+    sms: int,
+    interpret: Any = None,
+) -> Array:
+    """`reference.attend`, on a device with so many multiprocessors."""
+    run = functools.partial(_attend_tiles, sms=sms, interpret=interpret)
+    pool = (k_PKZH, v_PKZH, table_RB)
+    tokens, kv_heads, heads, _ = q_TKGH.shape
+    if tokens == table_RB.shape[0]:
+        # As many parts as fill the device, but none of less than four pages.
+        splits = min(_MOST_SPLITS, 2 * sms // (kv_heads * tokens), -(-table_RB.shape[1] // 4))
+        return _attend_each(q_TKGH, pool, row_T, position_T, max(1, splits), run)
+    size = 2 * _ROWS
+    plan, slot_TG = _cut(row_T, position_T, rows=table_RB.shape[0], heads=heads, size=size)
+    q_XKH = q_TKGH.swapaxes(1, 2).reshape(tokens * heads, kv_heads, -1)
+    row_IU = jnp.minimum(plan.first_I[:, None] + jnp.arange(size), tokens * heads - 1)
+    out_IKUH, _ = run(q_XKH[row_IU].swapaxes(1, 2), *pool, plan, heads=heads, splits=1)
+    out_TGKH = out_IKUH.swapaxes(1, 2).reshape(-1, kv_heads, q_TKGH.shape[-1])[slot_TG]
+    return jnp.where((position_T >= 0)[:, None, None, None], out_TGKH.swapaxes(1, 2), 0)
+
+
+def _attend_each(
+    q_TKGH: Array, pool: Any, row_T: Array, position_T: Array, splits: int, run: Any
+) -> Array:
+    """A tile for each token."""
+    tokens, _, heads, _ = q_TKGH.shape
+    at_T = jnp.arange(tokens, dtype=jnp.int32)
+    plan = TilePlan(row_T, at_T * heads, position_T - at_T, position_T, position_T)
+    q_TKUH = jnp.pad(q_TKGH, ((0, 0), (0, 0), (0, -heads % 8), (0, 0)))
+    out, softmax = run(q_TKUH, *pool, plan, heads=heads, splits=splits)
+    if splits == 1:
+        return out[:, :, :heads]
+    joined = join_rows(out, *softmax, heads=heads, interpret=run.keywords["interpret"])
+    return joined.reshape(q_TKGH.shape)
+
+
+def _cut(
+    row_T: Array, position_T: Array, *, rows: int, heads: int, size: int
+) -> tuple[TilePlan, Array]:
+    """Cut the tokens of each row into tiles of `size` query rows; also, [T, G], where in all
+    tiles' query rows each token's heads are."""
+    (tokens,) = row_T.shape
+    is_mine_RT = (row_T == jnp.arange(rows)[:, None]) & (position_T >= 0)
+    count_R = is_mine_RT.sum(axis=1, dtype=jnp.int32)
+    token_R = jnp.argmax(is_mine_RT, axis=1).astype(jnp.int32)
+    offset_R = position_T[token_R] - token_R
+    tiles_R = -(-count_R * heads // size)
+    end_R = jnp.cumsum(tiles_R)
+    start_R = end_R - tiles_R
+    at_I = jnp.arange(-(-tokens * heads // size) + rows, dtype=jnp.int32)
+    row_I = jnp.minimum((at_I[:, None] >= end_R).sum(axis=1, dtype=jnp.int32), rows - 1)
+    first_I = token_R[row_I] * heads + (at_I - start_R[row_I]) * size
+    stored_I = (offset_R + token_R + count_R - 1)[row_I]
+    last_I = jnp.minimum(offset_R[row_I] + (first_I + size - 1) // heads, stored_I)
+    last_I = jnp.where(at_I < end_R[-1], last_I, -1)
+    slot_T = start_R[row_T] * size + (jnp.arange(tokens) - token_R[row_T]) * heads
+    plan = TilePlan(row_I, first_I, offset_R[row_I], last_I, stored_I)
+    return plan, slot_T[:, None] + jnp.arange(heads)
+
+
+@functools.partial(jax.jit, static_argnames=("heads", "splits", "sms", "interpret"))
+def _attend_tiles(
+    q_IKUH: Array,
+    k_PKZH: Array,
+    v_PKZH: Array,
+    table_RB: Array,
+    plan: TilePlan,
+    *,
+    heads: int,
+    splits: int,
+    sms: int,
+    interpret: Any,
+) -> tuple[Array, tuple[Array, Array]]:
+    """Tiles of query rows over the pages of their rows.
+
+    Returns:
+        [I, K, U, H] like the queries; of more than one split, [splits, I, K, U, H] float32, not yet
+        divided by the total weight. And the softmax's peak and total, [splits, I, K, U] float32,
+        undefined where there is one split.
+    """
+    tiles, kv_heads, height, head_dim = q_IKUH.shape
+    page, dtype = k_PKZH.shape[2], q_IKUH.dtype
+    groups = -(-height // _ROWS)  # warpgroups that compute
+    kept = height // groups  # rows of each that are read and written
+    scale = head_dim**-0.5 * math.log2(math.e)
+    stages, is_split = 2, splits > 1
+    out_dtype = jnp.float32 if is_split else dtype
+
+    def pages_body(
+        *refs: Any,
+        q_smem: Any,
+        k_smem: Any,
+        v_smem: Any,
+        out_smem: Any,
+        softmax_smem: Any,
+        q_full: Any,
+        q_free: Any,
+        k_full: Any,
+        k_free: Any,
+        v_full: Any,
+        v_free: Any,
+    ) -> None:
+        q, k, v, table, row, first_row, offset, last, stored, out, peaks, totals = refs
+        warpgroup = lax.axis_index("warpgroup")
+        share: Any = functools.partial(
+            plgpu.nd_loop,
+            (tiles * splits * kv_heads,),
+            collective_axes="sm",
+            init_carry=jnp.int32(0),  # pages that went before
+        )
+
+        def locate(info: plgpu.NDLoopInfo) -> tuple[Any, Any, Any, Any, Any]:
+            """Split, tile and kv head of an item; its first page, and how many it has."""
+            (item,) = info.index
+            head, at = lax.rem(item, kv_heads), lax.div(item, kv_heads)
+            split, tile = lax.rem(at, splits), lax.div(at, splits)
+            pages = lax.div(last[tile] + page, page)
+            each = lax.div(pages + splits - 1, splits)
+            start = split * each
+            return split, tile, head, start, jnp.maximum(jnp.minimum(each, pages - start), 0)
+
+        @pl.when(warpgroup == groups)
+        def _copy() -> None:
+            plgpu.set_max_registers(40, action="decrease")
+
+            @share()
+            def _item(info: plgpu.NDLoopInfo, carry: Array) -> Array:
+                _, tile, head, start, count = locate(info)
+                slot, mine = lax.rem(info.local_index, 2), row[tile]
+
+                @pl.when(info.local_index >= 2)
+                def _() -> None:
+                    plgpu.barrier_wait(q_free.at[slot])
+
+                here = pl.ds(0, groups * kept)
+                plgpu.copy_gmem_to_smem(q.at[tile, head], q_smem.at[slot, here], q_full.at[slot])
+
+                @pl.loop(0, count)
+                def _page(step: Array) -> None:
+                    at = carry + step
+                    stage, found = lax.rem(at, stages), table[mine, start + step]
+                    for pool, smem, full, free in (
+                        (k, k_smem, k_full, k_free),
+                        (v, v_smem, v_full, v_free),
+                    ):
+
+                        @pl.when(at >= stages)
+                        def _(free: Any = free) -> None:
+                            plgpu.barrier_wait(free.at[stage])
+
+                        plgpu.copy_gmem_to_smem(
+                            pool.at[found, head], smem.at[stage], full.at[stage]
+                        )
+
+                return carry + count
+
+        @pl.when(warpgroup < groups)
+        def _compute() -> None:
+            plgpu.set_max_registers(count_registers(groups), action="increase")
+
+            @share()
+            def _item(info: plgpu.NDLoopInfo, carry: Array) -> Array:
+                split, tile, head, start, count = locate(info)
+                slot = lax.rem(info.local_index, 2)
+                first, shift, limit = first_row[tile], offset[tile], stored[tile]
+                # Pages of which even the first query row sees everything need no mask.
+                whole = lax.div(shift + lax.div(first, heads) + 1, page) - start
+                whole = jnp.clip(whole, 0, count)
+                plgpu.barrier_wait(q_full.at[slot])
+
+                def absorb(step: Array, state: Any, is_masked: bool) -> Any:
+                    peak_U, total_U, sum_UH = state
+                    stage, begin = lax.rem(carry + step, stages), (start + step) * page
+                    plgpu.barrier_wait(k_full.at[stage])
+                    mine = pl.ds(warpgroup * _ROWS, _ROWS)
+
+                    def score(acc: Any) -> Any:
+                        plgpu.wgmma(acc, q_smem.at[slot, mine], k_smem.at[stage].transpose((1, 0)))
+                        return acc[...]
+
+                    score_US = pl.run_scoped(
+                        score, plgpu.WGMMAAccumulatorRef((_ROWS, page), jnp.float32)
+                    )
+                    plgpu.barrier_arrive(k_free.at[stage])
+                    if is_masked:
+                        u, s = (_count((_ROWS, page), axis) for axis in (0, 1))
+                        token = lax.div(first + warpgroup * _ROWS + u, heads)
+                        score_US = jnp.where(shift + token >= begin + s, score_US, -jnp.inf)
+                    new_peak_U = jnp.maximum(peak_U, score_US.max(axis=1) * scale)
+                    shrink_U = jnp.exp2(peak_U - new_peak_U)
+                    weight_US = jnp.exp2(score_US * scale - _spread(new_peak_U, score_US.shape))
+                    total_U = total_U * shrink_U + weight_US.sum(axis=1)
+                    sum_UH = sum_UH * _spread(shrink_U, sum_UH.shape)
+                    weight_US = weight_US.astype(dtype)
+                    plgpu.barrier_wait(v_full.at[stage])
+                    if is_masked:
+                        # What the last owner left may be nan, and 0 * nan is nan. All warpgroups
+                        # write the same.
+                        @pl.when(begin + page - 1 > limit)
+                        def _() -> None:
+                            v_SH = _load(v_smem.at[stage], layout=plgpu.Layout.WGMMA)
+                            is_stored = begin + _count(v_SH.shape, 0) <= limit
+                            v_smem[stage] = jnp.where(is_stored, v_SH, jnp.zeros_like(v_SH))
+                            plgpu.commit_smem()
+
+                    sum_UH = _add_product(sum_UH, weight_US, v_smem.at[stage], interpret)
+                    plgpu.barrier_arrive(v_free.at[stage])
+                    return new_peak_U, total_U, sum_UH
+
+                by_row = plgpu.Layout.WGMMA.reduce(1)
+                state = (
+                    plgpu.layout_cast(jnp.full((_ROWS,), _NEVER, jnp.float32), by_row),
+                    plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), by_row),
+                    plgpu.layout_cast(
+                        jnp.zeros((_ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA
+                    ),
+                )
+                see = functools.partial(absorb, is_masked=False)
+                state = lax.fori_loop(0, whole, see, state)
+                look = functools.partial(absorb, is_masked=True)
+                peak_U, total_U, sum_UH = lax.fori_loop(whole, count, look, state)
+                plgpu.barrier_arrive(q_free.at[slot])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                if is_split:
+                    softmax_smem[warpgroup, 0] = peak_U
+                    softmax_smem[warpgroup, 1] = total_U
+                else:
+                    sum_UH = sum_UH / _spread(jnp.maximum(total_U, 1e-30), sum_UH.shape)
+                out_smem[warpgroup] = sum_UH.astype(out_dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(
+                    out_smem.at[warpgroup, pl.ds(0, kept)],
+                    out.at[split, tile, head, pl.ds(warpgroup * kept, kept)],
+                )
+                if is_split:
+                    for at, to in enumerate((peaks, totals)):
+                        plgpu.copy_smem_to_gmem(
+                            softmax_smem.at[warpgroup, at],
+                            to.at[split, tile, head, pl.ds(warpgroup * _ROWS, _ROWS)],
+                        )
+                return carry + count
+
+            plgpu.wait_smem_to_gmem(0)
+
+    softmax = jax.ShapeDtypeStruct((splits, tiles, kv_heads, groups * _ROWS), jnp.float32)
+    kernel = plgpu.kernel(
+        pages_body,
+        out_type=[
+            jax.ShapeDtypeStruct((splits, tiles, kv_heads, height, head_dim), out_dtype),
+            softmax,
+            softmax,
+        ],
+        grid=(sms,),
+        grid_names=("sm",),
+        num_threads=groups + 1,
+        thread_name="warpgroup",
+        scratch_types=dict(
+            q_smem=_allocate((2, groups * _ROWS, head_dim), dtype),
+            k_smem=_allocate((stages, page, head_dim), dtype),
+            v_smem=_allocate((stages, page, head_dim), dtype),
+            out_smem=_allocate((groups, _ROWS, head_dim), out_dtype),
+            softmax_smem=plgpu.SMEM((groups, 2, _ROWS if is_split else 1), jnp.float32),
+            q_full=plgpu.Barrier(num_barriers=2),
+            q_free=plgpu.Barrier(num_arrivals=groups, num_barriers=2),
+            k_full=plgpu.Barrier(num_barriers=stages),
+            k_free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+            v_full=plgpu.Barrier(num_barriers=stages),
+            v_free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+        ),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            reduction_scratch_bytes=512,  # rows are reduced within a warp: it needs none
+            unsafe_no_auto_barriers=True,
+        ),
+        interpret=interpret,
+    )
+    plans = (plan.row_I, plan.first_I, plan.offset_I, plan.last_I, plan.stored_I)
+    out, peaks, totals = kernel(q_IKUH, k_PKZH, v_PKZH, table_RB, *plans)
+    return (out if is_split else out[0]), (peaks, totals)
+
+
+def _allocate(shape: tuple[int, ...], dtype: Any) -> Any:
+    line = (8, 128 // jnp.dtype(dtype).itemsize)
+    return plgpu.SMEM(
+        shape, dtype, transforms=(plgpu.TilingTransform(line), plgpu.SwizzleTransform(128))
+    )
+
+
+def _count(shape: tuple[int, ...], axis: int) -> Array:
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def _spread(x_U: Array, shape: tuple[int, ...]) -> Array:
+    return lax.broadcast_in_dim(x_U, shape, [0])
+
+
+def _add_product(sum_UH: Array, left_US: Array, right_SH: Any, interpret: Any) -> Array:
+    """A sum, and to it the product of an array and what lies in shared memory."""
+    if interpret is not None:  # the interpreter knows wgmma on two references only
+        product = jnp.dot(left_US, right_SH[...], preferred_element_type=jnp.float32)
+        return sum_UH + product
+    add: Any = pl.run_state(lambda acc: plgpu.wgmma(acc, left_US, right_SH))
+    return add(plgpu.WGMMAAccumulatorRef.init(sum_UH))

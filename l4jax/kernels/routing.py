@@ -1,0 +1,58 @@
+"""Which slots the tokens take: each expert's tokens side by side, in whole blocks. Plain XLA, no
+round trip to the host, and the same for the same tokens always."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+_COMPARED = 1024  # tokens up to which each is compared with each: fewer launches than a prefix sum
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Where tokens go. Letters as in `blocks`: I blocks, and S slots of all of them."""
+
+    slot_T: Array  # int32: of each token
+    token_S: Array  # int32: of each slot; an empty one names some token, whose result nobody takes
+    expert_I: Array  # int32: of each block
+    count: Array  # int32 [1]: blocks that hold tokens
+
+
+def count_blocks(tokens: int, experts: int, slots: int) -> int:
+    """Blocks that always suffice: each expert leaves less than one of its own unfilled."""
+    return min(tokens, (tokens + min(tokens, experts) * (slots - 1)) // slots)
+
+
+def assign_slots(expert_T: Array, experts: int, slots: int) -> Slots:
+    """Give each token a slot in a block of its expert, in order of experts and then of tokens."""
+    (tokens,) = expert_T.shape
+    blocks = count_blocks(tokens, experts, slots)
+    if tokens == 1:
+        none = jnp.zeros(1, jnp.int32)
+        return Slots(none, jnp.zeros(slots, jnp.int32), expert_T, none + 1)
+    if experts == 1:  # nothing depends on the tokens: constants, and no launch
+        at_S = jnp.arange(blocks * slots, dtype=jnp.int32)
+        full = jnp.full(1, -(-tokens // slots), jnp.int32)
+        none = jnp.zeros(blocks, jnp.int32)
+        return Slots(at_S[:tokens], jnp.minimum(at_S, tokens - 1), none, full)
+    is_mine_TE = expert_T[:, None] == jnp.arange(experts)
+    if tokens <= _COMPARED:
+        at_T = jnp.arange(tokens)
+        is_before_TT = (expert_T[:, None] == expert_T) & (at_T < at_T[:, None])
+        rank_T = is_before_TT.sum(axis=1, dtype=jnp.int32)
+    else:
+        rank_TE = jnp.cumsum(is_mine_TE, axis=0, dtype=jnp.int32) - 1
+        rank_T = jnp.take_along_axis(rank_TE, expert_T[:, None], axis=1)[:, 0]
+    blocks_E = -(-is_mine_TE.sum(axis=0, dtype=jnp.int32) // slots)
+    end_E = jnp.cumsum(blocks_E)
+    slot_T = (end_E - blocks_E)[expert_T] * slots + rank_T
+    token_S = (
+        jnp.zeros(blocks * slots, jnp.int32)
+        .at[slot_T]
+        .set(jnp.arange(tokens, dtype=jnp.int32), unique_indices=True)
+    )
+    expert_I = (jnp.arange(blocks)[:, None] >= end_E).sum(axis=1, dtype=jnp.int32)
+    return Slots(slot_T, token_S, jnp.minimum(expert_I, experts - 1), end_E[-1:])

@@ -1,0 +1,155 @@
+"""Small work between two products, a row to a thread block, so that it is one launch each.
+
+A row is read once, stays in registers, and is written once. Plain XLA makes two or three launches
+of the same, and in a decode step of one token a launch costs more than what it does.
+
+Letters here: S slots, O what the product before gave, U what the one behind it joins.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from l4jax.kernels.formats import FP8, FP8_MAX
+
+
+@functools.partial(jax.jit, static_argnames=("interpret",))
+def round_rows(
+    x_TU: Array, token_S: Array, gate_S: Array, *, interpret: Any = None
+) -> tuple[Array, Array]:
+    """`formats.quantize_tokens` of the token of each slot, times a gate: e4m3 [S, U] and float32
+    scales [S]."""
+
+    def round_body(x: Any, token: Any, gate: Any, out: Any, scale: Any) -> None:
+        row = lax.axis_index("row")
+        # The gate and what it scales are bfloat16 in the model.
+        factor = gate[row].astype(jnp.bfloat16).astype(jnp.float32)
+        scaled = (x[token[row]].astype(jnp.float32) * factor).astype(jnp.bfloat16)
+        _write_rounded(scaled.astype(jnp.float32), out, scale, row)
+
+    sizes = {"rows": token_S.shape[0], "width": x_TU.shape[1]}
+    return _launch(round_body, x_TU, token_S, gate_S, **sizes, is_rounded=True, interpret=interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("is_rounded", "interpret"))
+def activate_rows(
+    parts_PSO: Array,
+    scales: tuple[Array, ...],
+    expert_I: Array,
+    *,
+    is_rounded: bool,
+    interpret: Any = None,
+) -> Any:
+    """`silu(gate) * up` of a product's parts, O = 2 U with the gates first.
+
+    Args:
+        parts_PSO: the parts, to be added up.
+        scales: what the sums are multiplied by, where they are: float32 [S] of the slots, and
+            stacks [E, O] of the experts.
+        expert_I: int32, of each block of slots, counted through the stacks.
+        is_rounded: to e4m3, with a scale for each slot.
+        interpret: as for the other kernels.
+
+    Returns:
+        bfloat16 [S, U]; or e4m3 and float32 [S].
+    """
+    parts, slots, outs = parts_PSO.shape
+    half, block = outs // 2, slots // expert_I.shape[0]
+
+    def activate_body(*refs: Any) -> None:
+        row = lax.axis_index("row")
+        x, expert, *factors = refs[: 2 + len(scales)]
+        to = refs[2 + len(scales) :]
+        e = expert[lax.div(row, block)]
+
+        def read(at: int) -> Array:
+            here = pl.ds(at * half, half)
+            total = x[0, row, here].astype(jnp.float32)
+            for part in range(1, parts):
+                total += x[part, row, here].astype(jnp.float32)
+            if not factors:
+                return total
+            before, found = 0, jnp.zeros((half,), jnp.float32)
+            for stack in factors[1:]:
+                size = stack.shape[0]
+                # The compiler knows no select by a scalar.
+                own = jnp.where((e >= before) & (e < before + size), 1.0, 0.0)
+                found += stack[jnp.clip(e - before, 0, size - 1), here] * own
+                before += size
+            return total * factors[0][row] * found
+
+        gate = read(0)
+        # Rounded once to bfloat16, as the product of other kernels is.
+        found = (gate / (1 + jnp.exp(-gate)) * read(1)).astype(jnp.bfloat16)
+        if is_rounded:
+            _write_rounded(found.astype(jnp.float32), to[0], to[1], row)
+        else:
+            to[0][row] = found
+
+    operands = (parts_PSO, expert_I, *scales)
+    return _launch(
+        activate_body, *operands, rows=slots, width=half, is_rounded=is_rounded, interpret=interpret
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("heads", "interpret"))
+def join_rows(
+    parts: Array, peaks: Array, totals: Array, *, heads: int, interpret: Any = None
+) -> Array:
+    """Attention over parts of the positions, joined: each part weighs as its softmax did.
+
+    Args:
+        parts: float32 [parts, T, K, U, H], not yet divided by the totals.
+        peaks, totals: float32 [parts, T, K, U..] of each part's softmax, in powers of two.
+        heads: how many of U count.
+        interpret: as for the other kernels.
+
+    Returns:
+        bfloat16 [T * K * G, H].
+    """
+    count, tokens, kv_heads, _, head_dim = parts.shape
+
+    def join_body(part: Any, peak: Any, total: Any, out: Any) -> None:
+        row = lax.axis_index("row")
+        head, at = lax.rem(row, heads), lax.div(row, heads)
+        here = lax.div(at, kv_heads), lax.rem(at, kv_heads), head
+        found = [peak[p, *here] for p in range(count)]
+        top = functools.reduce(jnp.maximum, found)
+        weights = [jnp.exp2(x - top) for x in found]
+        whole = sum(w * total[p, *here] for p, w in enumerate(weights))
+        joined = sum(w * part[p, *here] for p, w in enumerate(weights))
+        out[row] = (joined / jnp.maximum(whole, 1e-30)).astype(jnp.bfloat16)
+
+    sizes = {"rows": tokens * kv_heads * heads, "width": head_dim}
+    return _launch(join_body, parts, peaks, totals, **sizes, is_rounded=False, interpret=interpret)
+
+
+def _write_rounded(x_U: Array, out: Any, scale: Any, row: Any) -> None:
+    largest = jnp.max(jnp.abs(x_U))
+    factor = jnp.where(largest > 0, largest / FP8_MAX, 1.0)
+    out[row] = jnp.clip(x_U / factor, -FP8_MAX, FP8_MAX).astype(FP8)
+    scale[row] = factor
+
+
+def _launch(
+    body: Any, *operands: Array, rows: int, width: int, is_rounded: bool, interpret: Any
+) -> Any:
+    rounded = [jax.ShapeDtypeStruct((rows, width), FP8), jax.ShapeDtypeStruct((rows,), jnp.float32)]
+    wide = [jax.ShapeDtypeStruct((rows, width), jnp.bfloat16)]
+    kernel = plgpu.kernel(
+        body,
+        out_type=rounded if is_rounded else wide,
+        grid=(rows,),
+        grid_names=("row",),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+        interpret=interpret,
+    )
+    found = kernel(*operands)
+    return tuple(found) if is_rounded else found[0]

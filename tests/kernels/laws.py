@@ -1,0 +1,154 @@
+"""What every bundle of kernels must do, on random inputs: checked here, called by the tests of the
+bundles that run where they are."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l4jax.kernels import formats, reference
+
+# How far a result may be from its definition in float32, relative to the definition's norm. fp8
+# rounds activations to three bits: one that lies between two values may go the other way.
+BOUND = {"bfloat16": 0.01, "fp8": 0.06, "int4": 0.01}
+FORMATS = tuple(BOUND)
+
+# Which expert each token wants, of four.
+CHOICES = {
+    "one token": [2],
+    "all experts": [3, 0, 1, 2, 0],
+    "all on one": [1] * 20,
+    "two experts empty": [0, 3, 3, 0, 3, 3, 3, 0, 3, 3, 3],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of a layer."""
+
+    width: int
+    hidden: int
+    kv_heads: int = 2
+    queries: int = 5
+    head_dim: int = 128
+    page: int = 64
+
+
+def make_weight(rng: np.random.Generator, form: str, *shape: int, inner: int = 1) -> Any:
+    """A random weight whose last `inner` axes are summed over, in a format."""
+    scale = np.prod(shape[-inner:]) ** -0.5
+    wide = jnp.asarray(rng.standard_normal(shape, np.float32) * scale)
+    if form == "fp8":
+        return formats.quantize_fp8(wide, inner)
+    return formats.quantize_int4(wide, 128) if form == "int4" else wide.astype(jnp.bfloat16)
+
+
+def make_tokens(rng: np.random.Generator, *shape: int) -> jax.Array:
+    return jnp.asarray(rng.standard_normal(shape, np.float32)).astype(jnp.bfloat16)
+
+
+def widen(tree: Any) -> Any:
+    """bfloat16 as float32, for the definition; quantized weights stay."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
+
+
+def assert_close(found: Any, wanted: Any, bound: float) -> None:
+    found, wanted = (np.asarray(x, np.float32) for x in (found, wanted))
+    assert found.shape == wanted.shape
+    assert np.isfinite(found).all()
+    error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+    assert error < bound, f"relative error {error:.4f}"
+
+
+def check_experts(kernels: Any, form: str, choice: list[int], sizes: Sizes) -> None:
+    """Routed experts, and the shared one beside them, equal their definitions; twice the same."""
+    rng = np.random.default_rng(0)
+    width, hidden = sizes.width, sizes.hidden
+    x_TD = make_tokens(rng, len(choice), width)
+    expert_T = jnp.asarray(choice, jnp.int32)
+    gate_T = jnp.asarray(rng.random(len(choice), np.float32))
+    routed = (
+        make_weight(rng, form, 4, 2, hidden, width),
+        make_weight(rng, form, 4, width, hidden),
+    )
+    shared = make_weight(rng, form, 2, hidden, width), make_weight(rng, form, width, hidden)
+    run = jax.jit(kernels.run_experts)
+    found = run(x_TD, expert_T, *routed)
+    wanted = reference.run_experts(*widen((x_TD, expert_T, *routed)))
+    assert_close(found, wanted, BOUND[form])
+    mixed = (x_TD, expert_T, gate_T, *routed, *shared)
+    first, second = (np.asarray(jax.jit(kernels.mix_experts)(*mixed)) for _ in range(2))
+    assert_close(first, reference.mix_experts(*widen(mixed)), BOUND[form])
+    np.testing.assert_array_equal(first, second)
+
+
+def check_products(kernels: Any, form: str, tokens: int, sizes: Sizes) -> None:
+    """The projections of attention equal their definitions."""
+    s, rng = sizes, np.random.default_rng(1)
+    x_TD = make_tokens(rng, tokens, s.width)
+    qkv = make_weight(rng, form, s.kv_heads, s.queries + 2, s.head_dim, s.width)
+    y_TKGH = make_tokens(rng, tokens, s.kv_heads, s.queries, s.head_dim)
+    out = make_weight(rng, form, s.width, s.kv_heads, s.queries, s.head_dim, inner=3)
+    for subscripts, x, weight in (
+        ("TD,KJHD->TKJH", x_TD, qkv),
+        ("TKGH,DKGH->TD", y_TKGH, out),
+    ):
+        found = jax.jit(kernels.multiply, static_argnums=0)(subscripts, x, weight)
+        wanted = formats.multiply(subscripts, *widen((x, weight)))
+        assert_close(found, wanted, BOUND[form])
+
+
+def make_pages(
+    rng: np.random.Generator, lengths: list[int], news: list[int], padding: int, sizes: Sizes
+) -> dict[str, Any]:
+    """Rows of `lengths` positions on shuffled pages, the last `news` of them this step's; nan
+    where no row has written."""
+    s, rows = sizes, len(lengths)
+    width = 1 + max(-(-length // s.page) for length in lengths)
+    table_RB = rng.permutation(rows * width + 3)[: rows * width].reshape(rows, width)
+    shape = (rows * width + 3, s.kv_heads, s.page, s.head_dim)
+    k_PKZH, v_PKZH = (np.full(shape, np.nan, np.float32) for _ in "kv")
+    for row, length in enumerate(lengths):
+        for pages in (k_PKZH, v_PKZH):
+            for block, page in enumerate(table_RB[row]):
+                live = max(0, min(s.page, length - block * s.page))
+                size = (s.kv_heads, live, s.head_dim)
+                pages[page, :, :live] = rng.standard_normal(size, np.float32)
+    runs = [np.arange(length - new, length) for length, new in zip(lengths, news, strict=True)]
+    row_T = np.concatenate([np.full(new, row) for row, new in enumerate(news)])
+    position_T = np.concatenate(runs)
+    tokens = len(row_T) + padding
+    return {
+        "q_TKGH": make_tokens(rng, tokens, s.kv_heads, s.queries, s.head_dim),
+        "k_PKZH": jnp.asarray(k_PKZH, jnp.bfloat16),
+        "v_PKZH": jnp.asarray(v_PKZH, jnp.bfloat16),
+        "table_RB": jnp.asarray(table_RB, jnp.int32),
+        "row_T": jnp.asarray(np.pad(row_T, (0, padding)), jnp.int32),
+        "position_T": jnp.asarray(np.pad(position_T, (0, padding), constant_values=-1), jnp.int32),
+    }
+
+
+def make_contexts(page: int) -> dict[str, tuple[list[int], list[int], int]]:
+    """Lengths of rows, how many tokens of each are new, and padding, around borders of pages."""
+    return {
+        "one token": ([1], [1], 0),
+        "decode": ([5, 1, page, page + 1, 2 * page - 1], [1] * 5, 0),
+        "decode with unused rows": ([5, 1, 33, 8], [1, 1, 0, 0], 2),
+        "a long row alone": ([9 * page + 3], [1], 0),
+        "prompt": ([page + 6], [page + 6], 10),
+        "prompt behind a prefix": ([3 * page + 1], [30], 0),
+        "mixed": ([150, 9, page + 1, 4], [1, 9, page, 1], 7),
+    }
+
+
+def check_attention(kernels: Any, lengths: list[int], news: list[int], padding: int, s: Sizes):
+    """Attention equals its definition on a poisoned pool, and gives zeros to padding."""
+    case = make_pages(np.random.default_rng(2), lengths, news, padding, s)
+    first, second = (np.asarray(jax.jit(kernels.attend)(**case), np.float32) for _ in range(2))
+    is_real_T = np.asarray(case["position_T"]) >= 0
+    assert (first[~is_real_T] == 0).all()
+    wanted = np.asarray(reference.attend(**widen(case)))
+    assert_close(first[is_real_T], wanted[is_real_T], BOUND["bfloat16"])
+    np.testing.assert_array_equal(first, second)

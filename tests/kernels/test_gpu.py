@@ -1,0 +1,42 @@
+"""On a Hopper GPU: the kernels keep the laws compiled, on the shapes of Scout too."""
+
+import jax
+import pytest
+
+from l4jax.engine.runner import choose_kernels
+from tests.kernels import laws
+
+pytestmark = pytest.mark.gpu
+
+SMALL = laws.Sizes(width=256, hidden=128)
+SCOUT = laws.Sizes(width=5120, hidden=8192, kv_heads=8, page=128)
+SPREAD = {"64 tokens": 64, "a prompt": 1500}
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return choose_kernels(jax.devices("gpu")[0])
+
+
+@pytest.mark.parametrize("choice", laws.CHOICES)
+@pytest.mark.parametrize("form", laws.FORMATS)
+def test_experts_equal_their_definition(kernels, form, choice):
+    laws.check_experts(kernels, form, laws.CHOICES[choice], SMALL)
+
+
+@pytest.mark.parametrize("tokens", SPREAD)
+@pytest.mark.parametrize("form", laws.FORMATS)
+def test_experts_of_many_tokens_equal_their_definition(kernels, form, tokens):
+    choice = [token * 7 % 11 % 4 for token in range(SPREAD[tokens])]
+    laws.check_experts(kernels, form, choice, SMALL)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 128, 300])
+@pytest.mark.parametrize("form", laws.FORMATS)
+def test_products_of_scout_equal_their_definition(kernels, form, tokens):
+    laws.check_products(kernels, form, tokens, SCOUT)
+
+
+@pytest.mark.parametrize("context", laws.make_contexts(SCOUT.page))
+def test_attention_of_scout_equals_its_definition(kernels, context):
+    laws.check_attention(kernels, *laws.make_contexts(SCOUT.page)[context], SCOUT)

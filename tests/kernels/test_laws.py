@@ -1,0 +1,41 @@
+"""Every bundle of kernels that runs here keeps the laws: the portable one always, and Hopper's,
+interpreted, where jax can interpret it."""
+
+import jax
+import pytest
+
+from l4jax.kernels import PORTABLE
+from tests.kernels import laws
+
+SIZES = laws.Sizes(width=256, hidden=128)
+BUNDLES = {"portable": PORTABLE}
+if jax.__version_info__ >= (0, 12):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from l4jax.kernels.hopper import Hopper
+
+    # Each of so few multiprocessors has several items of work, and yet attention of a long row
+    # alone is cut into parts.
+    BUNDLES["hopper"] = Hopper(4, plgpu.InterpretGPUParams())
+
+
+@pytest.fixture(params=BUNDLES)
+def kernels(request):
+    return BUNDLES[request.param]
+
+
+@pytest.mark.parametrize("choice", laws.CHOICES)
+@pytest.mark.parametrize("form", laws.FORMATS)
+def test_experts_equal_their_definition(kernels, form, choice):
+    laws.check_experts(kernels, form, laws.CHOICES[choice], SIZES)
+
+
+@pytest.mark.parametrize("tokens", [1, 13])
+@pytest.mark.parametrize("form", laws.FORMATS)
+def test_products_equal_their_definition(kernels, form, tokens):
+    laws.check_products(kernels, form, tokens, SIZES)
+
+
+@pytest.mark.parametrize("context", laws.make_contexts(SIZES.page))
+def test_attention_equals_its_definition(kernels, context):
+    laws.check_attention(kernels, *laws.make_contexts(SIZES.page)[context], SIZES)

@@ -1,0 +1,89 @@
+"""The bench counts what a step costs and says how long it took."""
+
+import json
+
+import pytest
+
+from l4jax import bench
+from l4jax.benchmark.cost import Format, count_hit, count_step
+from l4jax.config import MAVERICK, SCOUT, TINY
+
+FP8, INT4, BF16 = Format("fp8", True), Format("int4", False), Format(None, False)
+
+
+def test_a_decode_step_of_scout_reads_its_weights_once():
+    # By hand: 48 layers of attention, the shared and one expert, and the head in bfloat16.
+    attention = 5120 * 128 * (2 * 40 + 2 * 8)
+    expert = 3 * 5120 * 8192
+    wanted = 48 * (attention + 2 * expert) + 2 * 202048 * 5120
+    assert count_step(SCOUT.text, FP8, [1]).bytes == pytest.approx(wanted, rel=1e-3)
+    assert count_step(SCOUT.text, FP8, [1]).seconds == pytest.approx(4.0e-3, rel=0.01)
+
+
+def test_experts_are_counted_once_however_many_tokens_want_them():
+    assert count_hit(16, 1) == 1
+    assert count_hit(16, 8) == pytest.approx(6.5, abs=0.1)
+    assert count_hit(16, 10000) == pytest.approx(16)
+
+
+def test_fewer_bits_are_fewer_bytes():
+    costs = [count_step(SCOUT.text, form, [256] * 8).bytes for form in (INT4, FP8, BF16)]
+    assert costs == sorted(costs)
+
+
+def test_local_layers_see_their_chunk_and_no_more():
+    def count_cache(context: int) -> float:
+        return (
+            count_step(SCOUT.text, BF16, [context]).bytes - count_step(SCOUT.text, BF16, [1]).bytes
+        )
+
+    position = 2 * 2 * 8 * 128  # bytes of one, keys and values of a layer
+    chunk = SCOUT.text.chunk
+    assert count_cache(chunk) == 48 * (chunk - 1) * position
+    assert count_cache(chunk + 1) == 12 * chunk * position  # the first of a new chunk
+
+
+def test_dense_layers_of_maverick_have_no_experts():
+    assert (
+        count_step(MAVERICK.text, BF16, [1]).bytes < count_step(SCOUT.text, BF16, [1]).bytes * 1.1
+    )
+
+
+def test_a_prompt_is_counted_token_by_token():
+    cost = count_step(TINY.text, BF16, [40], tokens=40)
+    parts = [count_step(TINY.text, BF16, [at + 1]) for at in range(40)]
+    head = 2 * TINY.text.vocab * TINY.text.width
+    flops = sum(part.flops["bfloat16"] for part in parts) - 39 * head
+    assert cost.flops["bfloat16"] == pytest.approx(flops)
+
+
+def test_figures_are_printed_written_and_drawn(tmp_path, capsys):
+    files = {name: tmp_path / f"out.{name}" for name in ("json", "png")}
+    words = "--decode 1x8 3x40 --steps 2 --prefill 32 --requests 3 --input-len 4 9 --output-len 2 5"
+    words += f" --max-num-batched-tokens 32 --json {files['json']} --plot {files['png']}"
+    assert bench.main(words.split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:-1]] == [
+        "decode",
+        "decode",
+        "prefill",
+        "throughput",
+    ]
+    written = json.loads(files["json"].read_text())
+    assert set(written["start"]) == {"load", "compile", "warm-up"}
+    assert [figure["context"] for figure in written["figures"]][:3] == [8, 40, 32]
+    assert all(figure["seconds"] > 0 for figure in written["figures"])
+    assert 6 <= written["figures"][-1]["tokens"] <= 15
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("pair", ["8", "x256", "0x256", "8x256x1"])
+def test_a_pair_that_is_none_is_refused(pair, capsys):
+    with pytest.raises(SystemExit):
+        bench.parse(["--decode", pair])
+    assert "rows x tokens" in capsys.readouterr().err
+
+
+def test_a_prompt_that_fits_no_step_is_refused(capsys):
+    assert bench.main(["--decode", "--prefill", "33"]) == 1
+    assert "--prefill 33" in capsys.readouterr().err
