@@ -37,7 +37,9 @@ class MixtureOfExperts(nn.Module):
             (c.experts, c.width, c.expert_width),
             (axes.EXPERTS, axes.WIDTH, axes.HIDDEN),
         )
-        expert_T, gate_T = route(project("TD,ED->TE", x_TD, router_ED))
+        score_TE = project("TD,ED->TE", x_TD, router_ED)
+        self.sow("intermediates", "score_TE", score_TE)  # kept where training asks for it
+        expert_T, gate_T = route(score_TE)
         scaled_TD = x_TD * gate_T[:, None].astype(x_TD.dtype)
         y_TD = self.kernels.run_experts(scaled_TD, expert_T, gate_up_EcFD, down_EDF)
         return GatedMLP(c.expert_width, name="shared")(x_TD) + y_TD
