@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from l4jax.config import Config
 from l4jax.model import declare_parameters
@@ -91,7 +92,7 @@ def train(
     prepare_devices(mesh)
     layout = Layout(make_mesh(mesh), STRATEGIES["training"])
     levels_C256 = ImageProcessor.from_folder(plan.recipe.folder).levels_C256
-    abstract = jax.eval_shape(lambda: initialize(plan.config, plan.teaching, plan.recipe.seed))
+    abstract = _shape(plan)
     names = state.name_axes(abstract, declare_parameters(plan.config, np.float32)[1])
     places = layout.place_all(names)
     put = functools.partial(jax.device_put, device=layout.place_all(PACKED_AXES))
@@ -134,6 +135,24 @@ def train(
                     saved_at = now
     write_picture(folder)
     return learned
+
+
+def load_saved(plan: Plan, folder: Path) -> Learned:
+    """What a run saved last, on one device.
+
+    Raises `StateError` where there is nothing, or another plan's.
+    """
+    abstract = _shape(plan)
+    here = SingleDeviceSharding(jax.devices()[0])
+    names = state.name_axes(abstract, declare_parameters(plan.config, np.float32)[1])
+    learned = state.restore(folder, abstract, names, lambda _: here, plan.describe())
+    if learned is None:
+        raise state.StateError(f"{folder} holds no saved state: train first.")
+    return learned
+
+
+def _shape(plan: Plan) -> Learned:
+    return jax.eval_shape(lambda: initialize(plan.config, plan.teaching, plan.recipe.seed))
 
 
 def _make_validation(plan: Plan, levels_C256: np.ndarray, put: Any) -> Any:
