@@ -70,7 +70,7 @@ def answer(llm: LLM, speller: Speller, exchanges: Sequence[Exchange]) -> list[st
     # Tools differ from one question to the next, and `chat` has them for all: hence the ids.
     prompts = [{"prompt_token_ids": cut_prompt(speller(exchanges[at]))} for at in plain]
     pictured = [at for at, exchange in enumerate(exchanges) if exchange.picture is not None]
-    messages = [_show(exchanges[at]) for at in pictured]
+    messages = [show(exchanges[at]) for at in pictured]
     outputs = llm.generate(prompts, params, use_tqdm=False) if prompts else []
     outputs += llm.chat(messages, params, use_tqdm=False) if messages else []
     for at, output in zip(plain + pictured, outputs, strict=True):
@@ -161,7 +161,8 @@ def find_error(share: float, count: int) -> float:
     return (share * (1 - share) / count) ** 0.5
 
 
-def _show(exchange: Exchange) -> list[dict[str, Any]]:
+def show(exchange: Exchange) -> list[dict[str, Any]]:
+    """The first question about a picture, as messages."""
     assert exchange.picture is not None
     picture = {"type": "image", "image": draw(exchange.picture)}
     return [{"role": "user", "content": [picture, {"type": "text", "text": exchange.turns[0][0]}]}]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,20 +215,12 @@ def make_wide_plan():
     return dataclasses.replace(toys.make_plan(4), config=dataclasses.replace(config, vision=vision))
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """Four steps on one device: the losses, and what was learned."""
-    folder = tmp_path_factory.mktemp("alone")
-    learned = train(make_wide_plan(), folder, quiet=True)
-    return read_losses(folder), learned
-
-
-@pytest.mark.parametrize("mesh", ["8", "data=2,model=4"])
-def test_sharded_training_equals_training_on_one_device(mesh, alone, tmp_path):
+def test_sharded_training_equals_training_on_one_device(tmp_path):
     """Losses, norms of gradients and weights, within what float32's rounding may do."""
-    losses, wanted = alone
-    learned = train(make_wide_plan(), tmp_path, mesh=mesh, quiet=True)
-    np.testing.assert_allclose(read_losses(tmp_path), losses, rtol=2e-4)
+    plan, one, many = make_wide_plan(), tmp_path / "one", tmp_path / "many"
+    wanted = train(plan, one, quiet=True)
+    learned = train(plan, many, mesh="data=2,model=4", quiet=True)
+    np.testing.assert_allclose(read_losses(many), read_losses(one), rtol=2e-4)
     qkv = learned.params["text"]["layer_0"]["attention"]["qkv"]
     assert qkv.sharding.spec[0] == "model"
     moment = jax.tree.leaves(
@@ -353,8 +346,6 @@ def test_an_exported_model_holds_what_was_learned(exported):
 
 
 def test_a_damaged_state_is_refused(whole_run, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(whole_run, copy)
     (found,) = state.list_saved(copy)
