@@ -9,10 +9,9 @@ is installed. `--card` writes the scores into the folder, and the model card tha
 import argparse
 from pathlib import Path
 
-from l4jax import LLM
+from l4jax import LLM, checkpoint
 from l4jax.config import Config
 from l4jax.train import scoring
-from l4jax.train.bundle import find_folder
 from l4jax.train.card import write_card
 from l4jax.train.documents import Speller
 
@@ -28,7 +27,7 @@ FORMATS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description="Scores of the bundled model, in a table.")
     add = parser.add_argument
-    add("--model", type=Path, default=find_folder(), help="(default: the bundled one)")
+    add("--model", type=Path, default=checkpoint.BUNDLED, help="(default: the bundled one)")
     add("--count", type=int, default=200, help="questions of each task (default: 200)")
     add("--formats", default=",".join(FORMATS), help="(default: all)")
     # The largest comes first: CPU devices are made once.

@@ -11,8 +11,9 @@ import argparse
 import os
 from pathlib import Path
 
+from l4jax import checkpoint
 from l4jax.engine.runner import keep_compilations
-from l4jax.train.bundle import export, find_folder, make_plan
+from l4jax.train.bundle import export, make_plan
 from l4jax.train.run import load_saved, train
 from l4jax.train.vocabulary import write_vocabulary
 
@@ -35,7 +36,7 @@ def main() -> None:
     add("--vocabulary", action="store_true", help="first learn and write the tokenizer anew")
     args = parser.parse_args()
     if args.vocabulary:
-        write_vocabulary(find_folder())
+        write_vocabulary(checkpoint.BUNDLED)
     plan = make_plan(
         args.steps,
         rows=args.rows,

@@ -1,8 +1,8 @@
 """The bundled model: its sizes, how it is trained, and how it is laid out for whoever loads it."""
 
 import dataclasses
+import random
 import shutil
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from l4jax import checkpoint
 from l4jax.checkpoint.names import publish
 from l4jax.checkpoint.parameters import flatten
 from l4jax.checkpoint.safetensors import write_safetensors
@@ -18,8 +19,10 @@ from l4jax.model import Parameters
 from l4jax.testing import write_json
 from l4jax.text.tokenizer import Tokenizer
 from l4jax.train.batches import Recipe
+from l4jax.train.charts import Chart, draw, make_chart
 from l4jax.train.learning import Teaching
 from l4jax.train.run import Plan
+from l4jax.train.splits import draw_from
 
 # 10.9 million weights, 21.8 MB in BF16. Eight kv heads and what follows from them, so that a mesh
 # of 8 can cut it; two global layers, and a chunk that one picture of one tile and a question about
@@ -66,6 +69,7 @@ CONFIG = Config(
     pad_id=None,
     patch_id=None,
 )
+SAMPLE = "chart.png"
 _FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -74,11 +78,6 @@ _FILES = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-
-
-def find_folder() -> Path:
-    """Where the bundled model lies in the package; before it is trained, its tokenizer alone."""
-    return Path(str(resources.files("l4jax").joinpath("bundled")))
 
 
 def make_plan(
@@ -102,7 +101,7 @@ def make_plan(
     """
     assert config.vision is not None
     recipe = Recipe(
-        folder=find_folder(),
+        folder=checkpoint.BUNDLED,
         seed=seed,
         steps=steps,
         rows=rows,
@@ -114,12 +113,21 @@ def make_plan(
     return Plan(config, recipe, Teaching(steps=steps, **teaching), save_every)
 
 
+def make_sample() -> Chart:
+    """A chart of the test split, to ask the model about."""
+    rng = random.Random(0)
+    while True:
+        chart = draw_from("test", make_chart, rng, 0.9)
+        if chart.kind == "bar" and chart.title and len(chart.labels) == 5:
+            return chart
+
+
 def export(folder: Path, config: Config, params: Parameters, vocabulary: Path) -> Config:
     """Write a trained model as Hugging Face lays it out, in BF16.
 
     Args:
         folder: where; files of the same names are replaced.
-        config: of the model, without the ids of tokens.
+        config: of the model; the ids of tokens are taken from the tokenizer.
         params: float32, on any devices.
         vocabulary: the folder with its tokenizer, which is copied.
 
@@ -142,6 +150,7 @@ def export(folder: Path, config: Config, params: Parameters, vocabulary: Path) -
     write_json(folder / "config.json", {**config.to_hf(), "torch_dtype": "bfloat16"})
     greedy = {"do_sample": False, "eos_token_id": list(eos_ids)}
     write_json(folder / "generation_config.json", greedy)
+    draw(make_sample()).save(folder / SAMPLE, optimize=True)
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in flatten(params).items():
         value = np.asarray(jax.device_get(leaf)).astype(ml_dtypes.bfloat16)

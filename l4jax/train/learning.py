@@ -106,7 +106,8 @@ def find_size(name: str, shape: tuple[int, ...], depth: int) -> float:
     What is added to the residual stream is smaller, since there are `depth` such sums.
     """
     if name.endswith("embedding"):
-        return 0.1
+        # Of vision, beside patches whose numbers are near 1: where a patch is counts as much.
+        return 0.5 if name.startswith("vision/") else 0.1
     # Weights end in what they sum over; attention's output sums over heads too.
     summed = int(np.prod(shape[1:])) if name.endswith("/out") else shape[-1]
     is_added = name.endswith(("/out", "/down"))

@@ -1,6 +1,7 @@
 """Batches made by worker processes ahead of time, in order: training does not wait for Pillow."""
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import tempfile
@@ -58,14 +59,15 @@ def _be_alone() -> None:
 
 
 def _write_batch(recipe: Recipe, step: int, scratch: Path) -> Path:
-    path = scratch / f"{step}.npz"
-    with path.open("wb") as file:
-        np.savez(file, **vars(make_batch(recipe, step)))
+    path = scratch / f"{step}.npy"
+    with path.open("wb") as file:  # one behind the other: an archive would be checked byte by byte
+        for array in vars(make_batch(recipe, step)).values():
+            np.save(file, array)
     return path
 
 
 def _read(path: Path) -> Packed:
-    with np.load(path) as arrays:
-        packed = Packed(**arrays)
+    with path.open("rb") as file:
+        arrays = [np.load(file) for _ in dataclasses.fields(Packed)]
     path.unlink()
-    return packed
+    return Packed(*arrays)

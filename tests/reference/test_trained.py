@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l4jax import LLM, SamplingParams
+from l4jax import LLM, SamplingParams, checkpoint
 from l4jax.text.tokenizer import Tokenizer
 from l4jax.train import bundle, scoring
 from l4jax.train.documents import Speller
@@ -41,13 +41,13 @@ def test_transformers_and_our_engine_give_the_same_distributions(folder):
         found = dict(told.top)
         assert len(found) >= 20
         for token, logprob in found.items():
-            assert abs(logprob - wanted_V[token]) < 1e-3, exchange.kind
+            assert abs(logprob - wanted_V[token]) < 2e-4, exchange.kind
 
 
 def test_the_bundled_tokenizer_is_read_alike_by_transformers():
     from transformers import AutoTokenizer
 
-    folder = bundle.find_folder()
+    folder = checkpoint.BUNDLED
     ours, theirs = Tokenizer.from_folder(folder), AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": "What is 12 + 34? Rome, naïve 東京"}]
     text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

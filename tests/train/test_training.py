@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from l4jax import cache, checkpoint, decode
 from l4jax.checkpoint.errors import CheckpointError
@@ -26,6 +27,7 @@ from l4jax.model import Llama4, VisionTower, declare_parameters
 from l4jax.text.image import ImageProcessor
 from l4jax.train import bundle, state
 from l4jax.train.batches import make_batch
+from l4jax.train.charts import draw
 from l4jax.train.kernels import make_no_pool, make_training_kernels
 from l4jax.train.learning import (
     Teaching,
@@ -37,6 +39,8 @@ from l4jax.train.learning import (
 )
 from l4jax.train.metrics import read_lines
 from l4jax.train.run import load_saved, train
+from l4jax.train.splits import find_split
+from scripts import train_tiny
 from tests.train import toys
 
 LEVELS = ImageProcessor.from_folder(toys.find_vocabulary()).levels_C256
@@ -121,12 +125,27 @@ def make_state(seed: int = 0, **changes):
     return plan, jax.jit(lambda: initialize(config, plan.teaching, seed))()
 
 
+def find_pictured(plan):
+    """A batch with a picture in it."""
+    batches = (make_batch(plan.recipe, step) for step in range(100))
+    return next(batch for batch in batches if (batch.feature_T >= 0).any())
+
+
+def test_every_weight_learns():
+    """Vision, routers and all experts get gradients from a batch with a picture."""
+    plan, learned = make_state()
+    packed = find_pictured(plan)
+    find = jax.grad(lambda p: find_loss(p, packed, plan.config, plan.teaching, LEVELS)[0])
+    for path, gradient in state._flatten(jax.jit(find)(learned.params)).items():
+        assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0, path
+
+
 def test_the_loss_falls():
-    """Forty steps on one batch: every token of it can be foretold."""
+    """Forty steps on one batch with pictures: every token of it can be foretold."""
     plan, learned = make_state()
     teaching = dataclasses.replace(plan.teaching, steps=1000)
     advance = jax.jit(make_advance(plan.config, teaching, LEVELS))
-    packed, found = make_batch(plan.recipe, 3), []
+    packed, found = find_pictured(plan), []
     for _ in range(40):
         learned, notes = advance(learned, packed)
         found.append(float(notes["words"]))
@@ -138,8 +157,7 @@ def test_training_computes_what_serving_computes():
     plan, learned = make_state(layers=4, nope_interval=4)
     text, vision = plan.config.text, plan.config.vision
     assert vision is not None
-    batches = (make_batch(plan.recipe, step) for step in range(100))
-    packed = next(batch for batch in batches if (batch.feature_T >= 0).any())
+    packed = find_pictured(plan)
     pixels = np.stack([LEVELS[c][packed.tiles_ICYX[:, c]] for c in range(3)], axis=1)
     tower = VisionTower(vision, text.width)
     features = jax.jit(tower.apply)({"params": learned.params["vision"]}, pixels)
@@ -315,8 +333,8 @@ def test_weights_begin_at_a_size_that_keeps_the_signal():
 
 def test_the_bundled_model_fits_in_the_wheel_and_a_mesh_of_eight_can_cut_it():
     shapes, _ = declare_parameters(bundle.CONFIG, jnp.bfloat16)
-    files = sum(file.stat().st_size for file in bundle.find_folder().iterdir())
-    has_weights = (bundle.find_folder() / "model.safetensors").exists()
+    files = sum(file.stat().st_size for file in checkpoint.BUNDLED.iterdir())
+    has_weights = (checkpoint.BUNDLED / "model.safetensors").exists()
     weights = 0 if has_weights else 2 * sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert files + weights <= 24e6
     text, vision = bundle.CONFIG.text, bundle.CONFIG.vision
@@ -343,6 +361,32 @@ def test_an_exported_model_holds_what_was_learned(exported):
     raw = json.loads((exported / "config.json").read_text())
     assert raw["architectures"] == ["Llama4ForConditionalGeneration"]
     assert len(config.eos_ids) == 3 and config.patch_id is not None
+
+
+def test_an_exported_model_comes_with_a_chart_of_the_test(exported):
+    chart = bundle.make_sample()
+    assert find_split(chart.key) == "test"
+    with Image.open(exported / bundle.SAMPLE) as image:
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(draw(chart)))
+
+
+def test_the_command_trains_until_its_time_is_up_goes_on_and_exports(tmp_path, monkeypatch, capsys):
+    run, folder = tmp_path / "run", tmp_path / "model"
+    plan = toys.make_plan(8)
+    monkeypatch.setattr(train_tiny, "make_plan", lambda steps, **rest: plan)
+    monkeypatch.setattr(train_tiny, "keep_compilations", lambda folder: None)
+
+    def call(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["train_tiny", "--folder", str(run), *words])
+        train_tiny.main()
+        return capsys.readouterr().out
+
+    assert "step 4 of 8" in call("--minutes", "0.0001", "--workers", "0")
+    assert [line["step"] for line in read_lines(run)] == [1, 2, 3, 4]
+    told = call("--workers", "1")
+    assert "step 8 of 8" in told and "step 4 of 8" not in told
+    assert "step 8, " in call("--export", str(folder))
+    assert Config.from_folder(folder).text == toys.CONFIG.text
 
 
 def test_a_damaged_state_is_refused(whole_run, tmp_path):
