@@ -13,6 +13,7 @@ from pathlib import Path
 
 from l4jax import checkpoint
 from l4jax.engine.runner import keep_compilations
+from l4jax.llm import find_cache_folder
 from l4jax.train.bundle import export, make_plan
 from l4jax.train.run import load_saved, train
 from l4jax.train.vocabulary import write_vocabulary
@@ -51,7 +52,7 @@ def main() -> None:
         size = (args.export / "model.safetensors").stat().st_size
         print(f"{args.export}: step {int(learned.step)}, {size / 1e6:.1f} MB, {config.text}")
         return
-    keep_compilations(args.folder / "compiled")
+    keep_compilations(find_cache_folder() / "compiled")
     seconds = None if args.minutes is None else 60 * args.minutes
     train(plan, args.folder, mesh=args.mesh, workers=args.workers, seconds=seconds)
 

@@ -75,6 +75,7 @@ class Sign:
     """Words and numbers in rows, nothing else: what reading begins with."""
 
     words: tuple[str, ...]
+    spread: float  # how far from the left, and from the top of its row, each may stand: 0 to 1
     width: int
     height: int
     text: int
@@ -119,12 +120,16 @@ def make_chart(rng: random.Random, hardness: float) -> Chart:
 
 
 def make_sign(rng: random.Random, hardness: float) -> Sign:
-    """One to eight words and numbers."""
+    """One to eight words and numbers; at hardness 0 one or two, at the same place each time.
+
+    What stands anywhere takes many times as many pictures to learn, unless what stands at one
+    place is known by then.
+    """
     words = [word for group in LABELS.values() for word in group.split()]
     count = rng.randint(1, 2 + round(6 * hardness))
     chosen = [rng.choice(words) if rng.random() < 0.5 else str(_value(rng)) for _ in range(count)]
     width, height = _choose_size(rng, 1, 1)
-    return Sign(tuple(chosen), width, height, rng.randint(15, 20))
+    return Sign(tuple(chosen), hardness**2, width, height, rng.randint(15, 20))
 
 
 def draw(picture: Picture) -> Image.Image:
@@ -215,12 +220,13 @@ def _choose_values(rng: random.Random, count: int) -> list[int]:
 
 def _draw_sign(pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, sign: Sign) -> None:
     # Where words stand follows from what they are: a picture needs no seed of its own.
-    rng = random.Random(sign.key)
-    step = sign.height / len(sign.words)
+    rng = random.Random(repr(sign))
+    step = sign.height / max(2, len(sign.words))
     for at, word in enumerate(sign.words):
-        x = rng.uniform(4, sign.width - 4 - pen.textlength(word, font))
-        y = at * step + rng.uniform(0, max(1, step - 1.3 * sign.text))
-        pen.text((x, y), word, INK, font)
+        right = sign.width - 8 - pen.textlength(word, font)
+        down = max(1, step - 1.3 * sign.text)
+        x, y = (sign.spread * rng.uniform(0, room) for room in (right, down))
+        pen.text((4 + x, at * step + y), word, INK, font)
 
 
 def _draw_bars(

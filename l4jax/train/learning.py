@@ -93,7 +93,9 @@ def initialize(config: Config, teaching: Teaching, seed: int) -> Learned:
             return jnp.zeros(leaf.shape)
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
         size = find_size(name, leaf.shape, depth)
-        return size * jax.random.truncated_normal(key, -2, 2, leaf.shape)
+        weight = size * jax.random.truncated_normal(key, -2, 2, leaf.shape)
+        # White paper is 1 in every pixel. Patches of it begin as nothing, so that ink stands out.
+        return weight - weight.mean(-1, keepdims=True) if name == "vision/patch" else weight
 
     params = jax.tree_util.tree_map_with_path(draw, shapes)
     moments = teaching.make_optimizer().init(params)

@@ -321,6 +321,24 @@ def _is_quantized(leaf) -> bool:
     return isinstance(leaf, Quantized)
 
 
+def test_bfloat16_computes_about_the_same_and_leaves_weights_in_float32():
+    plan, learned = make_state()
+    packed, found = find_pictured(plan), []
+    for dtype in ("float32", "bfloat16"):
+        teaching = dataclasses.replace(plan.teaching, dtype=dtype)
+        now, notes = jax.jit(make_advance(plan.config, teaching, LEVELS))(learned, packed)
+        assert {leaf.dtype for leaf in jax.tree.leaves(now.params)} == {jnp.dtype("float32")}
+        found.append((float(notes["loss"]), float(notes["norm"])))
+    assert found[0] != found[1]
+    np.testing.assert_allclose(found[1], found[0], rtol=0.05)
+
+
+def test_white_paper_begins_as_nothing_and_ink_does_not():
+    _, learned = make_state()
+    patch_WU = learned.params["vision"]["patch"]
+    assert np.abs(patch_WU.sum(axis=-1)).max() < 1e-4 < np.abs(patch_WU).mean()
+
+
 def test_weights_begin_at_a_size_that_keeps_the_signal():
     plan, learned = make_state()
     packed = make_batch(plan.recipe, 60)
