@@ -140,7 +140,7 @@ def write_vocabulary(
     write_json(path / "special_tokens_map.json", names)
     write_json(path / "tokenizer_config.json", config)
     (path / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    write_processor_configs(path, charts.TILE, 14)
+    write_processor_configs(path, charts.TILE, charts.PATCH)
     return ids
 
 

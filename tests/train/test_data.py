@@ -148,15 +148,20 @@ def test_pictures_need_one_to_four_tiles_and_texts_do_not_touch():
     assert {rows * columns for rows, columns in seen} == {1, 2, 3, 4}
 
 
-def test_words_stand_at_one_place_at_first_and_anywhere_later():
-    rng, corners = random.Random(0), {0.0: set(), 1.0: set()}
-    for hardness, found in corners.items():
+def test_words_stand_at_corners_of_patches_at_first_and_anywhere_later():
+    """The same word is the same pixels of its patch, or it is not."""
+    rng = random.Random(0)
+    assert not any(charts.make_sign(rng, 0.0).is_free for _ in range(20))
+    assert all(charts.make_sign(rng, 1.0).is_free for _ in range(20))
+    corners = {False: set(), True: set()}
+    for is_free, found in corners.items():
         for number in range(20):
-            words = ("Rome", str(number))
-            sign = charts.Sign(words, charts.make_sign(rng, hardness).spread, 336, 336, 18)
+            sign = charts.Sign(("Rome", str(number)), is_free, 336, 336, 18)
             is_ink_YX = (np.asarray(charts.draw(sign))[:168] < 128).all(axis=-1)
             found.add((int(is_ink_YX.any(1).argmax()), int(is_ink_YX.any(0).argmax())))
-    assert len(corners[0.0]) == 1 and len(corners[1.0]) > 15
+    within = {name: {(y % 14, x % 14) for y, x in found} for name, found in corners.items()}
+    assert len(corners[False]) > 15 and len(within[False]) == 1
+    assert len(within[True]) > 10
 
 
 def test_charts_are_easy_at_first():
