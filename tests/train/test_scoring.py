@@ -81,9 +81,9 @@ def test_our_engine_is_asked_what_training_spells(folder, monkeypatch):
     speller, seen = Speller.from_folder(folder), []
     add = llm.engine.add
 
-    def listen(token_ids, *rest):
+    def listen(token_ids, *rest, **named):
         seen.append(list(token_ids))
-        return add(token_ids, *rest)
+        return add(token_ids, *rest, **named)
 
     monkeypatch.setattr(llm.engine, "add", listen)
     monkeypatch.setattr(scoring, "LONGEST", 2)
