@@ -75,7 +75,7 @@ class Sign:
     """Words and numbers in rows, nothing else: what reading begins with."""
 
     words: tuple[str, ...]
-    is_free: bool  # stands anywhere, not at corners of patches alone
+    copies: int  # of a single word, at corners of patches; 0 is words in rows, anywhere
     width: int
     height: int
     text: int
@@ -120,18 +120,20 @@ def make_chart(rng: random.Random, hardness: float) -> Chart:
 
 
 def make_sign(rng: random.Random, hardness: float) -> Sign:
-    """One to eight words and numbers; at hardness 0 one or two, of one size, at corners of patches.
+    """One to eight words and numbers; at hardness 0 one, of one size, at corners of patches.
 
     There a letter looks alike to the encoder wherever it stands. Numbers on such a grid were read
-    after 10,000 pictures; anywhere, not after twice as many, unless those were known by then.
+    after 10,000 pictures; anywhere, not after twice as many, unless those were known by then. And
+    what stands there many times need not be looked for.
     """
     words = [word for group in LABELS.values() for word in group.split()]
-    count = rng.randint(1, 2 + round(6 * hardness))
+    is_easy = rng.random() >= hardness
+    count = 1 if is_easy else rng.randint(1, 8)
     chosen = [rng.choice(words) if rng.random() < 0.5 else str(_value(rng)) for _ in range(count)]
-    if rng.random() >= hardness:
-        return Sign(tuple(chosen), False, TILE, TILE, 18)
+    if is_easy:
+        return Sign(tuple(chosen), rng.choice((1, 4, 16)), TILE, TILE, 18)
     width, height = _choose_size(rng, 1, 1)
-    return Sign(tuple(chosen), True, width, height, rng.randint(15, 20))
+    return Sign(tuple(chosen), 0, width, height, rng.randint(15, 20))
 
 
 def draw(picture: Picture) -> Image.Image:
@@ -223,13 +225,20 @@ def _choose_values(rng: random.Random, count: int) -> list[int]:
 def _draw_sign(pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, sign: Sign) -> None:
     # Where words stand follows from what they are: a picture needs no seed of its own.
     rng = random.Random(repr(sign))
-    step = sign.height / max(2, len(sign.words))
+    for _ in range(sign.copies):
+        word = sign.words[0]
+        right = int(sign.width - 4 - pen.textlength(word, font)) // PATCH
+        x, y = rng.randint(0, right), rng.randint(0, sign.height // PATCH - 2)
+        # A white ground, so that no two of them run into one another.
+        pen.rectangle(pen.textbbox((PATCH * x, PATCH * y), word, font), "white")
+        pen.text((PATCH * x, PATCH * y), word, INK, font)
+    if sign.copies:
+        return
+    step = sign.height / len(sign.words)
     for at, word in enumerate(sign.words):
         right = sign.width - 8 - pen.textlength(word, font)
         down = max(1, step - 1.3 * sign.text)
         x, y = 4 + rng.uniform(0, right), at * step + rng.uniform(0, down)
-        if not sign.is_free:
-            x, y = (side // PATCH * PATCH for side in (x, y))
         pen.text((x, y), word, INK, font)
 
 

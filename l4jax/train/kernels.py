@@ -75,5 +75,6 @@ def attend(
         k_TKH.reshape(-1, span, kv_heads, head_dim),
         v_TKH.reshape(-1, span, kv_heads, head_dim),
         mask=is_visible_NSs[:, None],
+        implementation="xla",
     )
     return y_NShH.reshape(tokens, kv_heads, queries, head_dim)
