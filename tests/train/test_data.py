@@ -8,13 +8,16 @@ import re
 import numpy as np
 import pytest
 
+from l4jax import checkpoint
 from l4jax.text.chat import render_chat
 from l4jax.text.image import choose_canvas
+from l4jax.text.tokenizer import Tokenizer
 from l4jax.train import charts, tasks
 from l4jax.train.batches import Recipe, make_batch
 from l4jax.train.documents import MIX, Speller, draw_example
 from l4jax.train.splits import SPLITS, draw_from, find_split
 from l4jax.train.stream import stream_batches
+from l4jax.train.vocabulary import SPECIAL_TOKENS, write_vocabulary
 from tests.train import toys
 
 SPELLER = Speller.from_folder(toys.find_vocabulary())
@@ -332,3 +335,14 @@ def test_a_length_that_is_no_multiple_of_the_chunk_is_refused():
 def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="split is 'dev': it is one of train, validation, test"):
         draw_from("dev", tasks.make_fact, random.Random(0))
+
+
+def test_the_bundled_tokenizer_is_what_its_command_writes(tmp_path):
+    """Byte for byte: it follows from the training data, and has all that Llama 4 calls special."""
+    write_vocabulary(tmp_path)
+    for path in tmp_path.iterdir():
+        assert (checkpoint.BUNDLED / path.name).read_bytes() == path.read_bytes(), path.name
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert set(SPECIAL_TOKENS) == set(tokenizer.special_ids) and tokenizer.vocab_size == 2048
+    labels = [word for group in charts.LABELS.values() for word in group.split() if word.isalpha()]
+    assert all(len(tokenizer.encode(f" {w}", add_special_tokens=False)) == 1 for w in labels)
