@@ -16,7 +16,7 @@ from l4jax.checkpoint.parameters import flatten
 from l4jax.checkpoint.safetensors import write_safetensors
 from l4jax.config import Config, RopeScaling, TextConfig, VisionConfig
 from l4jax.model import Parameters
-from l4jax.testing import write_json
+from l4jax.testing.model import write_json
 from l4jax.text.tokenizer import Tokenizer
 from l4jax.train.batches import Recipe
 from l4jax.train.charts import Chart, draw, make_chart

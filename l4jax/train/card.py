@@ -7,7 +7,7 @@ from pathlib import Path
 
 from l4jax.checkpoint.safetensors import Index
 from l4jax.config import Config
-from l4jax.testing import write_json
+from l4jax.testing.model import write_json
 from l4jax.train.charts import LABELS
 from l4jax.train.scoring import Table, draw_loads, find_error
 

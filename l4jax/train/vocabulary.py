@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from l4jax.testing import write_json, write_processor_configs
+from l4jax.testing.model import write_json, write_processor_configs
 from l4jax.train import charts, tasks
 from l4jax.train.splits import draw_from
 
