@@ -59,4 +59,7 @@ TENSOR = REPLICATED.change(
     pages=DATA,
 )
 
-STRATEGIES = {rules.name: rules for rules in (TENSOR,)}
+# The same, and tiles over `data` too: in training a step has as many of them as it has rows.
+TRAINING = TENSOR.change("training", tiles=DATA)
+
+STRATEGIES = {rules.name: rules for rules in (TENSOR, TRAINING)}

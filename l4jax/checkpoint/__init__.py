@@ -12,7 +12,7 @@ import numpy as np
 
 from l4jax.checkpoint import names, parameters, safetensors
 from l4jax.checkpoint.errors import CheckpointError
-from l4jax.checkpoint.hub import find_folder
+from l4jax.checkpoint.hub import BUNDLED, find_bundled, find_folder
 from l4jax.checkpoint.narrow import Narrowing
 from l4jax.checkpoint.parameters import Place, load_parameters
 from l4jax.checkpoint.safetensors import Index
@@ -20,9 +20,11 @@ from l4jax.config import Config
 from l4jax.model import Parameters
 
 __all__ = [
+    "BUNDLED",
     "CheckpointError",
     "Narrowing",
     "Place",
+    "find_bundled",
     "find_dtype",
     "find_folder",
     "find_quantization",

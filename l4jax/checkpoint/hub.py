@@ -1,11 +1,20 @@
 """Where a model's files are: a folder, or a name on the Hugging Face hub that becomes one."""
 
+from importlib import resources
 from pathlib import Path
 
 from l4jax.checkpoint.errors import CheckpointError
 
 # Not Meta's `original/*.pth`, which would double the download.
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
+
+
+BUNDLED = Path(str(resources.files("l4jax").joinpath("bundled")))
+
+
+def find_bundled(folder: Path = BUNDLED) -> Path | None:
+    """The model that comes with the package; None where only its tokenizer does."""
+    return folder if (folder / "model.safetensors").is_file() else None
 
 
 def find_folder(model: str | Path, *, revision: str | None = None) -> Path:

@@ -38,9 +38,10 @@ class MixtureOfExperts(nn.Module):
             (axes.EXPERTS, axes.WIDTH, axes.HIDDEN),
         )
         shared = GatedMLP(c.width, c.expert_width, self.kernels, name="shared")
-        where = route(project("TD,ED->TE", x_TD, router_ED))
+        score_TE = project("TD,ED->TE", x_TD, router_ED)
+        self.sow("intermediates", "score_TE", score_TE)  # kept where training asks for it
         weights = (gate_up_EcFD, down_EDF, shared.gate_up_cFD, shared.down_DF)
-        return self.kernels.mix_experts(x_TD, *where, *weights)
+        return self.kernels.mix_experts(x_TD, *route(score_TE), *weights)
 
 
 def route(score_TE: Array) -> tuple[Array, Array]:

@@ -196,7 +196,19 @@ class ImageProcessor:
         return make_levels(self.rescale, self.mean, self.std)
 
     def __call__(self, image: Image.Image) -> Tiles:
-        """Lay the picture on its canvas and cut it. Padding, right and bottom, is black."""
+        """Lay the picture on its canvas, cut it and normalize the tiles."""
+        tiles_ICHW, rows, cols = self.cut(image)
+        normal_ICHW = np.stack(
+            [levels_256[tiles_ICHW[:, c]] for c, levels_256 in enumerate(self.levels_C256)], axis=1
+        )
+        return Tiles(normal_ICHW, rows, cols)
+
+    def cut(self, image: Image.Image) -> tuple[np.ndarray, int, int]:
+        """The tiles of a picture as uint8 `[tiles, 3, tile, tile]`, and the canvas's rows and
+        columns of them.
+
+        Padding, right and bottom, is black.
+        """
         pixels_HWC = np.asarray(convert_to_rgb(image))
         height, width = pixels_HWC.shape[:2]
         rows, cols = choose_canvas(height, width, tile=self.tile, max_tiles=self.max_tiles)
@@ -209,10 +221,7 @@ class ImageProcessor:
             # The global tile is the whole picture stretched to a square, aspect ratio or not.
             whole_CHW = resize(pixels_HWC, self.tile, self.tile).transpose(2, 0, 1)
             tiles_ICHW = np.concatenate([tiles_ICHW, whole_CHW[None]])
-        normal_ICHW = np.stack(
-            [levels_256[tiles_ICHW[:, c]] for c, levels_256 in enumerate(self.levels_C256)], axis=1
-        )
-        return Tiles(normal_ICHW, rows, cols)
+        return tiles_ICHW, rows, cols
 
     def spell(self, tiles: Tiles) -> str:
         """The token string of this picture."""

@@ -7,6 +7,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+from l4jax import checkpoint
 from l4jax.checkpoint import CheckpointError, find_folder
 
 SCOUT = "meta-llama/Llama-4-Scout-17B-16E-Instruct"
@@ -88,3 +89,10 @@ def test_the_hubs_errors_say_the_way_out(
     with pytest.raises(CheckpointError, match=way_out) as caught:
         find_folder(SCOUT, revision="main2")
     assert "\n" not in str(caught.value)
+
+
+def test_the_bundled_model_is_found_once_it_has_weights(tmp_path):
+    assert checkpoint.find_bundled(tmp_path) is None
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert checkpoint.find_bundled(tmp_path) == tmp_path
+    assert (checkpoint.BUNDLED / "tokenizer.json").is_file()

@@ -1,0 +1,327 @@
+"""Charts drawn with Pillow, and questions about them whose answers follow from what was drawn.
+
+Each value stands in digits at its mark, as in most charts that people ask about, in one typeface.
+"""
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from l4jax.text.image import choose_canvas
+
+TILE, PATCH = 336, 14
+# (rows, columns) of tiles, and how often each is drawn once all are.
+CANVASES = {
+    (1, 1): 10,
+    (1, 2): 3,
+    (2, 1): 2,
+    (1, 3): 1,
+    (3, 1): 1,
+    (2, 2): 2,
+    (1, 4): 1,
+    (4, 1): 1,
+}
+PALETTE = {
+    "red": (214, 39, 40),
+    "blue": (31, 84, 200),
+    "green": (34, 150, 60),
+    "orange": (255, 140, 0),
+    "purple": (125, 60, 170),
+    "brown": (125, 80, 45),
+    "pink": (240, 130, 190),
+    "gray": (127, 127, 127),
+}
+INK, LINES = (20, 20, 20), (215, 215, 215)
+LABELS = {
+    "city": "Rome Oslo Paris Cairo Lima Delhi Tokyo Milan Kyoto Quito Seoul Dakar Bern Nice Turin",
+    "fruit": "Apple Pear Plum Grape Lemon Mango Peach Melon Fig Kiwi Lime Guava Date Olive",
+    "animal": "Cat Dog Horse Cow Sheep Goat Duck Goose Bear Wolf Fox Lion Tiger Mouse Frog",
+    "month": "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec",
+    "year": "2010 2011 2012 2013 2014 2015 2016 2017 2018 2019 2020 2021 2022 2023 2024",
+    "name": "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mary Nina Oscar Paul",
+    "metal": "Iron Gold Zinc Tin Lead Copper Silver Nickel Cobalt",
+    "drink": "Tea Coffee Milk Water Juice Cocoa Cider Soda",
+}
+SUBJECTS = ("Sales", "Visits", "Votes", "Points", "Orders", "Tickets", "Hours", "Boxes")
+MARKS = {"bar": "bar", "row": "bar", "line": "point", "pie": "slice"}  # what a value is called
+QUESTIONS = ("value", "largest", "smallest", "sum", "difference", "count", "color", "list")
+GAP = 3  # between the largest value and the next, and the smallest: what an eye can tell apart
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """All that is drawn. Sizes in pixels; `text` is the height of its letters."""
+
+    kind: str  # one of MARKS
+    title: str  # may be empty
+    labels: tuple[str, ...]
+    values: tuple[int, ...]
+    colors: tuple[str, ...]  # of each mark
+    has_grid: bool
+    width: int
+    height: int
+    text: int
+
+    @property
+    def key(self) -> str:
+        pairs = ", ".join(f"{x} {y}" for x, y in zip(self.labels, self.values, strict=True))
+        return f"chart: {self.kind} {pairs}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sign:
+    """Words and numbers in rows, nothing else: what reading begins with."""
+
+    words: tuple[str, ...]
+    copies: int  # of a single word, at corners of patches; 0 is words in rows, anywhere
+    width: int
+    height: int
+    text: int
+
+    @property
+    def key(self) -> str:
+        return f"sign: {' '.join(self.words)}"
+
+
+Picture = Chart | Sign
+
+
+def make_chart(rng: random.Random, hardness: float) -> Chart:
+    """A chart; at hardness 0 with few marks and of one tile, at 1 of every kind and size."""
+    kind = rng.choice(list(MARKS))
+    rows, columns = _choose_canvas(rng, hardness)
+    width, height = _choose_size(rng, rows, columns)
+    group = rng.choice(list(LABELS))
+    words = LABELS[group].split()
+    text = round(rng.uniform(15, 18) * (rows * columns) ** 0.5 * (0.85 if columns > 2 else 1))
+    room = _count_room(kind, width, height, text)
+    most = min(room, len(words), 3 + round(5 * hardness))
+    count = rng.randint(min(2 + (kind == "line"), most), most)
+    labels = rng.sample(words, count)
+    if group in ("month", "year"):
+        labels.sort(key=words.index)
+    colors = rng.sample(list(PALETTE), count)
+    if kind in ("bar", "row", "line") and rng.random() < 0.5:
+        colors = [rng.choice(list(PALETTE))] * count
+    title = f"{rng.choice(SUBJECTS)} by {group}" if rng.random() < 0.5 else ""
+    return Chart(
+        kind,
+        title,
+        tuple(labels),
+        tuple(_choose_values(rng, count)),
+        tuple(colors),
+        rng.random() < 0.3,
+        width,
+        height,
+        text,
+    )
+
+
+def make_sign(rng: random.Random, hardness: float) -> Sign:
+    """One to eight words and numbers; at hardness 0 one, of one size, at corners of patches.
+
+    There a letter looks alike to the encoder wherever it stands. Numbers on such a grid were read
+    after 10,000 pictures; anywhere, not after twice as many, unless those were known by then. And
+    what stands there many times need not be looked for.
+    """
+    words = [word for group in LABELS.values() for word in group.split()]
+    is_easy = rng.random() >= hardness
+    count = 1 if is_easy else rng.randint(1, 8)
+    chosen = [rng.choice(words) if rng.random() < 0.5 else str(_value(rng)) for _ in range(count)]
+    if is_easy:
+        return Sign(tuple(chosen), rng.choice((1, 4, 16)), TILE, TILE, 18)
+    width, height = _choose_size(rng, 1, 1)
+    return Sign(tuple(chosen), 0, width, height, rng.randint(15, 20))
+
+
+def draw(picture: Picture) -> Image.Image:
+    """The picture in RGB, on white."""
+    image = Image.new("RGB", (picture.width, picture.height), "white")
+    pen = ImageDraw.Draw(image)
+    font = ImageFont.load_default(picture.text)
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        raise RuntimeError("Pillow was built without FreeType: install its wheel.")
+    if isinstance(picture, Sign):
+        _draw_sign(pen, font, picture)
+        return image
+    top = 4
+    if picture.title:
+        pen.text((picture.width / 2, top), picture.title, INK, font, anchor="ma")
+        top += round(1.6 * picture.text)
+    _DRAW[picture.kind](pen, font, picture, top)
+    return image
+
+
+def ask(chart: Chart, kind: str, rng: random.Random) -> tuple[str, str]:
+    """A question of a kind in `QUESTIONS`, and its answer.
+
+    Sums and differences are answered with their working, and the number asked for stands last.
+    """
+    mark, values = MARKS[chart.kind], dict(zip(chart.labels, chart.values, strict=True))
+    first, second = rng.sample(chart.labels, 2)
+    ordered = sorted(values, key=values.__getitem__)
+    if kind == "value":
+        return f"What is the value of {first}?", str(values[first])
+    if kind == "largest":
+        return f"Which {mark} is the largest?", ordered[-1]
+    if kind == "smallest":
+        return f"Which {mark} is the smallest?", ordered[0]
+    if kind == "sum":
+        one, two = values[first], values[second]
+        return f"What is the sum of {first} and {second}?", f"{one} + {two} = {one + two}"
+    if kind == "difference":
+        one, two = sorted((values[first], values[second]), reverse=True)
+        asked = f"What is the difference between {first} and {second}?"
+        return asked, f"{one} - {two} = {one - two}"
+    if kind == "count":
+        return f"How many {mark}s are there?", str(len(values))
+    if kind == "color":
+        if len(set(chart.colors)) == 1:
+            return f"What color are the {mark}s?", chart.colors[0]
+        return f"What color is {first}?", chart.colors[chart.labels.index(first)]
+    assert kind == "list", kind
+    return "List all values.", ", ".join(f"{label} {value}" for label, value in values.items())
+
+
+def _choose_canvas(rng: random.Random, hardness: float) -> tuple[int, int]:
+    if rng.random() > hardness:
+        return 1, 1
+    return rng.choices(list(CANVASES), list(CANVASES.values()))[0]
+
+
+def _choose_size(rng: random.Random, rows: int, columns: int) -> tuple[int, int]:
+    """Width and height of a picture that is laid on just this canvas."""
+    while True:
+        width, height = columns * TILE, rows * TILE
+        # Most fill the canvas: nothing is resampled then, and a worker is three times as fast.
+        if rng.random() < 0.3:
+            width = round(width * rng.uniform(0.75, 1))
+            height = round(height * rng.uniform(0.75, 1))
+        if choose_canvas(height, width) == (rows, columns):
+            return width, height
+
+
+def _count_room(kind: str, width: int, height: int, text: int) -> int:
+    """Marks that fit without their texts touching: a label takes up to 3.6 letters' heights."""
+    if kind in ("bar", "line"):
+        return max(2, int((width - 20) // (3.6 * text)))
+    return max(2, int((height - 3 * text) // (1.7 * text)))
+
+
+def _value(rng: random.Random) -> int:
+    return rng.randint(1, 99)
+
+
+def _choose_values(rng: random.Random, count: int) -> list[int]:
+    while True:
+        values = [_value(rng) for _ in range(count)]
+        ordered = sorted(values)
+        if ordered[-1] - ordered[-2] >= GAP and ordered[1] - ordered[0] >= GAP:
+            return values
+
+
+def _draw_sign(pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, sign: Sign) -> None:
+    # Where words stand follows from what they are: a picture needs no seed of its own.
+    rng = random.Random(repr(sign))
+    for _ in range(sign.copies):
+        word = sign.words[0]
+        right = int(sign.width - 4 - pen.textlength(word, font)) // PATCH
+        x, y = rng.randint(0, right), rng.randint(0, sign.height // PATCH - 2)
+        # A white ground, so that no two of them run into one another.
+        pen.rectangle(pen.textbbox((PATCH * x, PATCH * y), word, font), "white")
+        pen.text((PATCH * x, PATCH * y), word, INK, font)
+    if sign.copies:
+        return
+    step = sign.height / len(sign.words)
+    for at, word in enumerate(sign.words):
+        right = sign.width - 8 - pen.textlength(word, font)
+        down = max(1, step - 1.3 * sign.text)
+        x, y = 4 + rng.uniform(0, right), at * step + rng.uniform(0, down)
+        pen.text((x, y), word, INK, font)
+
+
+def _draw_bars(
+    pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, chart: Chart, top: int
+) -> None:
+    floor, ceiling = chart.height - 1.6 * chart.text, top + 1.4 * chart.text
+    _draw_grid(pen, chart, ceiling, floor)
+    step, largest = (chart.width - 20) / len(chart.labels), max(chart.values)
+    pen.line([(6, floor), (chart.width - 6, floor)], INK, 2)
+    for at, (label, value, color) in enumerate(_list_marks(chart)):
+        center, y = 10 + step * (at + 0.5), floor - (floor - ceiling) * value / largest
+        pen.rectangle([center - 0.3 * step, y, center + 0.3 * step, floor], color)
+        pen.text((center, y - 2), str(value), INK, font, anchor="mb")
+        pen.text((center, floor + 3), label, INK, font, anchor="ma")
+
+
+def _draw_rows(
+    pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, chart: Chart, top: int
+) -> None:
+    left = 10 + max(pen.textlength(label, font) for label in chart.labels)
+    right = chart.width - 10 - 2 * chart.text
+    step, largest = (chart.height - top - 6) / len(chart.labels), max(chart.values)
+    pen.line([(left, top), (left, chart.height - 6)], INK, 2)
+    for at, (label, value, color) in enumerate(_list_marks(chart)):
+        center, x = top + step * (at + 0.5), left + (right - left) * value / largest
+        pen.rectangle([left + 1, center - 0.3 * step, x, center + 0.3 * step], color)
+        pen.text((x + 4, center), str(value), INK, font, anchor="lm")
+        pen.text((left - 5, center), label, INK, font, anchor="rm")
+
+
+def _draw_line(
+    pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, chart: Chart, top: int
+) -> None:
+    floor, ceiling = chart.height - 1.6 * chart.text, top + 1.6 * chart.text
+    _draw_grid(pen, chart, ceiling, floor)
+    step, largest = (chart.width - 20) / len(chart.labels), max(chart.values)
+    points = [
+        (10 + step * (at + 0.5), floor - 6 - (floor - 6 - ceiling) * value / largest)
+        for at, value in enumerate(chart.values)
+    ]
+    pen.line([(6, floor), (chart.width - 6, floor)], INK, 2)
+    pen.line(points, LINES if len(set(chart.colors)) > 1 else PALETTE[chart.colors[0]], 3)
+    for (x, y), (label, value, color) in zip(points, _list_marks(chart), strict=True):
+        pen.ellipse([x - 5, y - 5, x + 5, y + 5], color)
+        # A white ground, so that no line runs through the digits.
+        box = pen.textbbox((x, y - 7), str(value), font, anchor="mb")
+        pen.rectangle(box, "white")
+        pen.text((x, y - 7), str(value), INK, font, anchor="mb")
+        pen.text((x, floor + 3), label, INK, font, anchor="ma")
+
+
+def _draw_pie(
+    pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, chart: Chart, top: int
+) -> None:
+    """A disk, and a legend that names each slice and its value."""
+    legend = max(pen.textlength(f"{label} 00", font) for label in chart.labels) + 2 * chart.text
+    side = min(chart.width - legend - 16, chart.height - top - 8)
+    start, total = -90.0, sum(chart.values)
+    step = (chart.height - top - 8) / len(chart.labels)
+    for at, (label, value, color) in enumerate(_list_marks(chart)):
+        end = start + 360 * value / total
+        pen.pieslice([6, top, 6 + side, top + side], start, end, color, "white")
+        start, y = end, top + step * (at + 0.5)
+        x = chart.width - legend
+        pen.rectangle([x, y - 0.4 * chart.text, x + 0.8 * chart.text, y + 0.4 * chart.text], color)
+        pen.text((x + 1.2 * chart.text, y), f"{label} {value}", INK, font, anchor="lm")
+
+
+def _draw_grid(pen: ImageDraw.ImageDraw, chart: Chart, ceiling: float, floor: float) -> None:
+    for at in range(4 * chart.has_grid):
+        y = ceiling + (floor - ceiling) * at / 4
+        pen.line([(6, y), (chart.width - 6, y)], LINES, 1)
+
+
+def _list_marks(chart: Chart) -> Sequence[tuple[str, int, tuple[int, int, int]]]:
+    colors = [PALETTE[color] for color in chart.colors]
+    return list(zip(chart.labels, chart.values, colors, strict=True))
+
+
+_DRAW: dict[str, Callable[..., None]] = {
+    "bar": _draw_bars,
+    "row": _draw_rows,
+    "line": _draw_line,
+    "pie": _draw_pie,
+}

@@ -1,0 +1,80 @@
+"""Kernels for training: whole documents in one step, nothing cached.
+
+The model is that of `l4jax.model`; only what it calls differs. Its pool is the step's own tokens:
+`store` hands on their keys and values, and `attend` attends within the rows that
+`l4jax.train.batches` packs. A table of B columns says that its layers see B blocks of `chunk`
+tokens together; its entries name the run that begins what a run belongs to.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from l4jax.cache import PagePool, count_arrays
+from l4jax.config import TextConfig
+from l4jax.kernels import Kernels, reference
+
+
+def make_training_kernels(chunk: int) -> Kernels:
+    """The bundle for a model with this attention chunk. All of it can be differentiated."""
+    return Kernels(
+        store=store,
+        attend=functools.partial(attend, chunk=chunk),
+        run_experts=reference.run_experts,
+    )
+
+
+def make_no_pool(config: TextConfig) -> PagePool:
+    """What stands in a pool's place: `store` looks at none of it."""
+    nothing = tuple(jnp.zeros(()) for _ in range(count_arrays(config)))
+    return PagePool(nothing, nothing)
+
+
+def store(
+    k_before: Array, v_before: Array, k_TKH: Array, v_TKH: Array, *where: Array
+) -> tuple[Array, Array]:
+    """The step's own keys and values, in place of those that a pool would hold."""
+    return k_TKH, v_TKH
+
+
+def attend(
+    q_TKGH: Array,
+    k_TKH: Array,
+    v_TKH: Array,
+    table_RB: Array,
+    row_T: Array,
+    position_T: Array,
+    *,
+    chunk: int,
+) -> Array:
+    """Causal attention of each token within its own document, or its own chunk of it.
+
+    The tokens are cut into spans of B * chunk, those that a row of the batch (a global layer) or a
+    block (a local one) holds; within a span a token sees those before it whose first run is its
+    own. Softmax in float32. What comes out for padding, at position -1, means nothing.
+
+    Args:
+        q_TKGH: queries, G heads to each kv head.
+        k_TKH, v_TKH: what `store` returned.
+        table_RB: the first run of each run's document (or the run itself), in every column.
+        row_T: int32 run of each token.
+        position_T: int32; -1 is padding.
+        chunk: of the model.
+    """
+    tokens, kv_heads, queries, head_dim = q_TKGH.shape
+    span = table_RB.shape[1] * chunk
+    # Padding belongs to nobody, and sees itself, so that no softmax is empty.
+    owner_T = jnp.where(position_T >= 0, table_RB[row_T, 0], -1 - jnp.arange(tokens))
+    owner_NS = owner_T.reshape(-1, span)
+    slot_S = jnp.arange(span)
+    is_visible_NSs = (owner_NS[:, :, None] == owner_NS[:, None, :]) & (slot_S[:, None] >= slot_S)
+    y_NShH = jax.nn.dot_product_attention(
+        q_TKGH.reshape(-1, span, kv_heads * queries, head_dim),
+        k_TKH.reshape(-1, span, kv_heads, head_dim),
+        v_TKH.reshape(-1, span, kv_heads, head_dim),
+        mask=is_visible_NSs[:, None],
+        implementation="xla",
+    )
+    return y_NShH.reshape(tokens, kv_heads, queries, head_dim)

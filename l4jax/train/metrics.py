@@ -1,0 +1,70 @@
+"""How training goes: a line of JSON every few steps, and a picture of the curves."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FILE, PICTURE = "metrics.jsonl", "curves.svg"
+_WIDTH, _HEIGHT, _EDGE = 720, 200, 36
+_CURVES = ("words", "right", "balance", "rate")
+
+
+class Metrics:
+    """The notes of a run's steps, averaged over as many steps as a line stands for."""
+
+    def __init__(self, folder: Path, start: int):
+        """Keep the lines up to step `start`, which a resumed run repeats no more."""
+        self._path = folder / FILE
+        kept = [line for line in read_lines(folder) if line["step"] <= start]
+        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, step: int, notes: Sequence[Mapping[str, Any]], **more: float) -> None:
+        """Add a line for the steps up to `step` whose notes these are."""
+        line: dict[str, Any] = {"step": step, **more}
+        for name in notes[0]:
+            line[name] = np.mean([np.asarray(note[name], np.float64) for note in notes], 0).tolist()
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines that a run has written; a last one that a kill cut short is left out."""
+    path = folder / FILE
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def write_picture(folder: Path) -> None:
+    """Draw the curves of a run as SVG, one below the other."""
+    lines = read_lines(folder)
+    panels = [
+        _draw_panel(name, [(x["step"], x[name]) for x in lines if name in x], at * _HEIGHT)
+        for at, name in enumerate(_CURVES)
+    ]
+    size = f'width="{_WIDTH}" height="{_HEIGHT * len(_CURVES)}"'
+    style = 'font-family="sans-serif" font-size="12" fill="none" stroke="none"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>'
+    ground = '<rect width="100%" height="100%" fill="white"/>'
+    (folder / PICTURE).write_text("\n".join([head, ground, *panels, "</svg>"]) + "\n")
+
+
+def _draw_panel(name: str, points: Sequence[tuple[int, float]], top: int) -> str:
+    points = [(x, y) for x, y in points if math.isfinite(y)]
+    if not points:
+        return ""
+    (left, right), (low, high) = (
+        (min(values), max(values)) for values in zip(*points, strict=True)
+    )
+
+    def place(x: float, y: float) -> str:
+        across = _EDGE + (_WIDTH - 2 * _EDGE) * (x - left) / max(right - left, 1)
+        down = top + _HEIGHT - _EDGE - (_HEIGHT - 2 * _EDGE) * (y - low) / max(high - low, 1e-12)
+        return f"{across:.1f},{down:.1f}"
+
+    line = f'<polyline stroke="#1f54c8" points="{" ".join(place(x, y) for x, y in points)}"/>'
+    text = f"{name}: {low:.4g} to {high:.4g}, last {points[-1][1]:.4g}; steps {left} to {right}"
+    return f'<text x="{_EDGE}" y="{top + 20}" fill="black">{text}</text>\n{line}'

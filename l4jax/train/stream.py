@@ -1,0 +1,73 @@
+"""Batches made by worker processes ahead of time, in order: training does not wait for Pillow."""
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from l4jax.train.batches import Packed, Recipe, make_batch
+
+AHEAD = 2  # batches that each worker is asked for beyond the one in use
+
+
+@contextlib.contextmanager
+def stream_batches(recipe: Recipe, start: int, workers: int) -> Iterator[Iterator[Packed]]:
+    """The batches of the steps from `start` on, for use in a `with`.
+
+    Args:
+        recipe: of the batches.
+        start: number of the first.
+        workers: processes; 0 makes each batch here, when it is asked for.
+    """
+    if workers == 0:
+        yield (make_batch(recipe, step) for step in range(start, recipe.steps))
+        return
+    # Pictures are large: they come as files, which the system keeps in memory, not through pipes.
+    with tempfile.TemporaryDirectory(prefix="batches-") as scratch:
+        # Spawned, for a fork of a process that runs jax may hang.
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(workers, context, initializer=_be_alone)
+        try:
+            yield _receive(pool, recipe, start, workers * AHEAD, Path(scratch))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _receive(
+    pool: ProcessPoolExecutor, recipe: Recipe, start: int, ahead: int, scratch: Path
+) -> Iterator[Packed]:
+    asked: list[Future[Path]] = []
+    for step in range(start, recipe.steps + ahead):
+        if step < recipe.steps:
+            asked.append(pool.submit(_write_batch, recipe, step, scratch))
+        if step >= start + ahead and asked:
+            yield _read(asked.pop(0).result())
+
+
+def _be_alone() -> None:
+    """A worker is one of many: it uses one core, and leaves Ctrl-C to its parent."""
+    import signal
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _write_batch(recipe: Recipe, step: int, scratch: Path) -> Path:
+    path = scratch / f"{step}.npy"
+    with path.open("wb") as file:  # one behind the other: an archive would be checked byte by byte
+        for array in vars(make_batch(recipe, step)).values():
+            np.save(file, array)
+    return path
+
+
+def _read(path: Path) -> Packed:
+    with path.open("rb") as file:
+        arrays = [np.load(file) for _ in dataclasses.fields(Packed)]
+    path.unlink()
+    return Packed(*arrays)

@@ -1,0 +1,57 @@
+"""What training writes is a Llama 4: transformers loads it, and sees the same logits as we do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l4jax import LLM, SamplingParams, checkpoint
+from l4jax.text.tokenizer import Tokenizer
+from l4jax.train import bundle, scoring
+from l4jax.train.documents import Speller
+from l4jax.train.learning import Teaching, initialize
+from tests.reference import oracle
+from tests.train import toys
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    learned = jax.jit(lambda: initialize(toys.CONFIG, Teaching(steps=1), 0))()
+    bundle.export(folder, toys.CONFIG, learned.params, toys.find_vocabulary())
+    return folder
+
+
+def test_transformers_and_our_engine_give_the_same_distributions(folder):
+    """Over a chart, a needle, a call and a sum: the first token's log-probabilities, in float32."""
+    model, speller = oracle.load(folder), Speller.from_folder(folder)
+    llm = LLM(folder, dtype="float32", quiet=True, max_num_seqs=2, max_model_len=1024)
+    params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=20)
+    for exchange in scoring.list_questions(speller, toys.CHUNK, 1):
+        document = speller(exchange)
+        ids, pixels = scoring.cut_prompt(document), scoring.normalize(document, speller)
+        logits_TV = oracle.logits(model, np.array(ids), pixels)
+        wanted_V = np.asarray(jax.nn.log_softmax(jnp.asarray(logits_TV[-1])))
+        if pixels is None:
+            (output,) = llm.generate({"prompt_token_ids": ids}, params)
+        else:
+            (output,) = llm.chat(scoring.show(exchange), params)
+        assert list(output.prompt_token_ids) == ids
+        (told,) = output.outputs[0].logprobs
+        found = dict(told.top)
+        assert len(found) >= 20
+        for token, logprob in found.items():
+            assert abs(logprob - wanted_V[token]) < 2e-4, exchange.kind
+
+
+def test_the_bundled_tokenizer_is_read_alike_by_transformers():
+    from transformers import AutoTokenizer
+
+    folder = checkpoint.BUNDLED
+    ours, theirs = Tokenizer.from_folder(folder), AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "What is 12 + 34? Rome, naïve 東京"}]
+    text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(
+        text, add_special_tokens=False
+    )
+    assert theirs.vocab_size <= bundle.CONFIG.text.vocab == ours.vocab_size

@@ -1,0 +1,348 @@
+"""Training data: the same every time, right, in one split each, and spelled as it is asked."""
+
+import collections
+import dataclasses
+import random
+import re
+
+import numpy as np
+import pytest
+
+from l4jax import checkpoint
+from l4jax.text.chat import render_chat
+from l4jax.text.image import choose_canvas
+from l4jax.text.tokenizer import Tokenizer
+from l4jax.train import charts, tasks
+from l4jax.train.batches import Recipe, make_batch
+from l4jax.train.documents import MIX, Speller, draw_example
+from l4jax.train.splits import SPLITS, draw_from, find_split
+from l4jax.train.stream import stream_batches
+from l4jax.train.vocabulary import SPECIAL_TOKENS, write_vocabulary
+from tests.train import toys
+
+SPELLER = Speller.from_folder(toys.find_vocabulary())
+CHUNK = 256
+
+
+def draw_many(split: str, seed: int, count: int = 200) -> list:
+    rng = random.Random(seed)
+    return [draw_example(rng, split, 1.0, SPELLER, CHUNK, 5) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def examples() -> list:
+    return draw_many("train", 0, 400)
+
+
+def make_recipe(**changes) -> Recipe:
+    recipe = toys.make_plan(100).recipe
+    return dataclasses.replace(recipe, rows=4, length=6 * CHUNK, chunk=CHUNK, tiles=16, **changes)
+
+
+def test_the_same_seed_gives_the_same_examples_and_another_gives_others():
+    assert draw_many("train", 1, 50) == draw_many("train", 1, 50)
+    assert draw_many("train", 1, 50) != draw_many("train", 2, 50)
+
+
+def test_every_kind_is_drawn(examples):
+    kinds = collections.Counter(getattr(example, "kind", "prose") for example in examples)
+    assert set(kinds) == set(MIX)
+
+
+def test_no_example_is_in_two_splits():
+    """By construction, of what an example holds; seeds have no part in it."""
+    keys = {}
+    for split in SPLITS:
+        found = draw_many(split, 3)
+        keys[split] = {key for example in found for key in example.key.split(" | ")}
+        assert all(find_split(key) == split for key in keys[split])
+    assert not keys["train"] & keys["test"] and not keys["train"] & keys["validation"]
+    assert not keys["validation"] & keys["test"]
+
+
+def test_a_sum_of_the_test_is_not_trained_in_the_other_order():
+    rng = random.Random(0)
+    sums = {split: set() for split in ("train", "test")}
+    for split, found in sums.items():
+        for _ in range(2000):
+            ((question, _),) = draw_from(split, tasks.make_arithmetic, rng).turns
+            one, sign, two = re.findall(r"\d+|[+-]", question)
+            found.add((sign, frozenset((one, two))))
+    assert not sums["train"] & sums["test"]
+
+
+def test_answers_about_charts_follow_from_what_is_drawn(examples):
+    asked = collections.Counter()
+    for example in examples:
+        if not isinstance(getattr(example, "picture", None), charts.Chart):
+            continue
+        chart = example.picture
+        values = dict(zip(chart.labels, chart.values, strict=True))
+        colors = dict(zip(chart.labels, chart.colors, strict=True))
+        for question, answer in example.turns:
+            named = [label for label in re.findall(r"\w+", question) if label in values]
+            numbers = [values[label] for label in named]
+            first = question.split()[0:2]
+            if "value of" in question:
+                wanted = str(values[named[0]])
+            elif "largest" in question or "smallest" in question:
+                pick = max if "largest" in question else min
+                wanted = pick(values, key=values.get)
+            elif "sum" in question:
+                wanted = f"{numbers[0]} + {numbers[1]} = {sum(numbers)}"
+            elif "difference" in question:
+                wanted = f"{max(numbers)} - {min(numbers)} = {abs(numbers[0] - numbers[1])}"
+            elif first == ["How", "many"]:
+                wanted = str(len(values))
+            elif "color" in question:
+                wanted = colors[named[0]] if named else chart.colors[0]
+                assert named or len(set(chart.colors)) == 1
+            else:
+                wanted = ", ".join(f"{label} {value}" for label, value in values.items())
+            assert answer == wanted, (chart, question)
+            asked[" ".join(first)] += 1
+    assert sum(asked.values()) > 100 and len(asked) >= 5
+
+
+@pytest.mark.parametrize("kind", ["bar", "row"])
+def test_a_bar_is_as_long_as_its_value(kind):
+    """Read off the pixels: lengths are as the values that the answers come from."""
+    values = (90, 45, 30)
+    colors = ("red", "blue", "green")
+    chart = charts.Chart(kind, "", ("Rome", "Oslo", "Bern"), values, colors, False, 336, 336, 15)
+    pixels_YXC = np.asarray(charts.draw(chart))
+    lengths = []
+    for color in colors:
+        is_bar_YX = (pixels_YXC == charts.PALETTE[color]).all(axis=-1)
+        lengths.append(is_bar_YX.any(axis=1 if kind == "bar" else 0).sum())
+    np.testing.assert_allclose(np.array(lengths) / lengths[0], np.array(values) / 90, atol=0.02)
+
+
+def test_a_line_and_a_pie_show_their_values():
+    colors = ("red", "blue", "green")
+    chart = charts.Chart(
+        "pie", "", ("Tea", "Milk", "Juice"), (60, 30, 10), colors, False, 336, 336, 15
+    )
+    pixels_YXC = np.asarray(charts.draw(chart))[:, :230]
+    areas = np.array([(pixels_YXC == charts.PALETTE[c]).all(axis=-1).sum() for c in colors])
+    np.testing.assert_allclose(areas / areas.sum(), [0.6, 0.3, 0.1], atol=0.02)
+    line = dataclasses.replace(chart, kind="line")
+    pixels_YXC = np.asarray(charts.draw(line))
+    heights = [
+        336 - np.flatnonzero((pixels_YXC == charts.PALETTE[c]).all(axis=-1).any(axis=1)).mean()
+        for c in colors
+    ]
+    floor = (heights[2] * 60 - heights[0] * 10) / 50  # where a value of 0 would be
+    assert abs((heights[1] - floor) / (heights[0] - floor) - 0.5) < 0.02
+
+
+def test_pictures_need_one_to_four_tiles_and_texts_do_not_touch():
+    rng, seen = random.Random(0), collections.Counter()
+    for _ in range(400):
+        chart = charts.make_chart(rng, 1.0)
+        rows, columns = choose_canvas(chart.height, chart.width)
+        seen[rows, columns] += 1
+        assert charts.draw(chart).size == (chart.width, chart.height)
+        if chart.kind in ("bar", "line"):
+            step = (chart.width - 20) / len(chart.labels)
+            font = charts.ImageFont.load_default(chart.text)
+            assert max(font.getlength(label) for label in chart.labels) < step, chart
+    assert set(seen) == set(charts.CANVASES)
+    assert {rows * columns for rows, columns in seen} == {1, 2, 3, 4}
+
+
+def test_words_stand_at_corners_of_patches_at_first_and_anywhere_later():
+    """The same word is the same pixels of its patch, or it is not."""
+    rng = random.Random(0)
+    easy = [charts.make_sign(rng, 0.0) for _ in range(50)]
+    assert {sign.copies for sign in easy} == {1, 4, 16}
+    assert all(len(sign.words) == 1 for sign in easy)
+    assert not any(charts.make_sign(rng, 1.0).copies for _ in range(20))
+    corners = {1: set(), 0: set()}
+    for copies, found in corners.items():
+        for number in range(20):
+            # What the place is drawn from, and does not show.
+            words = ("Rome", str(number)) if not copies else ("Rome",)
+            sign = charts.Sign(words, copies, 336, 336 + number, 18)
+            is_ink_YX = (np.asarray(charts.draw(sign))[:168] < 128).all(axis=-1)
+            if is_ink_YX.any():
+                found.add((int(is_ink_YX.any(1).argmax()), int(is_ink_YX.any(0).argmax())))
+    within = {name: {(y % 14, x % 14) for y, x in found} for name, found in corners.items()}
+    assert len(corners[1]) > 5 and len(within[1]) == 1
+    assert len(within[0]) > 10
+
+
+def test_charts_are_easy_at_first():
+    rng = random.Random(0)
+    for _ in range(100):
+        chart = charts.make_chart(rng, 0.0)
+        assert choose_canvas(chart.height, chart.width) == (1, 1) and len(chart.labels) <= 3
+
+
+@pytest.mark.parametrize("distance", [0, 1, 2, 5])
+def test_a_needle_lies_as_many_chunk_boundaries_back_as_it_says(distance):
+    """Counted in the tokens that the model gets, for the answer's own needle."""
+    rng, depths = random.Random(0), []
+    for _ in range(25):
+        example = tasks.make_needle(rng, SPELLER.count, CHUNK, distance)
+        ((text, code),) = example.turns
+        document = SPELLER(example)
+        answer_at = int(np.flatnonzero(document.weight_T)[0])
+        said = "".join(SPELLER.tokenizer.decode([i]) for i in document.token_T[answer_at:])
+        assert said.startswith(code)
+        name = re.search(r"What is the code of (\w+)\?$", text)[1]
+        assert text.count(f"The code of {name} is {code}.") == 1 and text.count(code) == 1
+        prefix = (
+            text[: text.index(f"The code of {name} is {code}.")] + f"The code of {name} is {code}."
+        )
+        needle_at = 5 + SPELLER.count(prefix) - 1
+        decoded = SPELLER.tokenizer.decode(document.token_T[needle_at - 3 : needle_at + 1])
+        assert decoded == f"{code}."
+        assert answer_at // CHUNK - needle_at // CHUNK == distance == example.distance
+        assert len(document.token_T) <= 6 * CHUNK
+        depths.append(example.depth)
+    assert distance == 5 or max(depths) - min(depths) > 0.3
+
+
+def test_sums_facts_and_calls_are_right():
+    rng = random.Random(0)
+    for _ in range(200):
+        ((question, answer),) = tasks.make_arithmetic(rng).turns
+        one, sign, two = re.findall(r"\d+|[+-]", question)
+        assert int(answer) == (int(one) + int(two) if sign == "+" else int(one) - int(two)) >= 0
+        exchange = tasks.make_tool_call(rng)
+        ((request, call),) = exchange.turns
+        name, written = re.fullmatch(r"\[(\w+)\((.*)\)\]", call).groups()
+        tool = next(t["function"] for t in exchange.tools if t["function"]["name"] == name)
+        arguments = eval(f"dict({written})")  # it is Python, after all
+        assert list(arguments) == tool["parameters"]["required"]
+        assert all(str(value) in request for value in arguments.values())
+        for parameter, value in arguments.items():
+            kind = tool["parameters"]["properties"][parameter]["type"]
+            assert isinstance(value, int if kind == "integer" else str)
+    ((question, answer),) = next(
+        e for e in iter(lambda: tasks.make_fact(rng), None) if "France" in e.key
+    ).turns
+    assert answer == "Paris"
+
+
+def as_messages(example: tasks.Exchange) -> list[dict]:
+    messages = []
+    for place, (question, answer) in enumerate(example.turns):
+        content = question
+        if place == 0 and example.picture is not None:
+            picture = {"type": "image", "image": charts.draw(example.picture)}
+            content = [picture, {"type": "text", "text": question}]
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return messages
+
+
+def test_examples_are_spelled_as_the_chat_template_spells_them(examples):
+    """And the prompt that a server makes of a question is what stands before its answer."""
+    for example in examples[:120]:
+        if isinstance(example, tasks.Passage):
+            continue
+        document, messages = SPELLER(example), as_messages(example)
+        rest = (SPELLER.tokenizer, SPELLER.processor)
+        tools = list(example.tools) or None
+        whole = render_chat(*rest, messages, add_generation_prompt=False, tools=tools)
+        assert tuple(document.token_T) == whole.token_ids
+        prompt = render_chat(*rest, messages[:1], tools=tools)
+        answer_at = int(np.flatnonzero(document.weight_T)[0])
+        assert prompt.token_ids == whole.token_ids[:answer_at]
+        if whole.images:
+            levels_C256 = SPELLER.processor.levels_C256
+            shown_ICYX = np.stack([levels_C256[c][document.tiles_ICYX[:, c]] for c in range(3)], 1)
+            np.testing.assert_array_equal(shown_ICYX, whole.images[0].pixels_ICHW)
+
+
+def test_the_template_writes_a_call_as_training_does():
+    example = tasks.make_tool_call(random.Random(5))
+    ((question, call),) = example.turns
+    name, written = re.fullmatch(r"\[(\w+)\((.*)\)\]", call).groups()
+    function = {"name": name, "arguments": eval(f"dict({written})")}
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]},
+    ]
+    prompt = render_chat(
+        SPELLER.tokenizer, None, messages, add_generation_prompt=False, tools=list(example.tools)
+    )
+    assert prompt.token_ids == tuple(SPELLER(example).token_T)
+
+
+def test_answers_alone_are_learned_and_prose_a_little():
+    tokenizer = SPELLER.tokenizer
+    example = tasks.make_arithmetic(random.Random(0))
+    document = SPELLER(example)
+    learned = tokenizer.decode(document.token_T[document.weight_T > 0], skip_special_tokens=False)
+    assert learned == example.turns[0][1] + "<|eot|>"
+    passage = SPELLER(tasks.make_passage(random.Random(0)))
+    assert (passage.weight_T > 0).all() and passage.weight_T.max() < 1
+
+
+def test_digits_are_tokens_of_their_own():
+    tokenizer = SPELLER.tokenizer
+    ids = tokenizer.encode("Rome 2047, 33 + 5", add_special_tokens=False)
+    pieces = [tokenizer.decode([i]) for i in ids]
+    assert [piece for piece in pieces if any(c.isdigit() for c in piece)] == list("2047335")
+
+
+@pytest.fixture(scope="module")
+def packed():
+    return make_batch(make_recipe(), 60)
+
+
+def test_a_batch_is_the_same_however_it_is_made(packed):
+    with stream_batches(make_recipe(), 60, workers=2) as batches:
+        streamed = [next(batches), next(batches)]
+    for name, array in vars(packed).items():
+        np.testing.assert_array_equal(getattr(streamed[0], name), array, err_msg=name)
+    assert not np.array_equal(streamed[1].token_T, packed.token_T)
+
+
+def test_a_document_is_whole_and_its_chunks_lie_on_blocks(packed):
+    start_T = np.flatnonzero(packed.position_T == 0)
+    assert len(start_T) > 8
+    for start in start_T:
+        rest = packed.position_T[start:]
+        count = int(np.argmax(np.append(rest[1:], -1) != np.arange(1, len(rest) + 1))) + 1
+        at = np.arange(start, start + count)
+        # Within one block, or from the start of one on; never across rows.
+        assert start % CHUNK == 0 or start // CHUNK == at[-1] // CHUNK
+        assert start // (6 * CHUNK) == at[-1] // (6 * CHUNK)
+        assert packed.token_T[start] == SPELLER.tokenizer.bos_id
+        np.testing.assert_array_equal(packed.target_T[at[:-1]], packed.token_T[at[1:]])
+        assert packed.weight_T[at[-1]] == 0
+        runs = packed.run_T[at]
+        np.testing.assert_array_equal(runs - runs[0], np.arange(count) // CHUNK)
+        assert (packed.first_RB[runs] == runs[0]).all()
+
+
+def test_each_picture_keeps_its_features(packed):
+    order_T = packed.feature_T[packed.feature_T >= 0]
+    np.testing.assert_array_equal(np.sort(order_T), np.arange(len(order_T)))
+    assert len(order_T) % 144 == 0 and len(order_T) >= 144
+    is_patch_T = packed.token_T == SPELLER.tokenizer.token_id("<|patch|>")
+    np.testing.assert_array_equal(is_patch_T, packed.feature_T >= 0)
+
+
+def test_a_length_that_is_no_multiple_of_the_chunk_is_refused():
+    with pytest.raises(ValueError, match="length is 100: it must be a multiple of the chunk, 64"):
+        dataclasses.replace(toys.make_plan(1).recipe, length=100)
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="split is 'dev': it is one of train, validation, test"):
+        draw_from("dev", tasks.make_fact, random.Random(0))
+
+
+def test_the_bundled_tokenizer_is_what_its_command_writes(tmp_path):
+    """Byte for byte: it follows from the training data, and has all that Llama 4 calls special."""
+    write_vocabulary(tmp_path)
+    for path in tmp_path.iterdir():
+        assert (checkpoint.BUNDLED / path.name).read_bytes() == path.read_bytes(), path.name
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert set(SPECIAL_TOKENS) == set(tokenizer.special_ids) and tokenizer.vocab_size == 2048
+    labels = [word for group in charts.LABELS.values() for word in group.split() if word.isalpha()]
+    assert all(len(tokenizer.encode(f" {w}", add_special_tokens=False)) == 1 for w in labels)

@@ -1,0 +1,418 @@
+"""Training computes what inference computes, learns, and can be killed."""
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from l4jax import cache, checkpoint, decode
+from l4jax.checkpoint.errors import CheckpointError
+from l4jax.checkpoint.safetensors import INDEX
+from l4jax.config import Config
+from l4jax.kernels import PORTABLE
+from l4jax.kernels.formats import Quantized
+from l4jax.model import Llama4, VisionTower, declare_parameters
+from l4jax.text.image import ImageProcessor
+from l4jax.train import bundle, state
+from l4jax.train.batches import make_batch
+from l4jax.train.charts import draw
+from l4jax.train.kernels import make_no_pool, make_training_kernels
+from l4jax.train.learning import (
+    Teaching,
+    balance,
+    find_loss,
+    initialize,
+    make_advance,
+    make_step,
+)
+from l4jax.train.metrics import read_lines
+from l4jax.train.run import load_saved, train
+from l4jax.train.splits import find_split
+from scripts import train_tiny
+from tests.train import toys
+
+LEVELS = ImageProcessor.from_folder(toys.find_vocabulary()).levels_C256
+HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def read_losses(folder: Path) -> list[tuple[int, float, float]]:
+    return [(line["step"], line["loss"], line["norm"]) for line in read_lines(folder)]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> Path:
+    """Ten steps without a break."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(toys.make_plan(10), folder, quiet=True)
+    return folder
+
+
+def test_a_run_that_is_killed_and_resumed_is_the_one_that_was_not(whole_run, tmp_path):
+    """SIGKILL between two saved states; every later loss and the weights are the same bits."""
+    plan = f"toys.make_plan(10, folder=Path({str(toys.find_vocabulary())!r}))"
+    code = (
+        "from pathlib import Path; from l4jax.train.run import train; from tests.train import toys;"
+        f"train({plan}, Path({str(tmp_path)!r}), quiet=True)"
+    )
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, env=environment)
+    deadline = time.monotonic() + 240
+    while len(read_lines(tmp_path)) < 6 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it came to its end before it was killed"
+    lines = len(read_lines(tmp_path))
+    assert 6 <= lines < 10 and (
+        state.list_saved(tmp_path)[-1].name in ("step-00000004", "step-00000008")
+    )
+    train(toys.make_plan(10), tmp_path, quiet=True)
+    assert read_losses(tmp_path) == read_losses(whole_run)
+    assert [step for step, *_ in read_losses(tmp_path)] == list(range(1, 11))
+    plan = toys.make_plan(10)
+    ours, wanted = load_saved(plan, tmp_path), load_saved(plan, whole_run)
+    jax.tree.map(np.testing.assert_array_equal, ours, wanted)
+
+
+def test_a_saved_state_takes_five_bytes_a_weight_in_files_that_can_be_carried(whole_run):
+    learned = load_saved(toys.make_plan(10), whole_run)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(learned.params))
+    files = list(state.list_saved(whole_run)[-1].iterdir())
+    assert sum(file.stat().st_size for file in files) < 5.6 * weights + 40_000  # headers, scales
+    assert all(file.stat().st_size < 16 * 2**20 for file in files)
+    shapes = jax.eval_shape(lambda: initialize(bundle.CONFIG, Teaching(steps=1), 0))
+    whole = state._flatten(jax.eval_shape(state.narrow, shapes))
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(whole)]
+    assert sum(sizes) < 56 * 2**20 and max(sizes) < state.SHARD_BYTES
+
+
+def test_another_plan_is_refused_by_what_differs(whole_run):
+    plan = toys.make_plan(10)
+    other = dataclasses.replace(plan, teaching=dataclasses.replace(plan.teaching, rate=1.0))
+    with pytest.raises(state.StateError, match=r"teaching.rate = 0.003 and this run has 1.0"):
+        train(other, whole_run, quiet=True)
+
+
+def test_a_folder_without_a_state_cannot_be_exported(tmp_path):
+    with pytest.raises(state.StateError, match="holds no saved state: train first"):
+        load_saved(toys.make_plan(10), tmp_path)
+
+
+def test_a_run_leaves_a_picture_and_a_line_for_each_step(whole_run):
+    assert "<polyline" in (whole_run / "curves.svg").read_text()
+    lines = read_lines(whole_run)
+    assert {"loss", "words", "right", "balance", "rate", "load_LE"} <= set(lines[0])
+    saved = [line["step"] for line in lines if "validation_words" in line]
+    assert saved == [4, 8, 10]
+
+
+@functools.cache
+def make_state(seed: int = 0, **changes):
+    config = toys.CONFIG.replace_text(**changes)
+    plan = dataclasses.replace(toys.make_plan(100), config=config)
+    return plan, jax.jit(lambda: initialize(config, plan.teaching, seed))()
+
+
+def find_pictured(plan):
+    """A batch with a picture in it."""
+    batches = (make_batch(plan.recipe, step) for step in range(100))
+    return next(batch for batch in batches if (batch.feature_T >= 0).any())
+
+
+def test_every_weight_learns():
+    """Vision, routers and all experts get gradients from a batch with a picture."""
+    plan, learned = make_state()
+    packed = find_pictured(plan)
+    find = jax.grad(lambda p: find_loss(p, packed, plan.config, plan.teaching, LEVELS)[0])
+    for path, gradient in state._flatten(jax.jit(find)(learned.params)).items():
+        assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0, path
+
+
+def test_the_loss_falls():
+    """Forty steps on one batch with pictures: every token of it can be foretold."""
+    plan, learned = make_state()
+    teaching = dataclasses.replace(plan.teaching, steps=1000)
+    advance = jax.jit(make_advance(plan.config, teaching, LEVELS))
+    packed, found = find_pictured(plan), []
+    for _ in range(40):
+        learned, notes = advance(learned, packed)
+        found.append(float(notes["words"]))
+    assert found[0] > 6 and found[-1] < 0.2 * found[0], found
+
+
+def test_training_computes_what_serving_computes():
+    """The logits of packed documents against those of the engine's kernels on a page pool."""
+    plan, learned = make_state(layers=4, nope_interval=4)
+    text, vision = plan.config.text, plan.config.vision
+    assert vision is not None
+    packed = find_pictured(plan)
+    pixels = np.stack([LEVELS[c][packed.tiles_ICYX[:, c]] for c in range(3)], axis=1)
+    tower = VisionTower(vision, text.width)
+    features = jax.jit(tower.apply)({"params": learned.params["vision"]}, pixels)
+    model = Llama4(text, make_training_kernels(text.chunk))
+    variables = {"params": learned.params["text"]}
+
+    @jax.jit
+    def run(packed, features):
+        features_MD = features.reshape(-1, text.width)
+        x_TD, _ = model.apply(variables, make_step(packed, text), make_no_pool(text), features_MD)
+        return model.apply(variables, x_TD, method="find_logits")
+
+    found_TV = np.asarray(run(packed, features))
+    starts = np.flatnonzero(packed.position_T == 0)
+    heres = [slice(start, start + _count(packed.position_T[start:])) for start in starts]
+    longest = max(heres, key=lambda here: here.stop - here.start)
+    assert longest.stop - longest.start > 2 * text.chunk
+    pictured = next(here for here in heres if (packed.feature_T[here] >= 0).any())
+    for here in (heres[-1], longest, pictured):
+        wanted_TV = _serve(learned.params, text, packed, features, here)
+        scale = np.abs(wanted_TV).max()
+        np.testing.assert_allclose(found_TV[here] / scale, wanted_TV / scale, atol=2e-5)
+
+
+def _count(position_T: np.ndarray) -> int:
+    is_next_T = np.append(position_T[1:], -1) == np.arange(1, len(position_T) + 1)
+    return int(np.argmin(is_next_T)) + 1
+
+
+def _serve(params, text, packed, features, here: slice) -> np.ndarray:
+    """The logits of one document by `decode.score`, each chunk a row with pages of its own."""
+    count, page = here.stop - here.start, 16
+    rows = -(-count // text.chunk)
+    at_T = np.arange(count, dtype=np.int32)
+    whole = np.arange(rows * text.chunk // page, dtype=np.int32)
+    local = len(whole) + np.arange(3 * len(whole), dtype=np.int32).reshape(3, rows, -1)
+    tables = cache.Tables(np.tile(whole, (rows, 1)), local)
+    pool = cache.make_pool(text, 4 * len(whole), page, jnp.float32)
+    batch = cache.Batch(
+        packed.token_T[here], at_T, at_T // text.chunk, tables, packed.feature_T[here]
+    )
+    model = Llama4(text, PORTABLE)
+    return np.asarray(decode.score(params, pool, batch, features, model=model)[1])
+
+
+def test_documents_in_a_batch_do_not_see_each_other():
+    """With all others' tokens changed, a document's gradient-free loss is the same bits."""
+    plan, learned = make_state()
+    packed = make_batch(plan.recipe, 60)
+    start = int(np.flatnonzero(packed.position_T == 0)[2])
+    here = slice(start, start + _count(packed.position_T[start:]))
+    token_T = (packed.token_T + 1) % 256
+    token_T[here] = packed.token_T[here]
+    others = dataclasses.replace(packed, token_T=token_T)
+    text = plan.config.text
+    model = Llama4(text, make_training_kernels(text.chunk))
+
+    @jax.jit
+    def run(packed):
+        variables = {"params": learned.params["text"]}
+        return model.apply(variables, make_step(packed, text), make_no_pool(text), None)[0]
+
+    first, second = np.asarray(run(packed)), np.asarray(run(others))
+    np.testing.assert_array_equal(first[here], second[here])
+    assert not np.array_equal(first, second)
+
+
+def make_wide_plan():
+    """The toy with as many heads as a mesh of eight cuts."""
+    config = toys.CONFIG.replace_text(kv_heads=8)
+    assert config.vision is not None
+    vision = dataclasses.replace(config.vision, heads=8)
+    return dataclasses.replace(toys.make_plan(4), config=dataclasses.replace(config, vision=vision))
+
+
+def test_sharded_training_equals_training_on_one_device(tmp_path):
+    """Losses, norms of gradients and weights, within what float32's rounding may do."""
+    plan, one, many = make_wide_plan(), tmp_path / "one", tmp_path / "many"
+    wanted = train(plan, one, quiet=True)
+    learned = train(plan, many, mesh="data=2,model=4", quiet=True)
+    np.testing.assert_allclose(read_losses(many), read_losses(one), rtol=2e-4)
+    qkv = learned.params["text"]["layer_0"]["attention"]["qkv"]
+    assert qkv.sharding.spec[0] == "model"
+    moment = jax.tree.leaves(
+        jax.tree.map(
+            lambda leaf: leaf.sharding.spec if leaf.shape == qkv.shape else None, learned.moments
+        )
+    )
+    assert len(moment) == 2 * 2 and all(spec[0] == "model" for spec in moment)
+    ours = state._flatten(learned.params)
+    for path, leaf in state._flatten(wanted.params).items():
+        # Adam divides by what may be nothing but rounding: a few weights move by a whole step.
+        assert np.mean(np.abs(np.asarray(ours[path]) - np.asarray(leaf)) > 1e-4) < 0.02, path
+
+
+def test_load_balancing_is_what_its_formula_says():
+    rng = np.random.default_rng(0)
+    score_TE = rng.standard_normal((40, 4)).astype(np.float32)
+    is_real_T = rng.random(40) < 0.8
+    real = score_TE[is_real_T].astype(np.float64)
+    chance = np.exp(real) / np.exp(real).sum(1, keepdims=True)
+    load = np.bincount(real.argmax(1), minlength=4)
+    wanted = 4 * (load / len(real) * chance.mean(0)).sum()
+    loss, found = balance(jnp.asarray(score_TE), jnp.asarray(is_real_T))
+    np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+    np.testing.assert_array_equal(found, load)
+    even = jnp.tile(8 * jnp.eye(4), (5, 1))
+    np.testing.assert_allclose(balance(even, jnp.ones(20, bool))[0], 1, rtol=1e-6)
+    one = jnp.tile(jnp.array([8.0, 0, 0, 0]), (20, 1))
+    assert balance(one, jnp.ones(20, bool))[0] > 3.9
+
+
+def test_load_balancing_reaches_every_router():
+    plan, learned = make_state()
+    packed = make_batch(plan.recipe, 3)
+
+    def find(weight: float):
+        teaching = dataclasses.replace(plan.teaching, balance=weight)
+        grad = jax.grad(lambda p: find_loss(p, packed, plan.config, teaching, LEVELS)[0])
+        return jax.jit(grad)(learned.params)["text"]
+
+    without, with_it = find(0.0), find(1.0)
+    for layer in ("layer_0", "layer_1"):
+        routers = [grads[layer]["feed_forward"]["router"] for grads in (without, with_it)]
+        assert np.abs(routers[0]).max() > 0  # through the gate, as in serving
+        assert np.abs(routers[1] - routers[0]).max() > 1e-4
+
+
+def test_serving_keeps_no_scores():
+    plan, learned = make_state()
+    text = plan.config.text
+    packed = make_batch(plan.recipe, 3)
+    model = Llama4(text, make_training_kernels(text.chunk))
+    variables = {"params": learned.params["text"]}
+    run = functools.partial(model.apply, variables, make_step(packed, text), make_no_pool(text))
+    plain = jax.make_jaxpr(run)()
+    kept = jax.make_jaxpr(functools.partial(run, mutable=["intermediates"]))()
+    assert len(plain.jaxpr.outvars) + text.layers == len(kept.jaxpr.outvars)
+
+
+def test_weights_and_moments_are_rounded_as_they_are_saved():
+    _, learned = make_state()
+    learned = dataclasses.replace(
+        learned, moments=jax.tree.map(lambda leaf: leaf + 0.001, learned.moments)
+    )
+    saved = state.narrow(learned)
+    first = [x for x in jax.tree.leaves(saved, is_leaf=_is_quantized) if _is_quantized(x)]
+    matrices = [leaf for leaf in jax.tree.leaves(learned.params) if leaf.ndim > 1]
+    assert len(first) == len(matrices)
+    again = state.narrow(state.widen(saved))
+    for ours, wanted in zip(jax.tree.leaves(again), jax.tree.leaves(saved), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(wanted))
+    for ours, wanted in zip(
+        jax.tree.leaves(state.widen(saved).params), jax.tree.leaves(learned.params), strict=True
+    ):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, wanted, rtol=2**-8)
+
+
+def _is_quantized(leaf) -> bool:
+    return isinstance(leaf, Quantized)
+
+
+def test_bfloat16_computes_about_the_same_and_leaves_weights_in_float32():
+    plan, learned = make_state()
+    packed, found = find_pictured(plan), []
+    for dtype in ("float32", "bfloat16"):
+        teaching = dataclasses.replace(plan.teaching, dtype=dtype)
+        now, notes = jax.jit(make_advance(plan.config, teaching, LEVELS))(learned, packed)
+        assert {leaf.dtype for leaf in jax.tree.leaves(now.params)} == {jnp.dtype("float32")}
+        found.append((float(notes["loss"]), float(notes["norm"])))
+    assert found[0] != found[1]
+    np.testing.assert_allclose(found[1], found[0], rtol=0.05)
+
+
+def test_white_paper_begins_as_nothing_and_ink_does_not():
+    _, learned = make_state()
+    patch_WU = learned.params["vision"]["patch"]
+    assert np.abs(patch_WU.sum(axis=-1)).max() < 1e-4 < np.abs(patch_WU).mean()
+
+
+def test_weights_begin_at_a_size_that_keeps_the_signal():
+    plan, learned = make_state()
+    packed = make_batch(plan.recipe, 60)
+    _, notes = jax.jit(lambda p: find_loss(p, packed, plan.config, plan.teaching, LEVELS))(
+        learned.params
+    )
+    assert abs(float(notes["words"]) - np.log(plan.config.text.vocab)) < 1.0
+    assert (np.asarray(notes["load_LE"]).sum(1) == (packed.position_T >= 0).sum()).all()
+
+
+def test_the_bundled_model_fits_in_the_wheel_and_a_mesh_of_eight_can_cut_it():
+    shapes, _ = declare_parameters(bundle.CONFIG, jnp.bfloat16)
+    files = sum(file.stat().st_size for file in checkpoint.BUNDLED.iterdir())
+    has_weights = (checkpoint.BUNDLED / "model.safetensors").exists()
+    weights = 0 if has_weights else 2 * sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert files + weights <= 24e6
+    text, vision = bundle.CONFIG.text, bundle.CONFIG.vision
+    assert vision is not None
+    sizes = (text.kv_heads, text.vocab, text.expert_width, vision.heads, vision.adapter_width)
+    assert all(size % 8 == 0 for size in sizes)
+    assert 8 <= text.layers <= 12 and text.experts == 4 and 128 <= text.chunk <= 512
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    plan, learned = make_state()
+    bundle.export(folder, plan.config, learned.params, toys.find_vocabulary())
+    return folder
+
+
+def test_an_exported_model_holds_what_was_learned(exported):
+    config = Config.from_folder(exported)
+    _, learned = make_state()
+    loaded = checkpoint.load(exported, config, jnp.float32, lambda _: HERE, progress=False)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), learned.params)
+    jax.tree.map(lambda ours, wanted: np.testing.assert_array_equal(ours, wanted), loaded, rounded)
+    raw = json.loads((exported / "config.json").read_text())
+    assert raw["architectures"] == ["Llama4ForConditionalGeneration"]
+    assert len(config.eos_ids) == 3 and config.patch_id is not None
+
+
+def test_an_exported_model_comes_with_a_chart_of_the_test(exported):
+    chart = bundle.make_sample()
+    assert find_split(chart.key) == "test"
+    with Image.open(exported / bundle.SAMPLE) as image:
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(draw(chart)))
+
+
+def test_the_command_trains_until_its_time_is_up_goes_on_and_exports(tmp_path, monkeypatch, capsys):
+    run, folder = tmp_path / "run", tmp_path / "model"
+    plan = toys.make_plan(8)
+    monkeypatch.setattr(train_tiny, "make_plan", lambda steps, **rest: plan)
+    monkeypatch.setattr(train_tiny, "keep_compilations", lambda folder: None)
+
+    def call(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["train_tiny", "--folder", str(run), *words])
+        train_tiny.main()
+        return capsys.readouterr().out
+
+    assert "step 4 of 8" in call("--minutes", "0.0001", "--workers", "0")
+    assert [line["step"] for line in read_lines(run)] == [1, 2, 3, 4]
+    told = call("--workers", "1")
+    assert "step 8 of 8" in told and "step 4 of 8" not in told
+    assert "step 8, " in call("--export", str(folder))
+    assert Config.from_folder(folder).text == toys.CONFIG.text
+
+
+def test_a_damaged_state_is_refused(whole_run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole_run, copy)
+    (found,) = state.list_saved(copy)
+    index = json.loads((found / INDEX).read_text())
+    shard = found / sorted(set(index["weight_map"].values()))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="cut off"):
+        load_saved(toys.make_plan(10), copy)
