@@ -50,7 +50,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-num-batched-tokens", type=int, default=8192, metavar="N", help="of an engine's step")
     add("--seed", type=int, default=0)
     add("--json", type=Path, metavar="FILE", help="write the figures")
-    add("--plot", type=Path, metavar="FILE", help="draw decode against batch; needs matplotlib")
+    add("--plot", type=Path, metavar="FILE", help="draw decode against batch; needs l4jax[bench]")
     add("--profile", type=Path, metavar="FOLDER", help="write a trace for XProf or Perfetto")
     return parser.parse_args(argv)
 

@@ -60,7 +60,7 @@ def answer_by_reference(args: argparse.Namespace, asked: list) -> list[str]:
 
     Without a cache there is nothing of the reference's that could go wrong but the model.
     """
-    import torch
+    import torch  # pyright: ignore[reportMissingImports] - of the test extra
     from transformers import Llama4ForConditionalGeneration
 
     model = Llama4ForConditionalGeneration.from_pretrained(

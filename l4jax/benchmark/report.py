@@ -63,7 +63,7 @@ def write_json(
 
 def draw_plot(path: Path, about: dict[str, Any], figures: Sequence[Figure]) -> None:
     """Milliseconds of a decode step against batch, with the floor, and the peer where it ran the
-    same. Needs matplotlib (`pip install matplotlib`).
+    same. Needs matplotlib (`pip install "l4jax[bench]"`).
     """
     from matplotlib.figure import Figure as Canvas
 
