@@ -28,6 +28,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--config", default="tiny", choices=["tiny", "scout", "maverick"], help="(default: tiny)")
     add("--layers", type=int, metavar="N", help="fewer than the model has (default: all)")
     add("--mesh", default="1", help="devices: 8, 2x4 or data=2,model=4 (default: 1)")
+    add("--kernels", default="portable", choices=["portable", "hopper"], help="(default: portable)")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="(default: bfloat16)")
     add("--quantization", choices=["fp8", "int4"], help="of the weights (default: none)")
     add("--kv-cache-dtype", default="auto", choices=["auto", "fp8"], help="(default: auto)")
@@ -96,6 +97,7 @@ def _measure(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         quantization=args.quantization,
         kv_cache_dtype=args.kv_cache_dtype,
+        kernels=args.kernels,
         seed=args.seed,
     )
     about = {
@@ -103,6 +105,7 @@ def _measure(args: argparse.Namespace) -> int:
         "layers": model.text.layers,
         "quantization": args.quantization,
         "format": args.quantization or args.dtype,
+        "kernels": args.kernels,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }

@@ -46,6 +46,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--temperature", type=float, help="0 is greedy (default: the model's own)")
     add("--top-p", type=float, help="(default: the model's own)")
     add("--seed", type=int, help="the same seed gives the same answer")
+    add(
+        "--kernels",
+        default="portable",
+        choices=["portable", "hopper"],
+        help="hopper: faster, on an H100 or an H200 (default: portable)",
+    )
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="(default: auto)")
     add(
         "--kv-cache-dtype",
@@ -105,6 +111,7 @@ def _answer(args: argparse.Namespace, started: float) -> int:
         args.model,
         mesh=args.mesh,
         dtype=args.dtype,
+        kernels=args.kernels,
         quantization=args.quantization,
         kv_cache_dtype=args.kv_cache_dtype,
         calculate_kv_scales=args.calculate_kv_scales,

@@ -110,6 +110,7 @@ class LLM:
         chat_template: Jinja, in place of the checkpoint's.
         seed: for requests without a seed of their own.
         load_format: "auto" reads the checkpoint's weights, "dummy" makes random ones.
+        kernels: "portable" runs everywhere; "hopper" is faster, on an H100 or an H200.
         revision: branch, tag or commit on the hub.
         quiet: no progress bars and no notices on standard error.
 
@@ -142,6 +143,7 @@ class LLM:
         chat_template: str | None = None,
         seed: int = 0,
         load_format: str = "auto",
+        kernels: str = "portable",
         revision: str | None = None,
         quiet: bool = False,
     ):
@@ -166,7 +168,12 @@ class LLM:
         self.config = Config.from_folder(folder)
         if attn_temperature_tuning is not None:
             self.config = self.config.replace_text(has_temperature_tuning=attn_temperature_tuning)
-        runner = Runner(self.config, mesh or tensor_parallel_size or 1, _find_dtype(dtype, folder))
+        runner = Runner(
+            self.config,
+            mesh or tensor_parallel_size or 1,
+            _find_dtype(dtype, folder),
+            kernels=kernels,
+        )
         self._tell(runner.notice)
         self.tokenizer = Tokenizer.from_folder(folder)
         self.processor = _make_processor(self.config, folder)

@@ -72,13 +72,14 @@ class Bench:
         dtype: str = "bfloat16",
         quantization: str | None = None,
         kv_cache_dtype: str = "auto",
+        kernels: str = "portable",
         seed: int = 0,
     ):
         self.config = dataclasses.replace(config, vision=None)
         self.kv_cache_dtype, self.seed = kv_cache_dtype, seed
         self.phases: dict[str, float] = dict.fromkeys(("load", "compile", "warm-up"), 0.0)
         with self._clock("load"):
-            self.runner = Runner(self.config, mesh, dtype)
+            self.runner = Runner(self.config, mesh, dtype, kernels=kernels)
             self.runner.initialize(seed, quantization=quantization)
             jax.block_until_ready(self.runner.params)
         size = 1 if kv_cache_dtype != "auto" else jnp.dtype(dtype).itemsize

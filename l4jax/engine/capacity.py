@@ -138,12 +138,15 @@ class Buckets:
 
     @classmethod
     def of(cls, limits: Limits) -> "Buckets":
-        """Tokens in fours, 16, 64 .. the budget, with rows to match; loops in twos, 1, 2, 4 .."""
+        """In fours: tokens 16, 64 .. the budget, with rows to match; loops 1, 4, 16 .. all.
+
+        A row of padding costs little beside the weights; a program more takes seconds to compile.
+        """
         tokens, loops = [16], [1]
         while tokens[-1] < limits.tokens:
             tokens.append(min(4 * tokens[-1], limits.tokens))
         while loops[-1] < limits.requests:
-            loops.append(min(2 * loops[-1], limits.requests))
+            loops.append(min(4 * loops[-1], limits.requests))
         steps = [
             (t, min(limits.requests + t // limits.chunk + 1, limits.rows)) for t in tokens[:-1]
         ]

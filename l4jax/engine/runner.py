@@ -54,14 +54,23 @@ class Flight:
 class Runner:
     """A model on a mesh: `load` or `initialize`, `reserve`, then `dispatch` as often as wanted."""
 
-    def __init__(self, config: Config, mesh: str | int, dtype: Any, strategy: str = "tensor"):
-        """Make the mesh; refuse one that the model cannot be cut for (`sharding.MeshError`)."""
+    def __init__(
+        self,
+        config: Config,
+        mesh: str | int,
+        dtype: Any,
+        strategy: str = "tensor",
+        kernels: str = "portable",
+    ):
+        """Make the mesh; refuse one that the model cannot be cut for (`sharding.MeshError`), and
+        kernels that the devices cannot run (ValueError).
+        """
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.notice = prepare_devices(mesh)
         self.layout = Layout(make_mesh(mesh), STRATEGIES[strategy])
         check_mesh(config, self.layout)
-        kernels = choose_kernels(self.layout.mesh.devices.flat[0])
-        self.model = Llama4(config.text, make_kernels(kernels, self.layout))
+        chosen = choose_kernels(kernels, self.layout.mesh.devices.flat[0])
+        self.model = Llama4(config.text, make_kernels(chosen, self.layout))
         self.tower = VisionTower(config.vision, config.text.width) if config.vision else None
         self.kv_scales: tuple[np.ndarray, np.ndarray] | None = None  # of a checkpoint that has them
         # On a GPU float32 would be multiplied as TF32, 13 bits shorter; bfloat16 stays as it is.
@@ -322,11 +331,22 @@ class Runner:
         return int(max(0, free)) * self.layout.count(axes.KV_HEADS)
 
 
-def choose_kernels(device: Any) -> Kernels:
-    """The fast ones where they run, on a Hopper GPU; else those that run everywhere."""
+def choose_kernels(name: str, device: Any) -> Kernels:
+    """Those that run everywhere, "portable", or the fast ones of a GPU, "hopper".
+
+    Raises:
+        ValueError: for another name, and where the fast ones cannot run.
+    """
+    if name == "portable":
+        return PORTABLE
+    if name != "hopper":
+        raise ValueError(f"kernels is {name!r}: it is 'portable' or 'hopper'.")
     is_hopper = getattr(device, "compute_capability", None) == "9.0"
     if not is_hopper or jax.__version_info__ < (0, 11):
-        return PORTABLE
+        raise ValueError(
+            f"kernels is 'hopper', and here is {device.device_kind} with jax {jax.__version__}: "
+            "they run on an H100 or an H200 with jax 0.11 or newer; take 'portable'."
+        )
     from l4jax.kernels.hopper import Hopper  # needs what only jax for a GPU brings
 
     hopper = Hopper(device.core_count)

@@ -68,6 +68,12 @@ def _add_devices(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--mesh", help="8, 2x4 or data=2,model=4 (default: 1)")
     add(
+        "--kernels",
+        default="portable",
+        choices=["portable", "hopper"],
+        help="hopper: faster, on an H100 or an H200 (default: portable)",
+    )
+    add(
         "--tensor-parallel-size", "-tp", type=int, metavar="N", help="devices that share each layer"
     )
     add("--data-parallel-size", "-dp", type=int, metavar="N", help="groups of them (default: 1)")
@@ -285,7 +291,7 @@ def make_engine_options(args: argparse.Namespace) -> dict[str, Any]:
     if mesh is None:
         mesh = f"{args.data_parallel_size or 1}x{args.tensor_parallel_size or 1}"
     names = (
-        "revision load_format dtype quantization seed gpu_memory_utilization max_model_len "
+        "revision load_format dtype kernels quantization seed gpu_memory_utilization max_model_len "
         "max_num_seqs max_num_batched_tokens block_size kv_cache_dtype calculate_kv_scales "
         "enable_prefix_caching speculative_config limit_mm_per_prompt"
     )

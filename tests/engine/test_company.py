@@ -152,7 +152,7 @@ def test_after_the_warm_up_nothing_is_compiled_whatever_arrives():
         run_all(engine)
     assert [function._cache_size() for function in functions] == before
     shapes = engine.runner.buckets
-    assert len(shapes.steps) == 2 and len(shapes.loops) == 3
+    assert len(shapes.steps) == 2 and len(shapes.loops) == 2
 
 
 @pytest.mark.parametrize("at", ["dispatch", "landing"])

@@ -15,7 +15,7 @@ SPREAD = {"64 tokens": 64, "a prompt": 1500}
 
 @pytest.fixture(scope="module")
 def kernels():
-    return choose_kernels(jax.devices("gpu")[0])
+    return choose_kernels("hopper", jax.devices("gpu")[0])
 
 
 @pytest.mark.parametrize("choice", laws.CHOICES)
