@@ -83,7 +83,8 @@ def test_dense_mlp_equals_the_reference():
     tiny, found = make_cases("maverick", 8)
     case = found["dense"]
     params = tiny.params["text"]["layer_0"]["feed_forward"]
-    y_TD = run(GatedMLP(tiny.config.text.dense_width), params, case.input)
+    text = tiny.config.text
+    y_TD = run(GatedMLP(text.width, text.dense_width, PORTABLE), params, case.input)
     assert_close(np.asarray(y_TD), case.output)
 
 
