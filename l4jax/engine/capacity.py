@@ -153,14 +153,14 @@ class Buckets:
         return cls((*steps, (tokens[-1], limits.rows)), tuple(loops))
 
     def list_steps(self, is_adjusted: bool = False) -> tuple[tuple[int, int], ...]:
-        """The step shapes; for adjusted rows only the smallest and the largest, as they are rare
-        and each takes its time to compile.
+        """The step shapes; for adjusted rows about every other, as they are rarer and each takes
+        its time to compile.
         """
-        return self.steps[:: max(1, len(self.steps) - 1)] if is_adjusted else self.steps
+        return _thin(self.steps) if is_adjusted else self.steps
 
     def list_loops(self, is_adjusted: bool = False) -> tuple[int, ...]:
-        """The loop shapes; for adjusted rows only the largest."""
-        return self.loops[-1:] if is_adjusted else self.loops
+        """The loop shapes; for adjusted rows about every other."""
+        return _thin(self.loops) if is_adjusted else self.loops
 
     def fit(self, tokens: int, rows: int, is_adjusted: bool = False) -> tuple[int, int]:
         """The smallest step shape that holds as many tokens and rows."""
@@ -169,6 +169,11 @@ class Buckets:
     def fit_loop(self, rows: int, is_adjusted: bool = False) -> int:
         """The smallest loop shape that holds as many rows."""
         return next(r for r in self.list_loops(is_adjusted) if r >= rows)
+
+
+def _thin(shapes: tuple) -> tuple:
+    """The first, and of the others every second up to the last."""
+    return shapes[:1] + shapes[1:][::-2][::-1]
 
 
 def _find_longest(count_pages: Callable[[int], int], pages: int, wanted: int) -> int:

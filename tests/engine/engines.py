@@ -28,7 +28,12 @@ def load_runner(name: str, mesh: str) -> Runner:
 
 def make_engine(name: str, mesh: str = "1", seed: int = 0, **capacity) -> Engine:
     """An engine with a pool of its own."""
-    defaults = {"max_model_len": 256, "max_num_seqs": 4, "block_size": 4}
+    defaults = {
+        "max_model_len": 256,
+        "max_num_seqs": 4,
+        "block_size": 4,
+        "max_num_batched_tokens": 64,
+    }
     runner = load_runner(name, mesh)
     return Engine(runner, Capacity(**{**defaults, **capacity}), seed)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from l4jax import decode
+from l4jax.engine.capacity import Buckets
 from l4jax.engine.lookup import PromptLookup, Speculation
 from l4jax.engine.request import Request, SamplingParams
 from l4jax.engine.runner import Flight
@@ -226,3 +227,12 @@ def test_a_lookup_sees_what_came_since():
 def test_a_speculation_that_cannot_be_had_is_refused_by_name(changes, says):
     with pytest.raises(ValueError, match=says):
         Speculation(**{"num_speculative_tokens": 4, **changes})
+
+
+def test_adjusted_rows_have_about_every_other_shape_and_always_one_that_fits():
+    buckets = Buckets(((16, 9), (64, 9), (256, 9), (1024, 9), (2048, 9)), (1, 4, 16, 64))
+    assert [tokens for tokens, _ in buckets.list_steps(True)] == [16, 256, 2048]
+    assert buckets.list_loops(True) == (1, 4, 64)
+    assert buckets.fit(17, 9, True) == (256, 9) and buckets.fit(17, 9) == (64, 9)
+    assert buckets.fit_loop(5, True) == 64 and buckets.fit_loop(5) == 16
+    assert Buckets(((16, 2),), (1,)).list_steps(True) == ((16, 2),)

@@ -59,6 +59,7 @@ def whole_run(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_resumed_is_the_one_that_was_not(whole_run, tmp_path):
     """SIGKILL between two saved states; every later loss and the weights are the same bits."""
     plan = f"toys.make_plan(10, folder=Path({str(toys.find_vocabulary())!r}))"
@@ -233,6 +234,7 @@ def make_wide_plan():
     return dataclasses.replace(toys.make_plan(4), config=dataclasses.replace(config, vision=vision))
 
 
+@pytest.mark.slow
 def test_sharded_training_equals_training_on_one_device(tmp_path):
     """Losses, norms of gradients and weights, within what float32's rounding may do."""
     plan, one, many = make_wide_plan(), tmp_path / "one", tmp_path / "many"
@@ -388,6 +390,7 @@ def test_an_exported_model_comes_with_a_chart_of_the_test(exported):
         np.testing.assert_array_equal(np.asarray(image), np.asarray(draw(chart)))
 
 
+@pytest.mark.slow
 def test_the_command_trains_until_its_time_is_up_goes_on_and_exports(tmp_path, monkeypatch, capsys):
     run, folder = tmp_path / "run", tmp_path / "model"
     plan = toys.make_plan(8)
