@@ -269,7 +269,7 @@ class Engine:
         is_first = len(request.tokens) == request.prompt_length
         tokens = _cut_at_stop(drawn.token_ids, request.stop_ids)
         logprobs = drawn.logprobs[: len(tokens)]
-        request.take(tokens, logprobs)
+        request.take(tokens)
         if is_first:
             self._counts["prompt"] += request.prompt_length
             self._counts["queries"] += request.prompt_length

@@ -100,10 +100,6 @@ class Pages:
         """How many of these are free now, and would not be once they are shared."""
         return sum(not self._owners[page] for page in pages)
 
-    def count_owners(self, page: int) -> int:
-        """How many own a page."""
-        return self._owners[page]
-
     def forget_all(self) -> None:
         """Forget what every page holds: the pool is gone."""
         self._empty.give_back(self._idle)

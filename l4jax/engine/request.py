@@ -227,7 +227,6 @@ class Request:
     deadline: float = math.inf  # of the monotonic clock
     computed: int = 0
     pending: int = 0
-    logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
     # Where it runs: filled in by the scheduler at admission.
     shard: int = 0
@@ -317,10 +316,9 @@ class Request:
             names.append(digest.digest())
         return names[index]
 
-    def take(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
+    def take(self, tokens: Sequence[int]) -> None:
         """Append chosen tokens; says so where they end the request."""
         self.tokens.extend(tokens)
-        self.logprobs.extend(logprobs)
         if self.tokens[-1] in self.stop_ids:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.max_length:

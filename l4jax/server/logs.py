@@ -14,7 +14,6 @@ from typing import Any
 
 from starlette.types import Scope
 
-LEVELS = ("debug", "info", "warning", "error", "critical")
 _NOTES = "l4jax.notes"
 # What every record has, and uvicorn's events with colors: the rest is `extra`.
 _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {

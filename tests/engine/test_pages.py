@@ -34,7 +34,7 @@ def test_a_shared_page_is_free_when_its_last_owner_leaves():
     pages.name(page, "a")
     pages.share([page])
     pages.give_back([page])
-    assert pages.free == 1 and pages.count_owners(page) == 1 and pages.count_idle([page]) == 0
+    assert pages.free == 1 and pages._owners[page] == 1 and pages.count_idle([page]) == 0
     pages.give_back([page])
     assert pages.free == 2 and pages.count_idle([page]) == 1
     with pytest.raises(AssertionError, match="given back twice"):
