@@ -23,7 +23,7 @@ from l4jax.server.protocol import (
     TokenLogprob,
     ToolCall,
 )
-from l4jax.server.replies import EventStream, Reply, note_usage
+from l4jax.server.replies import hand_over, note_usage
 from l4jax.server.service import Part, Service, make_id
 from l4jax.server.spelling import Speller
 from l4jax.server.tally import Tally
@@ -46,14 +46,10 @@ async def answer_chat(service: Service, request: ChatRequest) -> Response:
         prompt = await service.render(request, has_tools)
         answers = await service.start(ticket, [prompt], params, "messages")
         work = _Chat(service, request, model, prompt, ticket, answers)
-        if request.stream:
-            return EventStream(work.stream(), work.tally, ticket.close)
-        response = await work.collect()
+        return await hand_over(work, ticket.close, is_stream=bool(request.stream))
     except BaseException:
         ticket.close()
         raise
-    ticket.close()
-    return Reply(response, work.tally)
 
 
 def _find_forced(request: ChatRequest) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from l4jax.server.protocol import (
     CompletionRequest,
     CompletionResponse,
 )
-from l4jax.server.replies import EventStream, Reply, note_usage
+from l4jax.server.replies import hand_over, note_usage
 from l4jax.server.service import Part, Service, make_id
 from l4jax.server.spelling import Ledger, Speller, join
 from l4jax.server.tally import Tally
@@ -43,14 +43,10 @@ async def answer_completion(service: Service, request: CompletionRequest) -> Res
         ]
         answers = await service.start(ticket, prompts, params, "prompt")
         work = _Completion(service, request, model, asked, prompts, ticket, answers)
-        if request.stream:
-            return EventStream(work.stream(), work.tally, ticket.close)
-        response = await work.collect()
+        return await hand_over(work, ticket.close, is_stream=bool(request.stream))
     except BaseException:
         ticket.close()
         raise
-    ticket.close()
-    return Reply(response, work.tally)
 
 
 def split_prompts(prompt: str | list[Any]) -> list[str | list[int]]:

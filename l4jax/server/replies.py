@@ -5,7 +5,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel
 from starlette.responses import Response
@@ -83,6 +83,31 @@ class EventStream(Response):
         finally:
             await self._events.aclose()
         await put("[DONE]", is_last=True)
+
+
+class Answers(Protocol):
+    """The answers to one request, on their way."""
+
+    tally: Tally
+
+    def stream(self) -> AsyncGenerator[dict[str, Any], None]:
+        """Their pieces, as events."""
+        ...
+
+    async def collect(self) -> BaseModel:
+        """All of them, once they have ended."""
+        ...
+
+
+async def hand_over(work: Answers, close: Callable[[], None], *, is_stream: bool) -> Response:
+    """What a request is answered with, piece by piece or all at once. `close` is called when the
+    answers have ended; where collecting them fails, that is left to the caller.
+    """
+    if is_stream:
+        return EventStream(work.stream(), work.tally, close)
+    response = await work.collect()
+    close()
+    return Reply(response, work.tally)
 
 
 async def run_while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
