@@ -28,6 +28,7 @@ def main() -> None:
     add("--rate", type=float, default=8e-4, help="the largest learning rate (default: 0.0008)")
     add("--seed", type=int, default=0, help="of weights and data (default: 0)")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="(default: bfloat16)")
+    add("--attention", default="xla", choices=["xla", "cudnn"], help="(default: xla)")
     add("--save-every", type=int, default=1000, metavar="STEPS", help="(default: 1000)")
     add("--minutes", type=float, help="that this run may take (default: to the end)")
     add("--mesh", default="1", help="devices: 8, 2x4 or data=2,model=4 (default: 1)")
@@ -45,6 +46,7 @@ def main() -> None:
         save_every=args.save_every,
         rate=args.rate,
         dtype=args.dtype,
+        attention=args.attention,
     )
     if args.export:
         learned = load_saved(plan, args.folder)

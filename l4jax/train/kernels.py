@@ -7,6 +7,7 @@ tokens together; its entries name the run that begins what a run belongs to.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,16 @@ from l4jax.config import TextConfig
 from l4jax.kernels import Kernels, reference
 
 
-def make_training_kernels(chunk: int) -> Kernels:
-    """The bundle for a model with this attention chunk. All of it can be differentiated."""
+def make_training_kernels(chunk: int, attention: str = "xla") -> Kernels:
+    """The bundle for a model with this attention chunk. All of it can be differentiated.
+
+    Args:
+        chunk: of the model.
+        attention: what computes it, "xla" anywhere or "cudnn" on a GPU, in bfloat16 alone.
+    """
     return Kernels(
         store=store,
-        attend=functools.partial(attend, chunk=chunk),
+        attend=functools.partial(attend, chunk=chunk, attention=attention),
         run_experts=reference.run_experts,
     )
 
@@ -48,6 +54,7 @@ def attend(
     position_T: Array,
     *,
     chunk: int,
+    attention: Any = "xla",
 ) -> Array:
     """Causal attention of each token within its own document, or its own chunk of it.
 
@@ -62,6 +69,7 @@ def attend(
         row_T: int32 run of each token.
         position_T: int32; -1 is padding.
         chunk: of the model.
+        attention: see `make_training_kernels`.
     """
     tokens, kv_heads, queries, head_dim = q_TKGH.shape
     span = table_RB.shape[1] * chunk
@@ -75,6 +83,6 @@ def attend(
         k_TKH.reshape(-1, span, kv_heads, head_dim),
         v_TKH.reshape(-1, span, kv_heads, head_dim),
         mask=is_visible_NSs[:, None],
-        implementation="xla",
+        implementation=attention,
     )
     return y_NShH.reshape(tokens, kv_heads, queries, head_dim)

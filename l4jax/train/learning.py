@@ -39,6 +39,7 @@ class Teaching:
         clip: the largest norm of all gradients.
         balance: weight of the experts' load balancing in the loss.
         dtype: of the forward and backward pass; weights and sums of them are float32.
+        attention: what computes it, "xla" or on a GPU "cudnn".
     """
 
     steps: int
@@ -48,6 +49,7 @@ class Teaching:
     clip: float = 1.0
     balance: float = 0.02
     dtype: str = "bfloat16"
+    attention: str = "xla"
 
     def make_schedule(self) -> optax.Schedule:
         """Steps to learning rate."""
@@ -151,7 +153,7 @@ def find_loss(
         tower = VisionTower(config.vision, config.text.width)
         features_IND = tower.apply({"params": params["vision"]}, pixels_ICYX)
         features_MD = features_IND.reshape(-1, config.text.width)  # type: ignore[union-attr]
-    model = Llama4(config.text, make_training_kernels(config.text.chunk))
+    model = Llama4(config.text, make_training_kernels(config.text.chunk, teaching.attention))
     variables = {"params": params["text"]}
     batch = make_step(packed, config.text)
     (x_TD, _), kept = model.apply(
