@@ -18,6 +18,7 @@ class Kernels:
 
     store: Callable[..., tuple[Array, Array]] = reference.store
     attend: Callable[..., Array] = reference.attend
+    attend_all: Callable[..., Array] = reference.attend_all
     run_experts: Callable[..., Array] = reference.run_experts
     mix_experts: Callable[..., Array] = reference.mix_experts
     multiply: Callable[..., Array] = formats.multiply

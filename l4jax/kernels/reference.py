@@ -76,6 +76,13 @@ def _gather(pages_PKZH: Array, table_TB: Array) -> Array:
     return found_TKBZH.reshape(tokens, kv_heads, width * page, head_dim)
 
 
+def attend_all(q_IPNH: Array, k_IPNH: Array, v_IPNH: Array) -> Array:
+    """Full attention within each of I images, of every patch to every patch; softmax in float32."""
+    score_INPQ = jnp.einsum("IPNH,IQNH->INPQ", q_IPNH, k_IPNH, preferred_element_type=jnp.float32)
+    weight_INPQ = jax.nn.softmax(score_INPQ * q_IPNH.shape[-1] ** -0.5, axis=-1)
+    return jnp.einsum("INPQ,IQNH->IPNH", weight_INPQ.astype(q_IPNH.dtype), v_IPNH)
+
+
 def run_experts(x_TD: Array, expert_T: Array, gate_up_EcFD: Weight, down_EDF: Weight) -> Array:
     """Each token through its own expert: `down @ (silu(gate @ x) * (up @ x))`.
 

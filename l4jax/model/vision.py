@@ -8,6 +8,7 @@ from jax import Array
 
 from l4jax import axes
 from l4jax.config import VisionConfig
+from l4jax.kernels import REFERENCE, Kernels
 from l4jax.model.layers import LayerNorm, constrain, declare, project
 from l4jax.model.rope import rotate, scale_frequencies
 
@@ -17,6 +18,7 @@ class VisionTower(nn.Module):
 
     config: VisionConfig
     text_width: int
+    kernels: Kernels = REFERENCE
 
     @nn.compact
     def __call__(self, pixels_ICYX: Array) -> Array:
@@ -42,7 +44,7 @@ class VisionTower(nn.Module):
         x_INW = jnp.concatenate([x_INW, class_I1W], axis=1) + position_NW
         x_INW = LayerNorm(c.norm_eps, name="norm_before")(x_INW)
         for i in range(c.layers):
-            x_INW = VisionLayer(c, name=f"layer_{i}")(x_INW)
+            x_INW = VisionLayer(c, self.kernels, name=f"layer_{i}")(x_INW)
         x_INW = LayerNorm(c.norm_eps, name="norm_after")(x_INW)
         y_IND = Adapter(c, name="adapter")(x_INW[:, :-1])
         projector_DA = declare(
@@ -57,6 +59,7 @@ class VisionLayer(nn.Module):
     """Full attention with 2-D RoPE and an MLP, each behind a norm, with biases throughout."""
 
     config: VisionConfig
+    kernels: Kernels
 
     @nn.compact
     def __call__(self, x_INW: Array) -> Array:
@@ -87,11 +90,7 @@ class VisionLayer(nn.Module):
         out_bias_W = declare(self, "out_bias", (c.width,), (axes.VISION_WIDTH,))
         qkv_jIPNH = project("IPW,jNHW->jIPNH", x_INW, qkv_jNHW) + bias_jNH[:, None, None]
         q_IPNH, k_IPNH = rotate(qkv_jIPNH[:2], find_grid_angles(c)[:, None])
-        score_INPQ = jnp.einsum(
-            "IPNH,IQNH->INPQ", q_IPNH, k_IPNH, preferred_element_type=jnp.float32
-        )
-        weight_INPQ = jax.nn.softmax(score_INPQ * head_dim**-0.5, axis=-1).astype(x_INW.dtype)
-        y_IPNH = jnp.einsum("INPQ,IQNH->IPNH", weight_INPQ, qkv_jIPNH[2])
+        y_IPNH = self.kernels.attend_all(q_IPNH, k_IPNH, qkv_jIPNH[2])
         return project("IPNH,WNH->IPW", y_IPNH, out_WNH) + out_bias_W
 
 

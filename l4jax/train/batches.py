@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from l4jax.train.documents import Document, Speller, draw_example
+from l4jax.train.documents import KINDS, Document, Speller, draw_example
 
 FAILURES = 6  # documents in a row that find no room: then a batch counts as full
 SHORTEST = 8  # tokens of a document, at least: bounds the runs of a batch
@@ -65,6 +65,7 @@ class Packed:
         first_RB: int32, the first run of each run's document, in all B = length / chunk columns.
         target_T: int32, the token that comes next.
         weight_T: float32, how much the loss counts whether it is foretold.
+        kind_T: int32, which of `documents.KINDS` the document is; -1 is padding.
         feature_T: int32 index into the image features, -1 for text.
         tiles_ICYX: uint8 pixels.
     """
@@ -75,6 +76,7 @@ class Packed:
     first_RB: Leaf
     target_T: Leaf
     weight_T: Leaf
+    kind_T: Leaf
     feature_T: Leaf
     tiles_ICYX: Leaf
 
@@ -106,7 +108,7 @@ def pack(places: Sequence[tuple[int, Document]], recipe: Recipe, tile: int) -> P
     size = recipe.rows * recipe.length
     token_T, position_T, document_T = np.zeros(size, np.int32), np.full(size, -1), np.full(size, -1)
     target_T, weight_T = np.zeros(size, np.int32), np.zeros(size, np.float32)
-    feature_T = np.full(size, -1, np.int32)
+    kind_T, feature_T = np.full(size, -1, np.int32), np.full(size, -1, np.int32)
     tiles_ICYX = np.zeros((recipe.tiles, 3, tile, tile), np.uint8)
     used = 0
     for number, (start, document) in enumerate(places):
@@ -116,6 +118,7 @@ def pack(places: Sequence[tuple[int, Document]], recipe: Recipe, tile: int) -> P
         # The token at t foretells the one at t + 1.
         target_T[start : start + count - 1] = document.token_T[1:]
         weight_T[start : start + count - 1] = document.weight_T[1:]
+        kind_T[at] = KINDS.index(document.kind)
         is_patch_T = document.feature_T >= 0
         feature_T[at][is_patch_T] = document.feature_T[is_patch_T] + used * recipe.features
         tiles_ICYX[used : used + len(document.tiles_ICYX)] = document.tiles_ICYX
@@ -129,6 +132,7 @@ def pack(places: Sequence[tuple[int, Document]], recipe: Recipe, tile: int) -> P
         np.tile(first_R[:, None], (1, blocks)),
         target_T,
         weight_T,
+        kind_T,
         feature_T,
         tiles_ICYX,
     )

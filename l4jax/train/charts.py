@@ -47,6 +47,7 @@ LABELS = {
 SUBJECTS = ("Sales", "Visits", "Votes", "Points", "Orders", "Tickets", "Hours", "Boxes")
 MARKS = {"bar": "bar", "row": "bar", "line": "point", "pie": "slice"}  # what a value is called
 QUESTIONS = ("value", "largest", "smallest", "sum", "difference", "count", "color", "list")
+_LEGEND = 7.0  # the width of a pie's legend in letters' heights, at most: "Copper 99" and its mark
 GAP = 3  # between the largest value and the next, and the smallest: what an eye can tell apart
 
 
@@ -96,6 +97,8 @@ def make_chart(rng: random.Random, hardness: float) -> Chart:
     group = rng.choice(list(LABELS))
     words = LABELS[group].split()
     text = round(rng.uniform(15, 18) * (rows * columns) ** 0.5 * (0.85 if columns > 2 else 1))
+    if kind == "pie":
+        text = min(text, round(0.6 * width / _LEGEND))  # the legend leaves the disk its room
     room = _count_room(kind, width, height, text)
     most = min(room, len(words), 3 + round(5 * hardness))
     count = rng.randint(min(2 + (kind == "line"), most), most)

@@ -24,12 +24,14 @@ class Document:
     """Tokens of one conversation or passage, at positions 0, 1, ...
 
     Attributes:
+        kind: one of `KINDS`.
         token_T: int32.
         weight_T: float32, how much the loss counts that this token is foretold; 0 for questions.
         feature_T: int32, which image feature a token is, counted over the document's tiles; -1.
         tiles_ICYX: uint8 pixels; no tiles where there is no picture.
     """
 
+    kind: str
     token_T: np.ndarray
     weight_T: np.ndarray
     feature_T: np.ndarray
@@ -55,7 +57,9 @@ class Speller:
         """The tokens of an example, from BOS to the last turn's end."""
         if isinstance(example, Passage):
             ids = [self.tokenizer.bos_id, *self._encode(example.text + "<|end_of_text|>")]
-            return self._make(ids, np.full(len(ids), PROSE_WEIGHT, np.float32), self._no_tiles)
+            return self._make(
+                "prose", ids, np.full(len(ids), PROSE_WEIGHT, np.float32), self._no_tiles
+            )
         ids, weights, tiles = [self.tokenizer.bos_id], [0.0], self._no_tiles
 
         def say(text: str, weight: float = 0.0) -> None:
@@ -76,13 +80,15 @@ class Speller:
                 say(_open("user") + question + "<|eot|>")
             say(_open("assistant"))
             say(answer + "<|eot|>", 1.0)
-        return self._make(ids, np.array(weights, np.float32), tiles)
+        return self._make(example.kind, ids, np.array(weights, np.float32), tiles)
 
-    def _make(self, ids: list[int], weight_T: np.ndarray, tiles_ICYX: np.ndarray) -> Document:
+    def _make(
+        self, kind: str, ids: list[int], weight_T: np.ndarray, tiles_ICYX: np.ndarray
+    ) -> Document:
         token_T = np.array(ids, np.int32)
         is_patch_T = token_T == self._patch
         feature_T = np.where(is_patch_T, np.cumsum(is_patch_T) - 1, -1).astype(np.int32)
-        return Document(token_T, weight_T, feature_T, tiles_ICYX)
+        return Document(kind, token_T, weight_T, feature_T, tiles_ICYX)
 
     def _count(self, text: str) -> int:
         return len(self.tokenizer.encode(text, add_special_tokens=False))
@@ -101,6 +107,7 @@ MIX: Mapping[str, tuple[float, float]] = {
     "tool": (2, 2),
     "prose": (1, 0.7),
 }
+KINDS = tuple(MIX)
 RAMP = 0.3  # of the training: then charts are as hard, and the mix is what it remains
 
 

@@ -28,6 +28,7 @@ def make_training_kernels(chunk: int, attention: str = "xla") -> Kernels:
     return Kernels(
         store=store,
         attend=functools.partial(attend, chunk=chunk, attention=attention),
+        attend_all=functools.partial(_attend_all, attention=attention),
         run_experts=reference.run_experts,
     )
 
@@ -43,6 +44,12 @@ def store(
 ) -> tuple[Array, Array]:
     """The step's own keys and values, in place of those that a pool would hold."""
     return k_TKH, v_TKH
+
+
+def _attend_all(q_IPNH: Array, k_IPNH: Array, v_IPNH: Array, *, attention: str) -> Array:
+    if attention == "cudnn":
+        return jax.nn.dot_product_attention(q_IPNH, k_IPNH, v_IPNH, implementation="cudnn")
+    return reference.attend_all(q_IPNH, k_IPNH, v_IPNH)
 
 
 def attend(

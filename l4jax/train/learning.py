@@ -17,13 +17,14 @@ from l4jax.cache import Batch, Tables
 from l4jax.config import Config, TextConfig
 from l4jax.model import Llama4, Parameters, VisionTower, declare_parameters
 from l4jax.train.batches import Packed
+from l4jax.train.documents import KINDS
 from l4jax.train.kernels import make_no_pool, make_training_kernels
 
 jax.tree_util.register_dataclass(Packed)
 _TOKENS = (axes.TOKENS,)
 # Runs are looked up by every token of the batch: each device has all of them.
 PACKED_AXES = Packed(
-    *(_TOKENS, _TOKENS, _TOKENS, (axes.LIST, axes.TABLE), _TOKENS, _TOKENS, _TOKENS),
+    *(_TOKENS, _TOKENS, _TOKENS, (axes.LIST, axes.TABLE), _TOKENS, _TOKENS, _TOKENS, _TOKENS),
     tiles_ICYX=(axes.TILES, axes.CHANNELS, axes.PIXELS_Y, axes.PIXELS_X),
 )
 
@@ -137,10 +138,12 @@ def find_loss(
 
     Returns:
         The loss; and what to note of it: the parts of it, the share of answers' tokens that are
-        the likeliest, and how many tokens each expert of each layer got, [layers, E].
+        the likeliest, of all and of each of `documents.KINDS` that has any, and how many tokens
+        each expert of each layer got, [layers, E].
     """
     dtype = jnp.dtype(teaching.dtype)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    kernels = make_training_kernels(config.text.chunk, teaching.attention)
     features_MD = None
     if config.vision is not None:
         pixels_ICYX = jnp.stack(
@@ -150,10 +153,10 @@ def find_loss(
             ],
             axis=1,
         )
-        tower = VisionTower(config.vision, config.text.width)
+        tower = VisionTower(config.vision, config.text.width, kernels)
         features_IND = tower.apply({"params": params["vision"]}, pixels_ICYX)
         features_MD = features_IND.reshape(-1, config.text.width)  # type: ignore[union-attr]
-    model = Llama4(config.text, make_training_kernels(config.text.chunk, teaching.attention))
+    model = Llama4(config.text, kernels)
     variables = {"params": params["text"]}
     batch = make_step(packed, config.text)
     (x_TD, _), kept = model.apply(
@@ -165,12 +168,16 @@ def find_loss(
     words = (loss_T * packed.weight_T).sum() / total
     is_answer_T = packed.weight_T == 1
     is_right_T = logits_TV.argmax(-1) == packed.target_T
-    right = (is_right_T & is_answer_T).sum() / jnp.maximum(is_answer_T.sum(), 1)
+    is_kind_KT = packed.kind_T == jnp.arange(len(KINDS))[:, None]
+    answers_K = (is_kind_KT & is_answer_T).sum(-1)
+    right_K = (is_kind_KT & is_answer_T & is_right_T).sum(-1)
+    right = right_K.sum() / jnp.maximum(answers_K.sum(), 1)
     scores = find_scores(kept["intermediates"])
     is_real_T = packed.position_T >= 0
     balances, loads = zip(*(balance(score_TE, is_real_T) for score_TE in scores), strict=True)
     uneven = jnp.stack(balances).mean()
     notes = {"words": words, "right": right, "balance": uneven, "load_LE": jnp.stack(loads)}
+    notes |= {f"right_{kind}": right_K[k] / answers_K[k] for k, kind in enumerate(KINDS)}
     return words + teaching.balance * uneven, notes
 
 

@@ -26,7 +26,10 @@ class Metrics:
         """Add a line for the steps up to `step` whose notes these are."""
         line: dict[str, Any] = {"step": step, **more}
         for name in notes[0]:
-            line[name] = np.mean([np.asarray(note[name], np.float64) for note in notes], 0).tolist()
+            values = [np.asarray(note[name], np.float64) for note in notes]
+            # A batch may hold nothing of a kind: its share is 0 of 0.
+            known = [value for value in values if not np.isnan(value).all()]
+            line[name] = np.mean(known, 0).tolist() if known else None
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 

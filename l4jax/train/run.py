@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -170,7 +171,8 @@ def _make_validation(plan: Plan, levels_C256: np.ndarray, put: Any) -> Any:
         if not batch:
             batch.append(put(make_batch(recipe, 1)))
         _, notes = find(learned.params, batch[0])
-        return {f"validation_{name}": float(notes[name]) for name in ("words", "right")}
+        found = {n: float(notes[n]) for n in notes if n == "words" or n.startswith("right")}
+        return {f"validation_{name}": x for name, x in found.items() if not math.isnan(x)}
 
     return validate
 

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +42,14 @@ def stream_batches(recipe: Recipe, start: int, workers: int) -> Iterator[Iterato
 def _receive(
     pool: ProcessPoolExecutor, recipe: Recipe, start: int, ahead: int, scratch: Path
 ) -> Iterator[Packed]:
-    asked: list[Future[Path]] = []
-    for step in range(start, recipe.steps + ahead):
-        if step < recipe.steps:
-            asked.append(pool.submit(_write_batch, recipe, step, scratch))
-        if step >= start + ahead and asked:
-            yield _read(asked.pop(0).result())
+    asked: list[Future[Packed]] = []
+    with ThreadPoolExecutor(1) as reader:
+        for step in range(start, recipe.steps + ahead):
+            if step < recipe.steps:
+                written = pool.submit(_write_batch, recipe, step, scratch)
+                asked.append(reader.submit(lambda file: _read(file.result()), written))
+            if step >= start + ahead and asked:
+                yield asked.pop(0).result()
 
 
 def _be_alone() -> None:

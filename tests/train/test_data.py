@@ -151,6 +151,17 @@ def test_pictures_need_one_to_four_tiles_and_texts_do_not_touch():
     assert {rows * columns for rows, columns in seen} == {1, 2, 3, 4}
 
 
+def test_every_chart_can_be_drawn_and_a_pie_has_room_for_its_disk():
+    """In a picture four tiles high letters are large, and a legend of them as wide as the paper."""
+    rng = random.Random(0)
+    for chart in (charts.make_chart(rng, 1.0) for _ in range(3000)):
+        if chart.kind == "pie":
+            pixels = np.asarray(charts.draw(chart)).reshape(-1, 3)
+            drawn = [(pixels == charts.PALETTE[color]).all(-1).sum() for color in chart.colors]
+            # Of which the legend's marks are less than one each.
+            assert sum(drawn) > (4 + len(drawn)) * chart.text**2, chart
+
+
 def test_words_stand_at_corners_of_patches_at_first_and_anywhere_later():
     """The same word is the same pixels of its patch, or it is not."""
     rng = random.Random(0)
