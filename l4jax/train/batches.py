@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from l4jax.train.documents import KINDS, Document, Speller, draw_example
+from l4jax.train.documents import KINDS, SEEN_WEIGHT, Document, Speller, draw_example
 
 FAILURES = 6  # documents in a row that find no room: then a batch counts as full
 SHORTEST = 8  # tokens of a document, at least: bounds the runs of a batch
@@ -63,7 +63,7 @@ class Packed:
         token_T, position_T: int32; the position counts within the document, -1 is padding.
         run_T: int32 run of each token.
         first_RB: int32, the first run of each run's document, in all B = length / chunk columns.
-        target_T: int32, the token that comes next.
+        target_T: int32, the token that comes next; of an image feature the one written there.
         weight_T: float32, how much the loss counts whether it is foretold.
         kind_T: int32, which of `documents.KINDS` the document is; -1 is padding.
         feature_T: int32 index into the image features, -1 for text.
@@ -118,6 +118,9 @@ def pack(places: Sequence[tuple[int, Document]], recipe: Recipe, tile: int) -> P
         # The token at t foretells the one at t + 1.
         target_T[start : start + count - 1] = document.token_T[1:]
         weight_T[start : start + count - 1] = document.weight_T[1:]
+        is_seen_T = document.seen_T >= 0
+        target_T[at][is_seen_T] = document.seen_T[is_seen_T]
+        weight_T[at][is_seen_T] = SEEN_WEIGHT
         kind_T[at] = KINDS.index(document.kind)
         is_patch_T = document.feature_T >= 0
         feature_T[at][is_patch_T] = document.feature_T[is_patch_T] + used * recipe.features

@@ -47,7 +47,8 @@ LABELS = {
 SUBJECTS = ("Sales", "Visits", "Votes", "Points", "Orders", "Tickets", "Hours", "Boxes")
 MARKS = {"bar": "bar", "row": "bar", "line": "point", "pie": "slice"}  # what a value is called
 QUESTIONS = ("value", "largest", "smallest", "sum", "difference", "count", "color", "list")
-_LEGEND = 7.0  # the width of a pie's legend in letters' heights, at most: "Copper 99" and its mark
+# What stands beside the marks, in heights of letters at most: a label and a value; a whole legend.
+_BESIDE = {"row": 6.5, "pie": 7.0}
 GAP = 3  # between the largest value and the next, and the smallest: what an eye can tell apart
 
 
@@ -73,10 +74,10 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True)
 class Sign:
-    """Words and numbers in rows, nothing else: what reading begins with."""
+    """Words and numbers in rows and columns, nothing else: what reading begins with."""
 
     words: tuple[str, ...]
-    copies: int  # of a single word, at corners of patches; 0 is words in rows, anywhere
+    columns: int  # that they stand in
     width: int
     height: int
     text: int
@@ -97,8 +98,8 @@ def make_chart(rng: random.Random, hardness: float) -> Chart:
     group = rng.choice(list(LABELS))
     words = LABELS[group].split()
     text = round(rng.uniform(15, 18) * (rows * columns) ** 0.5 * (0.85 if columns > 2 else 1))
-    if kind == "pie":
-        text = min(text, round(0.6 * width / _LEGEND))  # the legend leaves the disk its room
+    if kind in _BESIDE:  # what stands beside the marks leaves them their room
+        text = min(text, round(0.6 * width / _BESIDE[kind]))
     room = _count_room(kind, width, height, text)
     most = min(room, len(words), 3 + round(5 * hardness))
     count = rng.randint(min(2 + (kind == "line"), most), most)
@@ -122,39 +123,58 @@ def make_chart(rng: random.Random, hardness: float) -> Chart:
     )
 
 
-def make_sign(rng: random.Random, hardness: float) -> Sign:
-    """One to eight words and numbers; at hardness 0 one, of one size, at corners of patches.
-
-    There a letter looks alike to the encoder wherever it stands. Numbers on such a grid were read
-    after 10,000 pictures; anywhere, not after twice as many, unless those were known by then. And
-    what stands there many times need not be looked for.
-    """
+def make_sign(rng: random.Random) -> Sign:
+    """One to 24 words and numbers, anywhere in a tile."""
     words = [word for group in LABELS.values() for word in group.split()]
-    is_easy = rng.random() >= hardness
-    count = 1 if is_easy else rng.randint(1, 8)
+    columns = rng.randint(1, 3)
+    count = rng.randint(1, 8 * columns)
     chosen = [rng.choice(words) if rng.random() < 0.5 else str(_value(rng)) for _ in range(count)]
-    if is_easy:
-        return Sign(tuple(chosen), rng.choice((1, 4, 16)), TILE, TILE, 18)
     width, height = _choose_size(rng, 1, 1)
-    return Sign(tuple(chosen), 0, width, height, rng.randint(15, 20))
+    return Sign(tuple(chosen), columns, width, height, rng.randint(15, 20))
 
 
-def draw(picture: Picture) -> Image.Image:
-    """The picture in RGB, on white."""
-    image = Image.new("RGB", (picture.width, picture.height), "white")
-    pen = ImageDraw.Draw(image)
-    font = ImageFont.load_default(picture.text)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        raise RuntimeError("Pillow was built without FreeType: install its wheel.")
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A text that stands in a picture: its left, top, right and bottom in pixels."""
+
+    text: str
+    box: tuple[float, float, float, float]
+
+
+class Paper:
+    """A white image, what draws on it, and what was written."""
+
+    def __init__(self, picture: Picture):
+        self.image = Image.new("RGB", (picture.width, picture.height), "white")
+        self.pen = ImageDraw.Draw(self.image)
+        font = ImageFont.load_default(picture.text)
+        if not isinstance(font, ImageFont.FreeTypeFont):
+            raise RuntimeError("Pillow was built without FreeType: install its wheel.")
+        self.font = font
+        self.texts: list[Text] = []
+
+    def write(self, xy: tuple[float, float], text: str, anchor: str = "la") -> None:
+        """Write a text in one line; `anchor` is Pillow's."""
+        self.pen.text(xy, text, INK, self.font, anchor=anchor)
+        self.texts.append(Text(text, self.pen.textbbox(xy, text, self.font, anchor=anchor)))
+
+    def measure(self, text: str) -> float:
+        """The width of a text in pixels."""
+        return self.pen.textlength(text, self.font)
+
+
+def draw(picture: Picture) -> Paper:
+    """The picture in RGB, on white, and the texts in it."""
+    paper = Paper(picture)
     if isinstance(picture, Sign):
-        _draw_sign(pen, font, picture)
-        return image
+        _draw_sign(paper, picture)
+        return paper
     top = 4
     if picture.title:
-        pen.text((picture.width / 2, top), picture.title, INK, font, anchor="ma")
+        paper.write((picture.width / 2, top), picture.title, "ma")
         top += round(1.6 * picture.text)
-    _DRAW[picture.kind](pen, font, picture, top)
-    return image
+    _DRAW[picture.kind](paper, picture, top)
+    return paper
 
 
 def ask(chart: Chart, kind: str, rng: random.Random) -> tuple[str, str]:
@@ -225,96 +245,83 @@ def _choose_values(rng: random.Random, count: int) -> list[int]:
             return values
 
 
-def _draw_sign(pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, sign: Sign) -> None:
+def _draw_sign(paper: "Paper", sign: Sign) -> None:
     # Where words stand follows from what they are: a picture needs no seed of its own.
     rng = random.Random(repr(sign))
-    for _ in range(sign.copies):
-        word = sign.words[0]
-        right = int(sign.width - 4 - pen.textlength(word, font)) // PATCH
-        x, y = rng.randint(0, right), rng.randint(0, sign.height // PATCH - 2)
-        # A white ground, so that no two of them run into one another.
-        pen.rectangle(pen.textbbox((PATCH * x, PATCH * y), word, font), "white")
-        pen.text((PATCH * x, PATCH * y), word, INK, font)
-    if sign.copies:
-        return
-    step = sign.height / len(sign.words)
+    rows = -(-len(sign.words) // sign.columns)
+    across, down = sign.width / sign.columns, sign.height / rows
     for at, word in enumerate(sign.words):
-        right = sign.width - 8 - pen.textlength(word, font)
-        down = max(1, step - 1.3 * sign.text)
-        x, y = 4 + rng.uniform(0, right), at * step + rng.uniform(0, down)
-        pen.text((x, y), word, INK, font)
+        row, column = divmod(at, sign.columns)
+        x = column * across + rng.uniform(2, max(3, across - 6 - paper.measure(word)))
+        y = row * down + rng.uniform(0, max(1, down - 1.3 * sign.text))
+        paper.write((x, y), word)
 
 
-def _draw_bars(
-    pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, chart: Chart, top: int
-) -> None:
+def _draw_bars(paper: "Paper", chart: Chart, top: int) -> None:
     floor, ceiling = chart.height - 1.6 * chart.text, top + 1.4 * chart.text
-    _draw_grid(pen, chart, ceiling, floor)
+    _draw_grid(paper, chart, ceiling, floor)
     step, largest = (chart.width - 20) / len(chart.labels), max(chart.values)
-    pen.line([(6, floor), (chart.width - 6, floor)], INK, 2)
+    paper.pen.line([(6, floor), (chart.width - 6, floor)], INK, 2)
     for at, (label, value, color) in enumerate(_list_marks(chart)):
         center, y = 10 + step * (at + 0.5), floor - (floor - ceiling) * value / largest
-        pen.rectangle([center - 0.3 * step, y, center + 0.3 * step, floor], color)
-        pen.text((center, y - 2), str(value), INK, font, anchor="mb")
-        pen.text((center, floor + 3), label, INK, font, anchor="ma")
+        paper.pen.rectangle([center - 0.3 * step, y, center + 0.3 * step, floor], color)
+        paper.write((center, y - 2), str(value), "mb")
+        paper.write((center, floor + 3), label, "ma")
 
 
-def _draw_rows(
-    pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, chart: Chart, top: int
-) -> None:
-    left = 10 + max(pen.textlength(label, font) for label in chart.labels)
+def _draw_rows(paper: "Paper", chart: Chart, top: int) -> None:
+    left = 10 + max(paper.measure(label) for label in chart.labels)
     right = chart.width - 10 - 2 * chart.text
     step, largest = (chart.height - top - 6) / len(chart.labels), max(chart.values)
-    pen.line([(left, top), (left, chart.height - 6)], INK, 2)
+    paper.pen.line([(left, top), (left, chart.height - 6)], INK, 2)
     for at, (label, value, color) in enumerate(_list_marks(chart)):
-        center, x = top + step * (at + 0.5), left + (right - left) * value / largest
-        pen.rectangle([left + 1, center - 0.3 * step, x, center + 0.3 * step], color)
-        pen.text((x + 4, center), str(value), INK, font, anchor="lm")
-        pen.text((left - 5, center), label, INK, font, anchor="rm")
+        center, length = top + step * (at + 0.5), (right - left) * value / largest
+        x = left + max(1, length)  # where the axis ends, at least
+        paper.pen.rectangle([left + 1, center - 0.3 * step, x, center + 0.3 * step], color)
+        paper.write((x + 4, center), str(value), "lm")
+        paper.write((left - 5, center), label, "rm")
 
 
-def _draw_line(
-    pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, chart: Chart, top: int
-) -> None:
+def _draw_line(paper: "Paper", chart: Chart, top: int) -> None:
     floor, ceiling = chart.height - 1.6 * chart.text, top + 1.6 * chart.text
-    _draw_grid(pen, chart, ceiling, floor)
+    _draw_grid(paper, chart, ceiling, floor)
     step, largest = (chart.width - 20) / len(chart.labels), max(chart.values)
     points = [
         (10 + step * (at + 0.5), floor - 6 - (floor - 6 - ceiling) * value / largest)
         for at, value in enumerate(chart.values)
     ]
-    pen.line([(6, floor), (chart.width - 6, floor)], INK, 2)
-    pen.line(points, LINES if len(set(chart.colors)) > 1 else PALETTE[chart.colors[0]], 3)
+    paper.pen.line([(6, floor), (chart.width - 6, floor)], INK, 2)
+    paper.pen.line(points, LINES if len(set(chart.colors)) > 1 else PALETTE[chart.colors[0]], 3)
     for (x, y), (label, value, color) in zip(points, _list_marks(chart), strict=True):
-        pen.ellipse([x - 5, y - 5, x + 5, y + 5], color)
+        paper.pen.ellipse([x - 5, y - 5, x + 5, y + 5], color)
         # A white ground, so that no line runs through the digits.
-        box = pen.textbbox((x, y - 7), str(value), font, anchor="mb")
-        pen.rectangle(box, "white")
-        pen.text((x, y - 7), str(value), INK, font, anchor="mb")
-        pen.text((x, floor + 3), label, INK, font, anchor="ma")
+        box = paper.pen.textbbox((x, y - 7), str(value), paper.font, anchor="mb")
+        paper.pen.rectangle(box, "white")
+        paper.write((x, y - 7), str(value), "mb")
+        paper.write((x, floor + 3), label, "ma")
 
 
-def _draw_pie(
-    pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, chart: Chart, top: int
-) -> None:
+def _draw_pie(paper: "Paper", chart: Chart, top: int) -> None:
     """A disk, and a legend that names each slice and its value."""
-    legend = max(pen.textlength(f"{label} 00", font) for label in chart.labels) + 2 * chart.text
+    legend = max(paper.measure(f"{label} 00") for label in chart.labels) + 2 * chart.text
     side = min(chart.width - legend - 16, chart.height - top - 8)
     start, total = -90.0, sum(chart.values)
     step = (chart.height - top - 8) / len(chart.labels)
     for at, (label, value, color) in enumerate(_list_marks(chart)):
         end = start + 360 * value / total
-        pen.pieslice([6, top, 6 + side, top + side], start, end, color, "white")
+        paper.pen.pieslice([6, top, 6 + side, top + side], start, end, color, "white")
         start, y = end, top + step * (at + 0.5)
         x = chart.width - legend
-        pen.rectangle([x, y - 0.4 * chart.text, x + 0.8 * chart.text, y + 0.4 * chart.text], color)
-        pen.text((x + 1.2 * chart.text, y), f"{label} {value}", INK, font, anchor="lm")
+        paper.pen.rectangle(
+            [x, y - 0.4 * chart.text, x + 0.8 * chart.text, y + 0.4 * chart.text], color
+        )
+        paper.write((x + 1.2 * chart.text, y), f"{label} {value}", "lm")
 
 
-def _draw_grid(pen: ImageDraw.ImageDraw, chart: Chart, ceiling: float, floor: float) -> None:
+def _draw_grid(paper: "Paper", chart: Chart, ceiling: float, floor: float) -> None:
     for at in range(4 * chart.has_grid):
         y = ceiling + (floor - ceiling) * at / 4
-        pen.line([(6, y), (chart.width - 6, y)], LINES, 1)
+        paper.pen.line([(6, y), (chart.width - 6, y)], LINES, 1)
 
 
 def _list_marks(chart: Chart) -> Sequence[tuple[str, int, tuple[int, int, int]]]:

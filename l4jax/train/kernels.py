@@ -47,9 +47,19 @@ def store(
 
 
 def _attend_all(q_IPNH: Array, k_IPNH: Array, v_IPNH: Array, *, attention: str) -> Array:
-    if attention == "cudnn":
-        return jax.nn.dot_product_attention(q_IPNH, k_IPNH, v_IPNH, implementation="cudnn")
-    return reference.attend_all(q_IPNH, k_IPNH, v_IPNH)
+    if attention != "cudnn":
+        return reference.attend_all(q_IPNH, k_IPNH, v_IPNH)
+    images, patches, *_ = q_IPNH.shape
+    # It differentiates even lengths alone.
+    padding = ((0, 0), (0, patches % 2), (0, 0), (0, 0))
+    length_I = jnp.full(images, patches, jnp.int32)
+    y_IPNH = jax.nn.dot_product_attention(
+        *(jnp.pad(x, padding) for x in (q_IPNH, k_IPNH, v_IPNH)),
+        query_seq_lengths=length_I,
+        key_value_seq_lengths=length_I,
+        implementation="cudnn",
+    )
+    return y_IPNH[:, :patches]
 
 
 def attend(

@@ -177,6 +177,8 @@ def find_loss(
     balances, loads = zip(*(balance(score_TE, is_real_T) for score_TE in scores), strict=True)
     uneven = jnp.stack(balances).mean()
     notes = {"words": words, "right": right, "balance": uneven, "load_LE": jnp.stack(loads)}
+    is_seen_T = (packed.feature_T >= 0) & (packed.weight_T > 0)
+    notes["right_seen"] = (is_seen_T & is_right_T).sum() / is_seen_T.sum()
     notes |= {f"right_{kind}": right_K[k] / answers_K[k] for k, kind in enumerate(KINDS)}
     return words + teaching.balance * uneven, notes
 

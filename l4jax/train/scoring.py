@@ -164,7 +164,7 @@ def find_error(share: float, count: int) -> float:
 def show(exchange: Exchange) -> list[dict[str, Any]]:
     """The first question about a picture, as messages."""
     assert exchange.picture is not None
-    picture = {"type": "image", "image": draw(exchange.picture)}
+    picture = {"type": "image", "image": draw(exchange.picture).image}
     return [{"role": "user", "content": [picture, {"type": "text", "text": exchange.turns[0][0]}]}]
 
 

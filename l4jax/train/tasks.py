@@ -127,9 +127,9 @@ def make_chart_exchange(rng: random.Random, hardness: float, questions: int = 1)
     return Exchange("chart", chart.key, turns, picture=chart)
 
 
-def make_sign_exchange(rng: random.Random, hardness: float) -> Exchange:
-    """A picture of words, read out from top to bottom."""
-    sign = make_sign(rng, hardness)
+def make_sign_exchange(rng: random.Random) -> Exchange:
+    """A picture of words, read out as text is."""
+    sign = make_sign(rng)
     return Exchange("sign", sign.key, (("Read the words.", " ".join(sign.words)),), picture=sign)
 
 

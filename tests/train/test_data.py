@@ -110,7 +110,7 @@ def test_a_bar_is_as_long_as_its_value(kind):
     values = (90, 45, 30)
     colors = ("red", "blue", "green")
     chart = charts.Chart(kind, "", ("Rome", "Oslo", "Bern"), values, colors, False, 336, 336, 15)
-    pixels_YXC = np.asarray(charts.draw(chart))
+    pixels_YXC = np.asarray(charts.draw(chart).image)
     lengths = []
     for color in colors:
         is_bar_YX = (pixels_YXC == charts.PALETTE[color]).all(axis=-1)
@@ -123,11 +123,11 @@ def test_a_line_and_a_pie_show_their_values():
     chart = charts.Chart(
         "pie", "", ("Tea", "Milk", "Juice"), (60, 30, 10), colors, False, 336, 336, 15
     )
-    pixels_YXC = np.asarray(charts.draw(chart))[:, :230]
+    pixels_YXC = np.asarray(charts.draw(chart).image)[:, :230]
     areas = np.array([(pixels_YXC == charts.PALETTE[c]).all(axis=-1).sum() for c in colors])
     np.testing.assert_allclose(areas / areas.sum(), [0.6, 0.3, 0.1], atol=0.02)
     line = dataclasses.replace(chart, kind="line")
-    pixels_YXC = np.asarray(charts.draw(line))
+    pixels_YXC = np.asarray(charts.draw(line).image)
     heights = [
         336 - np.flatnonzero((pixels_YXC == charts.PALETTE[c]).all(axis=-1).any(axis=1)).mean()
         for c in colors
@@ -142,7 +142,7 @@ def test_pictures_need_one_to_four_tiles_and_texts_do_not_touch():
         chart = charts.make_chart(rng, 1.0)
         rows, columns = choose_canvas(chart.height, chart.width)
         seen[rows, columns] += 1
-        assert charts.draw(chart).size == (chart.width, chart.height)
+        assert charts.draw(chart).image.size == (chart.width, chart.height)
         if chart.kind in ("bar", "line"):
             step = (chart.width - 20) / len(chart.labels)
             font = charts.ImageFont.load_default(chart.text)
@@ -156,31 +156,38 @@ def test_every_chart_can_be_drawn_and_a_pie_has_room_for_its_disk():
     rng = random.Random(0)
     for chart in (charts.make_chart(rng, 1.0) for _ in range(3000)):
         if chart.kind == "pie":
-            pixels = np.asarray(charts.draw(chart)).reshape(-1, 3)
+            pixels = np.asarray(charts.draw(chart).image).reshape(-1, 3)
             drawn = [(pixels == charts.PALETTE[color]).all(-1).sum() for color in chart.colors]
             # Of which the legend's marks are less than one each.
             assert sum(drawn) > (4 + len(drawn)) * chart.text**2, chart
 
 
-def test_words_stand_at_corners_of_patches_at_first_and_anywhere_later():
-    """The same word is the same pixels of its patch, or it is not."""
-    rng = random.Random(0)
-    easy = [charts.make_sign(rng, 0.0) for _ in range(50)]
-    assert {sign.copies for sign in easy} == {1, 4, 16}
-    assert all(len(sign.words) == 1 for sign in easy)
-    assert not any(charts.make_sign(rng, 1.0).copies for _ in range(20))
-    corners = {1: set(), 0: set()}
-    for copies, found in corners.items():
-        for number in range(20):
-            # What the place is drawn from, and does not show.
-            words = ("Rome", str(number)) if not copies else ("Rome",)
-            sign = charts.Sign(words, copies, 336, 336 + number, 18)
-            is_ink_YX = (np.asarray(charts.draw(sign))[:168] < 128).all(axis=-1)
-            if is_ink_YX.any():
-                found.add((int(is_ink_YX.any(1).argmax()), int(is_ink_YX.any(0).argmax())))
-    within = {name: {(y % 14, x % 14) for y, x in found} for name, found in corners.items()}
-    assert len(corners[1]) > 5 and len(within[1]) == 1
-    assert len(within[0]) > 10
+def test_a_feature_is_taught_the_token_in_whose_middle_it_looks():
+    """Each one that is looks at ink, and most of what is written is taught."""
+    rng, encode = random.Random(2), SPELLER.tokenizer.encode
+    for picture in (charts.make_sign(rng), charts.make_chart(rng, 0.0)):
+        paper = charts.draw(picture)
+        document = SPELLER(tasks.Exchange("sign", "", (("Read.", "-"),), picture=picture))
+        seen_F = document.seen_T[document.feature_T >= 0]
+        cells = document.tiles_ICYX[0, 0].reshape(12, 28, 12, 28).swapaxes(1, 2).reshape(144, -1)
+        assert (cells[seen_F >= 0] < 100).any(1).all()
+        written = [token for x in paper.texts for token in encode(x.text, add_special_tokens=False)]
+        found = seen_F[seen_F >= 0].tolist()
+        assert set(found) <= set(written) and len(found) > len(written) / 2
+
+
+def test_a_feature_of_a_larger_picture_is_counted_tile_by_tile():
+    """Where the tokens stand, as tiles are cut, and none in the tile that shows the whole."""
+    word = charts.Sign(("Oslo",), 1, 2 * 336, 336, 18)
+    document = SPELLER(tasks.Exchange("sign", "", (("Read.", "Oslo"),), picture=word))
+    at = np.flatnonzero(document.seen_T >= 0)
+    assert "Oslo".startswith(SPELLER.tokenizer.decode(document.seen_T[at].tolist()))
+    left, top, right, bottom = charts.draw(word).texts[0].box
+    tile, column = divmod(int((left + right) / 2 / 28), 12)
+    row = int((top + bottom) / 2 / 28)
+    first, last = tile * 144 + row * 12, tile * 144 + row * 12 + 11
+    assert ((document.feature_T[at] >= first) & (document.feature_T[at] <= last)).all()
+    assert abs(document.feature_T[at] - first - column).max() <= 1
 
 
 def test_charts_are_easy_at_first():

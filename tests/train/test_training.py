@@ -387,7 +387,7 @@ def test_an_exported_model_comes_with_a_chart_of_the_test(exported):
     chart = bundle.make_sample()
     assert find_split(chart.key) == "test"
     with Image.open(exported / bundle.SAMPLE) as image:
-        np.testing.assert_array_equal(np.asarray(image), np.asarray(draw(chart)))
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(draw(chart).image))
 
 
 @pytest.mark.slow
