@@ -136,6 +136,6 @@ def _make_add(order: tuple[int, ...], sharding: Sharding) -> Callable[..., jax.A
     def add(array: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
         weight = jnp.transpose(array, order)
         merged = dequantize(Adapted(weight, first, second), array.dtype)
-        return jnp.transpose(merged, np.argsort(order))
+        return jnp.transpose(merged, [order.index(axis) for axis in range(len(order))])
 
     return jax.jit(add, out_shardings=sharding)

@@ -137,7 +137,7 @@ def write_adapter(folder: str | Path, adapter: Adapter, config: Config, model: s
 def _list_adaptable(
     config: Config, rank: int, *, is_whole: bool
 ) -> Iterator[tuple[str, Recipe, dict[str, Shape]]]:
-    """Each parameter that can be adapted: its path, what it is published as, its factors' shapes."""
+    """What can be adapted: the path of each, what it is published as, the shapes of factors."""
     declared, _ = declare_parameters(config, jnp.float32)
     for path, leaf in flatten(declared).items():
         shapes = shape_factors(path, leaf.shape, rank)

@@ -292,9 +292,9 @@ def make_engine_options(args: argparse.Namespace) -> dict[str, Any]:
     if mesh is None:
         mesh = f"{args.data_parallel_size or 1}x{args.tensor_parallel_size or 1}"
     names = (
-        "revision load_format dtype kernels quantization lora seed gpu_memory_utilization max_model_len "
-        "max_num_seqs max_num_batched_tokens block_size kv_cache_dtype calculate_kv_scales "
-        "enable_prefix_caching speculative_config limit_mm_per_prompt"
+        "revision load_format dtype kernels quantization lora seed gpu_memory_utilization "
+        "max_model_len max_num_seqs max_num_batched_tokens block_size kv_cache_dtype "
+        "calculate_kv_scales enable_prefix_caching speculative_config limit_mm_per_prompt"
     )
     return {
         "model": args.model or args.model_tag,
