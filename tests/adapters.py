@@ -1,5 +1,6 @@
 """Adapters with random factors, neither of them zero, for whichever parameters."""
 
+import math
 import re
 
 import jax.numpy as jnp
@@ -22,6 +23,6 @@ def make_adapter(config: Config, pattern: str = TEXT, *, rank: int = 3, seed: in
         shapes = shape_factors(path, leaf.shape, rank)
         if shapes is not None and re.fullmatch(pattern, path):
             first, second = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
-            size = np.prod(shapes[0][len(shapes[1]) :])  # of what is summed over
+            size = math.prod(shapes[0][len(shapes[1]) :])  # of what is summed over
             factors[path] = {"first": first * size**-0.5, "second": 0.3 * second}
     return Adapter(rank, 2.0 * rank, factors)

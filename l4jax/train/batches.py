@@ -93,12 +93,12 @@ def make_batch(recipe: Recipe, step: int) -> Packed:
             rng, recipe.split, step / recipe.steps, speller, recipe.chunk, longest
         )
         document = speller(example)
-        start = _find_room(filled, len(document.token_T), recipe)
+        start = find_room(filled, len(document.token_T), recipe)
         if start is None or tiles + len(document.tiles_ICYX) > recipe.tiles:
             failures += 1
             continue
         failures, tiles = 0, tiles + len(document.tiles_ICYX)
-        _fill(filled, start, len(document.token_T), recipe.chunk)
+        fill(filled, start, len(document.token_T), recipe.chunk)
         places.append((start, document))
     return pack(places, recipe, speller.processor.tile)
 
@@ -156,7 +156,7 @@ def _find_runs(
     return run_T, first_R
 
 
-def _find_room(filled: list[int], tokens: int, recipe: Recipe) -> int | None:
+def find_room(filled: list[int], tokens: int, recipe: Recipe) -> int | None:
     """Where so many tokens fit, as the place of the first; None if nowhere."""
     chunk, blocks = recipe.chunk, recipe.length // recipe.chunk
     needed = -(-tokens // chunk)
@@ -169,7 +169,8 @@ def _find_room(filled: list[int], tokens: int, recipe: Recipe) -> int | None:
     return None
 
 
-def _fill(filled: list[int], start: int, tokens: int, chunk: int) -> None:
+def fill(filled: list[int], start: int, tokens: int, chunk: int) -> None:
+    """Note that so many tokens from `start` on are taken."""
     while tokens > 0:
         block, taken = divmod(start, chunk)
         part = min(tokens, chunk - taken)
