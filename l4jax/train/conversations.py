@@ -122,8 +122,9 @@ def spell(
         count = len(opened)
         if closed[:count] != opened or whole.token_ids[: len(closed)] != closed:
             raise DataError(
-                f"messages[{at}]: where it begins and ends does not follow from the chat template; "
-                "an answer must not begin with an end of a line or a space."
+                f"messages[{at}]: where it begins is not to be told: the chat template must write "
+                "an answer behind what opens one, and no answer may begin with a space or a line's "
+                "end."
             )
         weight_T[count : len(closed)] = message.get("weight", 1)
     if not weight_T.any():

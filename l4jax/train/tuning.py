@@ -154,6 +154,7 @@ def tune(
             f"{source} is quantized ({found}): adapters are learned beside BF16 or F32; take that "
             "checkpoint."
         )
+    folder.mkdir(parents=True, exist_ok=True)
     prepare_devices(mesh)
     layout = Layout(make_mesh(mesh), STRATEGIES["training"])
     check_mesh(config, layout)

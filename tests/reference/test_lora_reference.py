@@ -80,13 +80,15 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("targets", CASES.values(), ids=CASES.keys())
 def test_what_peft_saves_is_merged(base: Path, targets: dict[str, Any], tmp_path: Path) -> None:
     model = adapt(base, **targets)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
     ids = np.concatenate(
         [weights.random_ids(30, 1), weights.image_ids(1, 1), weights.random_ids(5, 2)]
     )
     pixels = weights.random_pixels(1, 3)
-    # Beside a router PEFT cannot run its factors: it takes what comes out for an array.
-    wanted = oracle.logits(model.merge_and_unload(), ids, pixels)
+    if any("router" in name for name, _ in model.named_parameters() if "lora_A" in name):
+        # PEFT cannot run factors beside a router, whose output it takes for an array.
+        model = model.merge_and_unload()
+    wanted = oracle.logits(model, ids, pixels)
     found = run_ours(base, tmp_path, ids, pixels)
     assert_close(found, wanted)
     plain = run_ours(base, None, ids, pixels)
