@@ -21,7 +21,7 @@ from l4jax.config import Config
 from l4jax.testing import write_model
 from l4jax.text.tokenizer import Tokenizer
 from l4jax.train import state, tuning
-from l4jax.train.batches import Recipe
+from l4jax.train.batches import Packed, Recipe
 from l4jax.train.conversations import (
     DataError,
     count_tiles,
@@ -64,7 +64,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ask(name: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": f"What of the {name}?"}]
+    return [{"role": "user", "content": name}]
 
 
 def say(text: str, **more: Any) -> dict[str, Any]:
@@ -93,9 +93,9 @@ def make_recipe(model: Path, documents: list[Document], steps: int, **changes: A
 
 
 def make_tuning(model: Path, documents: list[Document], steps: int, **changes: Any) -> Tuning:
-    teaching = Teaching(steps=steps, rate=1e-2, warmup=2, decay=0.0, balance=0.0, dtype="float32")
+    teaching = Teaching(steps=steps, rate=2e-2, warmup=2, decay=0.0, balance=0.0, dtype="float32")
     recipe = make_recipe(model, documents, steps)
-    plan = Plan(Config.from_folder(model), recipe, teaching, save_every=4, note_every=1)
+    plan = Plan(Config.from_folder(model), recipe, teaching, save_every=8, note_every=1)
     return Tuning(plan, "digest", 4, 8.0, changes.pop("targets", tuple(TARGETS)[:3]))
 
 
@@ -108,11 +108,18 @@ def load(model: Path, lora: Any = None) -> Any:
     return checkpoint.load(model, config, jnp.float32, place_on_one, lora=lora, progress=False)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "chunk"))
+def find(params: Any, packed: Packed, config: Config, chunk: int = toys.CHUNK) -> Any:
+    """The loss of a batch."""
+    teaching = Teaching(steps=1, dtype="float32", balance=0.0)
+    return find_loss(params, packed, config, teaching, np.zeros(0), make_lean_kernels(chunk))[0]
+
+
 @pytest.fixture(scope="module")
 def run(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Thirty steps without a break: the folder, the tuning, the documents and the adapter."""
+    """Forty steps without a break: the folder, the tuning, the documents and the adapter."""
     folder, documents = tmp_path_factory.mktemp("run"), read(model, data)
-    its = make_tuning(model, documents, 30)
+    its = make_tuning(model, documents, 40)
     return folder, its, documents, tune(its, documents, folder, model="base", quiet=True)
 
 
@@ -247,10 +254,7 @@ def test_rows_shorter_than_a_chunk_compute_the_same(model, data):
         recipe = make_recipe(model, documents, 1, rows=rows)
         recipe = dataclasses.replace(recipe, length=length, chunk=chunk)
         (packed,) = make_batches(documents, recipe, 0)
-        teaching = Teaching(steps=1, dtype="float32", balance=0.0)
-        levels, kernels = np.zeros((3, 256)), make_lean_kernels(chunk)
-        loss, _ = find_loss(base, packed, config, teaching, levels, kernels)
-        losses.append(float(loss))
+        losses.append(float(find(base, packed, config, chunk)))
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
@@ -261,13 +265,13 @@ def test_lean_kernels_have_the_same_gradients(model, data):
     (packed,) = make_batches(documents, its.plan.recipe, 0)
     found = []
 
-    def find(factors, kernels):
+    def find_beside(factors, kernels):
         plan, params = its.plan, tuning.apply(base, factors, 2.0)
         return find_loss(params, packed, plan.config, plan.teaching, np.zeros(0), kernels)[0]
 
     for make in (make_training_kernels, make_lean_kernels):
         kernels = make(toys.CHUNK)
-        found.append(jax.jit(jax.grad(functools.partial(find, kernels=kernels)))(factors))
+        found.append(jax.jit(jax.grad(functools.partial(find_beside, kernels=kernels)))(factors))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), *found)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found))
 
@@ -285,9 +289,7 @@ def test_the_loss_falls_from_where_the_model_alone_has_it(run, model):
     folder, its, documents, _ = run
     losses = find_losses(folder)
     (packed, *_) = make_batches(documents, its.plan.recipe, 0)
-    alone, _ = find_loss(
-        load(model), packed, its.plan.config, its.plan.teaching, np.zeros((3, 256))
-    )
+    alone = find(load(model), packed, its.plan.config)
     np.testing.assert_allclose(losses[0], alone, rtol=1e-5)
     assert losses[-1] < 0.2 * losses[0], losses
 
@@ -320,10 +322,7 @@ def test_merged_computes_what_was_learned(run, model, tmp_path):
     merged = load(model, checkpoint.read_adapter(folder, its.plan.config))
     applied = tuning.apply(load(model), adapter.factors, adapter.scale)
     (packed, *_) = make_batches(documents, its.plan.recipe, 0)
-    losses = [
-        float(find_loss(p, packed, its.plan.config, its.plan.teaching, np.zeros((3, 256)))[0])
-        for p in (merged, applied)
-    ]
+    losses = [float(find(params, packed, its.plan.config)) for params in (merged, applied)]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
     assert losses[0] < 0.3 * find_losses(folder)[0]
 
@@ -336,7 +335,7 @@ def test_serving_with_the_adapter_says_what_was_taught(run, model, capsys):
         llm = LLM(model, lora=lora, quiet=True, max_model_len=128, mesh="4" if lora else "1")
         said = [output.outputs[0].text for output in llm.chat(messages, params)]
         assert (said == list(ANSWERS.values())) == is_taught, said
-    words = ["--model", str(model), "--lora", str(folder), "--prompt", "What of the sky?"]
+    words = ["--model", str(model), "--lora", str(folder), "--prompt", "sky"]
     assert generate.main([*words, "--temperature", "0", "--max-model-len", "128"]) == 0
     assert capsys.readouterr().out.strip() == ANSWERS["sky"]
 
