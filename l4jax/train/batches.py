@@ -65,7 +65,7 @@ class Packed:
         first_RB: int32, the first run of each run's document, in all B = length / chunk columns.
         target_T: int32, the token that comes next; of an image feature the one written there.
         weight_T: float32, how much the loss counts whether it is foretold.
-        kind_T: int32, which of `documents.KINDS` the document is; -1 is padding.
+        kind_T: int32, which of `documents.KINDS` the document is; -1 is padding, or another.
         feature_T: int32 index into the image features, -1 for text.
         tiles_ICYX: uint8 pixels.
     """
@@ -121,7 +121,7 @@ def pack(places: Sequence[tuple[int, Document]], recipe: Recipe, tile: int) -> P
         is_seen_T = document.seen_T >= 0
         target_T[at][is_seen_T] = document.seen_T[is_seen_T]
         weight_T[at][is_seen_T] = SEEN_WEIGHT
-        kind_T[at] = KINDS.index(document.kind)
+        kind_T[at] = KINDS.index(document.kind) if document.kind in KINDS else -1
         is_patch_T = document.feature_T >= 0
         feature_T[at][is_patch_T] = document.feature_T[is_patch_T] + used * recipe.features
         tiles_ICYX[used : used + len(document.tiles_ICYX)] = document.tiles_ICYX

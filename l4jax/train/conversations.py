@@ -16,7 +16,7 @@ from l4jax.text.chat import Prompt, PromptError, render_chat
 from l4jax.text.image import PATCH, ImageProcessor
 from l4jax.text.tokenizer import Tokenizer
 from l4jax.train.batches import FAILURES, SHORTEST, Packed, Recipe, fill, find_room, pack
-from l4jax.train.documents import Document
+from l4jax.train.documents import CHAT, Document
 
 _KEYS = ("messages", "tools")
 
@@ -145,7 +145,7 @@ def _make_document(
     if not prompt.images or processor is None:
         side = processor.tile if processor else 0
         nothing = np.zeros((0, 3, side, side), np.uint8)
-        return Document(token_T, weight_T, np.full(len(token_T), -1, np.int32), nothing)
+        return Document(CHAT, token_T, weight_T, np.full(len(token_T), -1, np.int32), nothing)
     is_patch_T = token_T == tokenizer.token_id(PATCH)
     feature_T = np.where(is_patch_T, np.cumsum(is_patch_T) - 1, -1).astype(np.int32)
     normal_ICYX = np.concatenate([tiles.pixels_ICHW for tiles in prompt.images])
@@ -154,7 +154,7 @@ def _make_document(
     tiles_ICYX = np.stack(
         [np.searchsorted(levels_256, normal_ICYX[:, c]) for c, levels_256 in channels], axis=1
     )
-    return Document(token_T, weight_T, feature_T, tiles_ICYX.astype(np.uint8))
+    return Document(CHAT, token_T, weight_T, feature_T, tiles_ICYX.astype(np.uint8))
 
 
 def draw_places(

@@ -174,7 +174,7 @@ def find_loss(
     is_kind_KT = packed.kind_T == jnp.arange(len(KINDS))[:, None]
     answers_K = (is_kind_KT & is_answer_T).sum(-1)
     right_K = (is_kind_KT & is_answer_T & is_right_T).sum(-1)
-    right = right_K.sum() / jnp.maximum(answers_K.sum(), 1)
+    right = (is_answer_T & is_right_T).sum() / jnp.maximum(is_answer_T.sum(), 1)
     scores = find_scores(kept["intermediates"])
     is_real_T = packed.position_T >= 0
     balances, loads = zip(*(balance(score_TE, is_real_T) for score_TE in scores), strict=True)

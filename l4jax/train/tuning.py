@@ -208,6 +208,9 @@ def _make_loss(tuning: Tuning) -> Any:
 
     def find(factors: Any, packed: Any, base: Parameters) -> Any:
         params = apply(base, factors, scale)
-        return find_loss(params, packed, plan.config, plan.teaching, processor.levels_C256, kernels)
+        loss, notes = find_loss(
+            params, packed, plan.config, plan.teaching, processor.levels_C256, kernels
+        )
+        return loss, {name: notes[name] for name in notes if not name.startswith("right_")}
 
     return find

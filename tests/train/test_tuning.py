@@ -30,7 +30,7 @@ from l4jax.train.conversations import (
     read_documents,
     spell,
 )
-from l4jax.train.documents import Document
+from l4jax.train.documents import CHAT, Document
 from l4jax.train.kernels import make_lean_kernels, make_training_kernels
 from l4jax.train.learning import Teaching, find_loss
 from l4jax.train.metrics import read_lines
@@ -214,7 +214,11 @@ def make_documents(*lengths: int) -> list[Document]:
     nothing = np.zeros((0, 3, 1, 1), np.uint8)
     return [
         Document(
-            np.arange(n, dtype=np.int32), np.ones(n, np.float32), np.full(n, -1, np.int32), nothing
+            CHAT,
+            np.arange(n, dtype=np.int32),
+            np.ones(n, np.float32),
+            np.full(n, -1, np.int32),
+            nothing,
         )
         for n in lengths
     ]
