@@ -9,6 +9,7 @@ learned. A run that was cut off goes on where it saved last: the same command, w
 
 import argparse
 import hashlib
+import math
 import sys
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def main() -> None:
     add("--mesh", default="1", help="devices: 8, 2x4 or data=2,model=4 (default: 1)")
     add("--seed", type=int, default=0, help="of factors and order (default: 0)")
     add("--save-every", type=int, default=100, metavar="STEPS", help="(default: 100)")
-    add("--note-every", type=int, default=10, metavar="STEPS", help="(default: 10)")
+    add("--note-every", type=int, metavar="STEPS", help="(default: 10, or what divides the other)")
     args = parser.parse_args()
     try:
         _run(args)
@@ -80,7 +81,8 @@ def _run(args: argparse.Namespace) -> None:
         balance=0.0,  # routers stay as they are
         dtype=checkpoint.find_dtype(folder) if args.dtype == "auto" else args.dtype,
     )
-    plan = Plan(config, recipe, teaching, args.save_every, args.note_every)
+    note_every = args.note_every or math.gcd(10, args.save_every)
+    plan = Plan(config, recipe, teaching, args.save_every, note_every)
     data = hashlib.sha256(args.data.read_bytes()).hexdigest()
     tuning = Tuning(plan, data, args.rank, args.alpha, tuple(args.targets))
     print(f"{len(documents)} conversations, {sum(len(d.token_T) for d in documents)} tokens")

@@ -72,10 +72,10 @@ class Adapted:
         return jnp.squeeze(self.first, tuple(i for i in range(outs) if self.first.shape[i] == 1))
 
 
-Weight: TypeAlias = Array | Quantized | Adapted
+Weight: TypeAlias = Array | Quantized
 
 
-def dequantize(weight: Weight, dtype: Any) -> Array:
+def dequantize(weight: Weight | Adapted, dtype: Any) -> Array:
     """The weight as an array: data times scale, or what an adapter makes of it, rounded once, to
     `dtype`.
     """
@@ -98,7 +98,7 @@ def dequantize(weight: Weight, dtype: Any) -> Array:
     return grouped.reshape(data.shape).astype(dtype)
 
 
-def multiply(subscripts: str, x: Array, weight: Weight) -> Array:
+def multiply(subscripts: str, x: Array, weight: Weight | Adapted) -> Array:
     """`einsum` of x with a weight of any format, in the dtype of x.
 
     fp8 weights meet fp8 activations: each token of x is divided by its largest element / 448 and

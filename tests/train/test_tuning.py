@@ -436,7 +436,7 @@ def test_the_command_learns_and_what_it_saves_is_loaded(model, data, tmp_path, m
         finetune.main()
 
     monkeypatch.setattr(finetune, "keep_compilations", lambda folder: None)
-    small = ("--rows", "2", "--length", "48", "--rank", "2", "--note-every", "1")
+    small = ("--rows", "2", "--length", "48", "--rank", "2", "--dtype", "bfloat16")
     call("--steps", "2", "--save-every", "2", "--mesh", "2", *small)
     told = capsys.readouterr().out
     assert "4 conversations" in told and "step 2 of 2: loss" in told and "--lora" in told
