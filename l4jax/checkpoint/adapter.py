@@ -72,16 +72,11 @@ def adapt(path: str, shape: Shape, factors: Factors, scale: float) -> tuple[Any,
     """The factors of a parameter as `Adapted` has them: spread over its axes, and scaled."""
     first, second = factors["first"], factors["second"]
     recipe = find_published(path, shape, is_whole=False)
-    for axis, size in enumerate(first.shape[: second.ndim - 1]):
-        if 1 < size < shape[axis]:
-            starts = [*list_starts(recipe, axis), shape[axis]]
-            first = first.repeat(np.diff(starts), axis, **_fix_length(first, shape[axis]))
+    for axis, parts in enumerate(first.shape[: second.ndim - 1]):
+        if 1 < parts < shape[axis]:
+            sizes = np.diff([*list_starts(recipe, axis), shape[axis]])
+            first = first.take(np.repeat(np.arange(parts), sizes), axis)
     return first, second * scale
-
-
-def _fix_length(array: Any, length: int) -> dict[str, int]:
-    """Under jit, jax has to be told how long what it repeats will be."""
-    return {"total_repeat_length": length} if isinstance(array, jax.Array) else {}
 
 
 def list_starts(recipe: Recipe, axis: int) -> list[int]:

@@ -29,13 +29,12 @@ from l4jax.train.learning import PACKED_AXES, Learned, find_loss, make_update
 from l4jax.train.run import Plan, follow
 from sharding import STRATEGIES, Layout, make_mesh, prepare_devices
 
-# What may be adapted, by name: the parameters of each.
-TARGETS = {
-    "attention": r"text/layer_\d+/attention/.*",
-    "shared_expert": r"text/layer_\d+/feed_forward/shared/.*",
-    "experts": r"text/layer_\d+/feed_forward/(gate_up|down)",  # those that have experts
-    "dense": r"text/layer_\d+/feed_forward/(gate_up|down)",  # and those that have none
-}
+TARGETS = (
+    "attention",
+    "shared_expert",
+    "experts",
+    "dense",
+)  # what may be adapted: layers' matrices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +75,8 @@ class Tuning:
         return {
             path: (leaf.shape, names[path])
             for path, leaf in flatten(declared).items()
-            if any(self._aims_at(target, path, names[path]) for target in self.targets)
+            if find_target(path, names[path]) in self.targets
         }
-
-    @staticmethod
-    def _aims_at(target: str, path: str, names: tuple[str, ...]) -> bool:
-        if not re.fullmatch(TARGETS[target], path):
-            return False
-        return target not in ("experts", "dense") or (axes.EXPERTS in names) == (
-            target == "experts"
-        )
 
     def name_factors(self) -> dict[str, dict[str, tuple[str, ...]]]:
         """The logical names of the axes of all factors."""
@@ -111,6 +102,18 @@ class Tuning:
     def make_adapter(self, learned: Learned) -> Adapter:
         """What was learned, as a value on the host."""
         return Adapter(self.rank, self.alpha, jax.device_get(learned.params))
+
+
+def find_target(path: str, names: tuple[str, ...]) -> str | None:
+    """Which of `TARGETS` a parameter, with axes of these names, belongs to; None if to none."""
+    found = re.fullmatch(r"text/layer_\d+/(attention|feed_forward)/(shared/)?(\w+)", path)
+    if not found or found[3] == "router":
+        return None
+    if found[1] == "attention":
+        return "attention"
+    if found[2]:
+        return "shared_expert"
+    return "experts" if axes.EXPERTS in names else "dense"
 
 
 def apply(base: Parameters, factors: Any, scale: float) -> Parameters:
