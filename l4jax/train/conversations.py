@@ -142,19 +142,25 @@ def _make_document(
     prompt: Prompt, weight_T: np.ndarray, tokenizer: Tokenizer, processor: ImageProcessor | None
 ) -> Document:
     token_T = np.array(prompt.token_ids, np.int32)
-    if not prompt.images or processor is None:
-        side = processor.tile if processor else 0
-        nothing = np.zeros((0, 3, side, side), np.uint8)
-        return Document(CHAT, token_T, weight_T, np.full(len(token_T), -1, np.int32), nothing)
-    is_patch_T = token_T == tokenizer.token_id(PATCH)
-    feature_T = np.where(is_patch_T, np.cumsum(is_patch_T) - 1, -1).astype(np.int32)
-    normal_ICYX = np.concatenate([tiles.pixels_ICHW for tiles in prompt.images])
-    # Each value is one of 256 that ascend: back to which one, as batches hold them.
-    channels = enumerate(processor.levels_C256)
-    tiles_ICYX = np.stack(
-        [np.searchsorted(levels_256, normal_ICYX[:, c]) for c, levels_256 in channels], axis=1
+    nothing_T = np.full(len(token_T), -1, np.int32)
+    side = processor.tile if processor else 0
+    feature_T, tiles_ICYX = nothing_T, np.zeros((0, 3, side, side), np.uint8)
+    if prompt.images and processor:
+        is_patch_T = token_T == tokenizer.token_id(PATCH)
+        feature_T = np.where(is_patch_T, np.cumsum(is_patch_T) - 1, -1).astype(np.int32)
+        normal_ICYX = np.concatenate([tiles.pixels_ICHW for tiles in prompt.images])
+        # Each value is one of 256 that ascend: back to which one, as batches hold them.
+        channels = enumerate(processor.levels_C256)
+        levels = [np.searchsorted(levels_256, normal_ICYX[:, c]) for c, levels_256 in channels]
+        tiles_ICYX = np.stack(levels, axis=1).astype(np.uint8)
+    return Document(
+        kind=CHAT,
+        token_T=token_T,
+        weight_T=weight_T,
+        feature_T=feature_T,
+        seen_T=nothing_T,
+        tiles_ICYX=tiles_ICYX,
     )
-    return Document(CHAT, token_T, weight_T, feature_T, tiles_ICYX.astype(np.uint8))
 
 
 def draw_places(

@@ -211,16 +211,18 @@ def test_a_file_without_conversations_is_refused(model, tmp_path):
 
 
 def make_documents(*lengths: int) -> list[Document]:
-    nothing = np.zeros((0, 3, 1, 1), np.uint8)
+    """Texts without pictures, all of which is learned."""
+    tiles = np.zeros((0, 3, 1, 1), np.uint8)
     return [
         Document(
-            CHAT,
-            np.arange(n, dtype=np.int32),
-            np.ones(n, np.float32),
-            np.full(n, -1, np.int32),
-            nothing,
+            kind=CHAT,
+            token_T=np.arange(length, dtype=np.int32),
+            weight_T=np.ones(length, np.float32),
+            feature_T=np.full(length, -1, np.int32),
+            seen_T=np.full(length, -1, np.int32),
+            tiles_ICYX=tiles,
         )
-        for n in lengths
+        for length in lengths
     ]
 
 
