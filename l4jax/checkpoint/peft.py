@@ -176,7 +176,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         refused["bias"] = about["bias"]
     if about.get("init_lora_weights") not in _BEGINNINGS:
         refused["init_lora_weights"] = about["init_lora_weights"]  # it changed the weights, too
-    for key, value in refused.items():
+    if refused:
+        key, value = next(iter(refused.items()))
         raise CheckpointError(f"{path}: {key} is {value!r}, which is not merged: {_WAY_OUT}.")
     return about
 
