@@ -11,6 +11,7 @@ dim):
     I image tiles              N patches, vision heads   M image features
     C channels, Y X pixels     W vision width            A adapter width
     U what a matrix joins: a patch's pixels, a block's channels
+    Q rank of an adapter
 
 A row is a run of tokens of one request inside one attention chunk: see `l4jax.cache`.
 
@@ -40,6 +41,11 @@ PATCHES = "patches"  # of a tile, with the class embedding
 ADAPTER_INPUT = "adapter_input"
 ADAPTER_HIDDEN = "adapter_hidden"
 ADAPTER_WIDTH = "adapter_width"
+
+# What an adapter adds to a weight: its rank, and the parts of an axis that it tells apart, such as
+# query, key and value; 1 where it tells none.
+RANK = "rank"
+PARTS = "parts"
 
 # What a step holds.
 TOKENS = "tokens"

@@ -74,6 +74,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=["on", "off"],
         help="its projections, too (default: on for fp8, off for int4)",
     )
+    add("--lora", metavar="FOLDER", help="an adapter as PEFT saves it, merged into the weights")
     add(
         "--max-model-len",
         type=int,
@@ -116,6 +117,7 @@ def _answer(args: argparse.Namespace, started: float) -> int:
         kv_cache_dtype=args.kv_cache_dtype,
         calculate_kv_scales=args.calculate_kv_scales,
         quantize_attention=SWITCH[args.quantize_attention],
+        lora=args.lora,
         max_model_len=args.max_model_len,
         max_num_seqs=1,
         limit_mm_per_prompt={"image": min(max(len(args.image), 1), 10)},

@@ -89,6 +89,8 @@ class LLM:
         quantization: "fp8" or "int4" quantizes the weights of a BF16 checkpoint while they are
             loaded; None takes them as they are stored.
         quantize_attention: whether its projections, too; None is yes for fp8, no for int4.
+        lora: the folder of an adapter in PEFT's layout, merged into the weights while they are
+            loaded, before they are quantized; it costs nothing afterwards, and is for all requests.
         max_model_len: tokens of prompt and answer together; None is as many as fit, up to the
             model's own.
         max_num_seqs: requests that run together.
@@ -128,6 +130,7 @@ class LLM:
         dtype: str = "auto",
         quantization: str | None = None,
         quantize_attention: bool | None = None,
+        lora: str | Path | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 8,
         max_num_batched_tokens: int = 2048,
@@ -155,6 +158,8 @@ class LLM:
             )
         if load_format not in ("auto", "dummy"):
             raise ValueError(f"load_format is {load_format!r}: it is 'auto' or 'dummy'.")
+        if lora is not None and load_format == "dummy":
+            raise ValueError("lora is for a checkpoint's weights: load_format 'dummy' has none.")
         max_images = _read_limit(limit_mm_per_prompt)
         keep_compilations(find_cache_folder() / "compiled")
         if model is None:
@@ -188,6 +193,7 @@ class LLM:
                 folder,
                 quantization=quantization,
                 quantize_attention=quantize_attention,
+                lora=None if lora is None else Path(lora),
                 progress=not quiet,
             )
             if "nvfp4" in (checkpoint.find_quantization(folder) or ""):

@@ -38,6 +38,7 @@ REPLICATED = Rules(
             *("experts", "hidden", "gate_up"),
             *("vision_width", "vision_heads", "vision_head_dim", "vision_hidden", "qkv"),
             *("patch", "patches", "adapter_input", "adapter_hidden", "adapter_width"),
+            *("rank", "parts"),
             *("tokens", "rows", "slots", "pages", "page", "table", "groups"),
             *("tiles", "features", "channels", "pixels_y", "pixels_x", "layers", "list"),
         )

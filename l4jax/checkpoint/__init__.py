@@ -2,7 +2,7 @@
 
 `safetensors` reads the format; `names` says which stored tensors make up a parameter, `rules` how;
 `recipe` and `parameters` put them on devices, `narrow` in fewer bits. `orbax` is our own layout,
-which `conversion` writes.
+which `conversion` writes. `adapter` is what LoRA adds to them, and `peft` its files.
 """
 
 from pathlib import Path
@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 
 from l4jax.checkpoint import names, parameters, safetensors
+from l4jax.checkpoint.adapter import Adapter
 from l4jax.checkpoint.errors import CheckpointError
 from l4jax.checkpoint.hub import BUNDLED, find_bundled, find_folder
 from l4jax.checkpoint.narrow import Narrowing
 from l4jax.checkpoint.parameters import Place, load_parameters
+from l4jax.checkpoint.peft import read_adapter, write_adapter
 from l4jax.checkpoint.safetensors import Index
 from l4jax.config import Config
 from l4jax.model import Parameters
 
 __all__ = [
     "BUNDLED",
+    "Adapter",
     "CheckpointError",
     "Narrowing",
     "Place",
@@ -30,6 +33,8 @@ __all__ = [
     "find_quantization",
     "load",
     "load_kv_scales",
+    "read_adapter",
+    "write_adapter",
 ]
 
 
@@ -40,6 +45,7 @@ def load(
     place: Place,
     *,
     narrowing: Narrowing | None = None,
+    lora: Adapter | None = None,
     progress: bool = True,
 ) -> Parameters:
     """Load the parameters of a model: safetensors under the published names, or a converted folder.
@@ -50,6 +56,7 @@ def load(
         dtype: of the parameters; what is stored in another is converted.
         place: the sharding of an array whose axes have these logical names, in any order of axes.
         narrowing: what to quantize on the way, and how; nothing if None.
+        lora: an adapter to merge, before anything is quantized.
         progress: whether to show a bar on standard error.
 
     Returns:
@@ -62,8 +69,10 @@ def load(
     if _is_orbax(folder):
         from l4jax.checkpoint import orbax  # slow to import, and seldom needed
 
-        return orbax.load(folder, config, dtype, place, narrowing=narrowing, progress=progress)
-    return load_parameters(folder, config, dtype, place, narrowing=narrowing, progress=progress)
+        read = orbax.load
+    else:
+        read = load_parameters
+    return read(folder, config, dtype, place, narrowing=narrowing, lora=lora, progress=progress)
 
 
 def load_kv_scales(folder: str | Path, config: Config) -> tuple[np.ndarray, np.ndarray] | None:

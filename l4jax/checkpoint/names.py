@@ -99,6 +99,28 @@ TABLE: Mapping[str, list[Row]] = {
     "vision/projector": _add(2, take, "multi_modal_projector.linear_1.weight"),
 }
 
+# How many of the last axes of each matrix are summed over.
+SUMMED: Mapping[str, int] = {
+    "text/head": 1,
+    "text/layer_*/attention/qkv": 1,
+    "text/layer_*/attention/out": 3,
+    "text/layer_*/feed_forward/router": 1,
+    "text/layer_*/feed_forward/gate_up": 1,
+    "text/layer_*/feed_forward/down": 1,
+    "text/layer_*/feed_forward/shared/gate_up": 1,
+    "text/layer_*/feed_forward/shared/down": 1,
+    "vision/patch": 1,
+    "vision/layer_*/qkv": 1,
+    "vision/layer_*/out": 2,
+    "vision/layer_*/up": 1,
+    "vision/layer_*/down": 1,
+    "vision/adapter/first": 1,
+    "vision/adapter/second": 1,
+    "vision/projector": 1,
+}
+# Parameters of a module of fused experts, in the module's order.
+FUSED = ("gate_up_proj", "down_proj")
+
 # What a whole model puts before the text model's names, and a text-only one does not.
 _PREFIX = "language_model."
 # RoPE's frequencies, which some tools save: they follow from the config, and are computed from it.
@@ -236,13 +258,29 @@ def publish(path: str, value: np.ndarray, *, is_whole: bool) -> dict[str, np.nda
         value: of the parameter.
         is_whole: whether the checkpoint holds the vision tower too, which changes the names.
     """
-    recipe = _choose(path, value.shape, _PREFIX if is_whole else "", set())
+    recipe = find_published(path, value.shape, is_whole=is_whole)
     value = value.transpose(np.argsort(recipe.turn))
     boxes = {
         part.name: value[tuple(map(slice, part.start, np.add(part.start, part.shape)))]
         for part in recipe.parts
     }
     return {part.name: boxes[part.name].reshape(part.stored) for part in recipe.parts}
+
+
+def find_published(path: str, shape: Shape, *, is_whole: bool) -> Recipe:
+    """The recipe of a parameter from what it is published as; `is_whole` as for `publish`."""
+    return _choose(path, shape, _PREFIX if is_whole else "", set())
+
+
+def forget_prefix(name: str) -> str:
+    """A name, or what begins with one, as a text-only checkpoint has it."""
+    return name.removeprefix(_PREFIX)
+
+
+def count_summed(path: str) -> int | None:
+    """How many of a parameter's last axes are summed over; None for what is no matrix of a product,
+    and for the embedding, which is looked up in."""
+    return SUMMED.get(re.sub(r"/layer_\d+/", "/layer_*/", path))
 
 
 def find_kv_scales(stored: Iterable[str]) -> dict[tuple[str, int], str]:

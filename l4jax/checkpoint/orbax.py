@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
 from l4jax import axes
+from l4jax.checkpoint.adapter import Adapter
 from l4jax.checkpoint.errors import CheckpointError, list_few
 from l4jax.checkpoint.narrow import Narrowing
 from l4jax.checkpoint.parameters import Place, flatten, make_bar, unflatten
@@ -82,6 +83,7 @@ def load(
     place: Place,
     *,
     narrowing: Narrowing | None = None,
+    lora: Adapter | None = None,
     progress: bool = True,
 ) -> Parameters:
     """Load `folder/orbax`, each device its own slice, layer by layer; what is to be quantized, one
@@ -122,6 +124,7 @@ def load(
             arrays = flatten(_restore(checkpointer, path, wanted))
             bar.update(sum(array.nbytes for array in arrays.values()))
             for name, array in arrays.items():
+                array = lora.merge(name, array) if lora else array
                 inner = inners[name]
                 loaded[name] = (
                     narrowing.quantize(array, inner, names[name], place)

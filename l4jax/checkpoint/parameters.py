@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 from tqdm import tqdm
 
+from l4jax.checkpoint.adapter import Adapter
 from l4jax.checkpoint.errors import CheckpointError, list_few
 from l4jax.checkpoint.names import find_kv_scales, find_quantization, match
 from l4jax.checkpoint.narrow import Narrowing
@@ -48,6 +49,7 @@ def load_parameters(
     place: Place,
     *,
     narrowing: Narrowing | None = None,
+    lora: Adapter | None = None,
     progress: bool = True,
 ) -> Parameters:
     """Load a checkpoint in the published layout, plain or sharded, onto devices.
@@ -63,6 +65,7 @@ def load_parameters(
         place: the sharding of an array whose axes have these logical names, in any order of axes.
         narrowing: what to quantize, and how; a checkpoint that is in that format already is loaded
             as it is.
+        lora: an adapter, merged before anything is quantized.
         progress: whether to show a bar on standard error.
 
     Raises:
@@ -70,6 +73,8 @@ def load_parameters(
     """
     index = Index.open(folder)
     recipes, names = find_recipes(index, config)
+    if lora:
+        _check_plain(index, recipes, lora)
     if narrowing and _is_narrow(index, recipes, narrowing):
         narrowing = None
     loaded: dict[str, Any] = {}
@@ -84,10 +89,13 @@ def load_parameters(
         for count, (path, recipe) in enumerate(recipes.items(), start=1):
             inner = narrowing.count_inner(path) if narrowing else None
             if narrowing is None or inner is None:
-                loaded[path] = load_parameter(index, recipe, names[path], dtype, place, pool)
+                loaded[path] = load_parameter(
+                    index, recipe, names[path], dtype, place, pool, path=path, lora=lora
+                )
             else:
                 assert isinstance(recipe, Recipe)
                 wide = _read_parameter(index, recipe, names[path], dtype, place, pool)
+                wide = lora.merge(path, wide, recipe.order) if lora else wide
                 loaded[path] = narrowing.quantize(wide, inner, names[path], place, recipe.order)
             bar.set_postfix_str(f"{count}/{len(recipes)} parameters", refresh=False)
             bar.update(sizes[path])
@@ -140,13 +148,22 @@ def load_parameter(
     dtype: Any,
     place: Place,
     pool: Executor,
+    *,
+    path: str = "",
+    lora: Adapter | None = None,
 ) -> Any:
-    """Load one parameter; the last of its slices may still be on the way when it is returned."""
+    """Load one parameter; the last of its slices may still be on the way when it is returned.
+
+    Args:
+        path: of the parameter, by which an adapter knows it.
+        lora: what is merged into it; into none that is quantized.
+    """
     if isinstance(recipe, QuantizedRecipe):
         return _load_quantized(index, recipe, names, place, pool)
     if isinstance(recipe, Nvfp4Recipe):
         return _load_nvfp4(index, recipe, names, dtype, place, pool)
     array = _read_parameter(index, recipe, names, dtype, place, pool)
+    array = lora.merge(path, array, recipe.order) if lora else array
     return _turn(array, recipe, place(names))
 
 
@@ -173,6 +190,17 @@ def _read_parameter(
     array = _read_array(index, recipe, place(recipe.reorder(names)), dtype, pool)
     index.release(part.name for part in recipe.parts)
     return array
+
+
+def _check_plain(index: Index, recipes: Mapping[str, AnyRecipe], lora: Adapter) -> None:
+    """Refuse an adapter of what is stored in fewer bits: the sum would have to be rounded anew."""
+    quantized = [path for path in lora.factors if not isinstance(recipes[path], Recipe)]
+    if quantized:
+        raise CheckpointError(
+            f"{index.folder} is quantized already ({find_quantization(index.kinds)}), and "
+            f"{lora.origin} adapts {list_few(quantized)}: take the BF16 checkpoint, and quantize "
+            "while it is loaded."
+        )
 
 
 def _is_narrow(index: Index, recipes: Mapping[str, AnyRecipe], narrowing: Narrowing) -> bool:

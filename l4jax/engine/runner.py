@@ -82,11 +82,13 @@ class Runner:
         *,
         quantization: str | None = None,
         quantize_attention: bool | None = None,
+        lora: Path | None = None,
         progress: bool = True,
     ) -> None:
         """Read the weights, each device its own part; quantized on the way to "fp8" or "int4".
 
-        Attention is quantized by default in fp8, and not in int4.
+        Attention is quantized by default in fp8, and not in int4. An adapter, in a folder as PEFT
+        writes it, is merged before.
         """
         self.params = checkpoint.load(
             folder,
@@ -94,6 +96,7 @@ class Runner:
             self.dtype,
             self.layout.place,
             narrowing=checkpoint.Narrowing.choose(quantization, quantize_attention),
+            lora=checkpoint.read_adapter(lora, self.config) if lora else None,
             progress=progress,
         )
         self.kv_scales = checkpoint.load_kv_scales(folder, self.config)

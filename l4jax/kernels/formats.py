@@ -1,4 +1,5 @@
-"""Weights as values with a format: an array, or data and scales in fp8 or int4.
+"""Weights as values with a format: an array, data and scales in fp8 or int4, or either with an
+adapter.
 
 Every format ends in the axes that a product sums over, so a weight and its scales are cut alike.
 """
@@ -38,11 +39,56 @@ class Quantized:
         return self.data.shape
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A weight, and what an adapter of rank Q adds to it: second times first.
+
+    Attributes:
+        weight: [out.., in..].
+        first: [out.., Q, in..], from what is summed over to the rank. Along an axis of `out` whose
+            indices all share it, its size is 1.
+        second: [out.., Q].
+    """
+
+    weight: Any
+    first: Any
+    second: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    def spell(self, axes: str) -> tuple[str, str]:
+        """The letters of `first`, its axes of size 1 left out, and of `second`."""
+        outs, ins = axes[: self.second.ndim - 1], axes[self.second.ndim - 1 :]
+        told = zip(outs, self.first.shape, strict=False)
+        apart = "".join(letter for letter, size in told if size > 1)
+        return f"{apart}Q{ins}", f"{outs}Q"
+
+    def squeeze(self) -> Array:
+        """`first` without its axes of size 1 in `out`."""
+        outs = self.second.ndim - 1
+        return jnp.squeeze(self.first, tuple(i for i in range(outs) if self.first.shape[i] == 1))
+
+
 Weight: TypeAlias = Array | Quantized
 
 
-def dequantize(weight: Weight, dtype: Any) -> Array:
-    """The weight as an array: data times scale, rounded once, to `dtype`."""
+def dequantize(weight: Weight | Adapted, dtype: Any) -> Array:
+    """The weight as an array: data times scale, or what an adapter makes of it, rounded once, to
+    `dtype`.
+    """
+    if isinstance(weight, Adapted):
+        axes = "abcdefgh"[: len(weight.shape)]
+        first, second = weight.spell(axes)
+        added = jnp.einsum(
+            f"{second},{first}->{axes}",
+            weight.second.astype(jnp.float32),
+            weight.squeeze().astype(jnp.float32),
+            precision="highest",  # on a GPU float32 would be multiplied as TF32
+        )
+        return (dequantize(weight.weight, jnp.float32) + added).astype(dtype)
     if not isinstance(weight, Quantized):
         return weight.astype(dtype)
     data, scale = (part.astype(jnp.float32) for part in (weight.data, weight.scale))
@@ -52,12 +98,22 @@ def dequantize(weight: Weight, dtype: Any) -> Array:
     return grouped.reshape(data.shape).astype(dtype)
 
 
-def multiply(subscripts: str, x: Array, weight: Weight) -> Array:
+def multiply(subscripts: str, x: Array, weight: Weight | Adapted) -> Array:
     """`einsum` of x with a weight of any format, in the dtype of x.
 
     fp8 weights meet fp8 activations: each token of x is divided by its largest element / 448 and
-    rounded to e4m3, and the product is scaled back. int4 weights are widened to x's dtype.
+    rounded to e4m3, and the product is scaled back. int4 weights are widened to x's dtype. What an
+    adapter adds is computed beside the weight, through its rank.
     """
+    if isinstance(weight, Adapted):
+        ins, out = subscripts.split("->")
+        x_axes, w_axes = ins.split(",")
+        first, second = weight.spell(w_axes)
+        kept = "".join(letter for letter in x_axes if letter in out)
+        inside = kept + "".join(c for c in first if c in second and c not in kept)
+        y = jnp.einsum(f"{x_axes},{first}->{inside}", x, weight.squeeze())
+        added = jnp.einsum(f"{inside},{second}->{out}", y, weight.second)
+        return multiply(subscripts, x, weight.weight) + added
     if not isinstance(weight, Quantized):
         return jnp.einsum(subscripts, x, weight)
     if weight.data.dtype != FP8:

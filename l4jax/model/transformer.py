@@ -1,6 +1,7 @@
 """The decoder: embed; layers of attention and feed-forward, each added to x; the head."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -126,8 +127,8 @@ def declare_parameters(config: Config, dtype: Any) -> tuple[Parameters, Paramete
         return trees
 
     boxed = jax.eval_shape(initialize)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), nn.unbox(boxed))
-    names = jax.tree.map(
-        lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
-    )
-    return shapes, names
+
+    def find(take: Callable[[Any], Any]) -> Parameters:
+        return jax.tree.map(take, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+    return find(lambda x: jax.ShapeDtypeStruct(x.value.shape, dtype)), find(lambda x: x.names)

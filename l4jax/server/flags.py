@@ -59,6 +59,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         choices=["fp8", "int4"],
         help="of the weights, while they are loaded (default: as they are stored)",
     )
+    add("--lora", metavar="FOLDER", help="an adapter as PEFT saves it, merged into the weights")
     add("--chat-template", metavar="FILE", help="Jinja: a file, or itself (default: the model's)")
     add("--seed", type=int, default=0, help="for requests without one (default: %(default)s)")
 
@@ -291,9 +292,9 @@ def make_engine_options(args: argparse.Namespace) -> dict[str, Any]:
     if mesh is None:
         mesh = f"{args.data_parallel_size or 1}x{args.tensor_parallel_size or 1}"
     names = (
-        "revision load_format dtype kernels quantization seed gpu_memory_utilization max_model_len "
-        "max_num_seqs max_num_batched_tokens block_size kv_cache_dtype calculate_kv_scales "
-        "enable_prefix_caching speculative_config limit_mm_per_prompt"
+        "revision load_format dtype kernels quantization lora seed gpu_memory_utilization "
+        "max_model_len max_num_seqs max_num_batched_tokens block_size kv_cache_dtype "
+        "calculate_kv_scales enable_prefix_caching speculative_config limit_mm_per_prompt"
     )
     return {
         "model": args.model or args.model_tag,

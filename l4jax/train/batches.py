@@ -65,7 +65,7 @@ class Packed:
         first_RB: int32, the first run of each run's document, in all B = length / chunk columns.
         target_T: int32, the token that comes next; of an image feature the one written there.
         weight_T: float32, how much the loss counts whether it is foretold.
-        kind_T: int32, which of `documents.KINDS` the document is; -1 is padding.
+        kind_T: int32, which of `documents.KINDS` the document is; -1 is padding, or another.
         feature_T: int32 index into the image features, -1 for text.
         tiles_ICYX: uint8 pixels.
     """
@@ -93,12 +93,12 @@ def make_batch(recipe: Recipe, step: int) -> Packed:
             rng, recipe.split, step / recipe.steps, speller, recipe.chunk, longest
         )
         document = speller(example)
-        start = _find_room(filled, len(document.token_T), recipe)
+        start = find_room(filled, len(document.token_T), recipe)
         if start is None or tiles + len(document.tiles_ICYX) > recipe.tiles:
             failures += 1
             continue
         failures, tiles = 0, tiles + len(document.tiles_ICYX)
-        _fill(filled, start, len(document.token_T), recipe.chunk)
+        fill(filled, start, len(document.token_T), recipe.chunk)
         places.append((start, document))
     return pack(places, recipe, speller.processor.tile)
 
@@ -121,7 +121,7 @@ def pack(places: Sequence[tuple[int, Document]], recipe: Recipe, tile: int) -> P
         is_seen_T = document.seen_T >= 0
         target_T[at][is_seen_T] = document.seen_T[is_seen_T]
         weight_T[at][is_seen_T] = SEEN_WEIGHT
-        kind_T[at] = KINDS.index(document.kind)
+        kind_T[at] = KINDS.index(document.kind) if document.kind in KINDS else -1
         is_patch_T = document.feature_T >= 0
         feature_T[at][is_patch_T] = document.feature_T[is_patch_T] + used * recipe.features
         tiles_ICYX[used : used + len(document.tiles_ICYX)] = document.tiles_ICYX
@@ -156,7 +156,7 @@ def _find_runs(
     return run_T, first_R
 
 
-def _find_room(filled: list[int], tokens: int, recipe: Recipe) -> int | None:
+def find_room(filled: list[int], tokens: int, recipe: Recipe) -> int | None:
     """Where so many tokens fit, as the place of the first; None if nowhere."""
     chunk, blocks = recipe.chunk, recipe.length // recipe.chunk
     needed = -(-tokens // chunk)
@@ -169,7 +169,8 @@ def _find_room(filled: list[int], tokens: int, recipe: Recipe) -> int | None:
     return None
 
 
-def _fill(filled: list[int], start: int, tokens: int, chunk: int) -> None:
+def fill(filled: list[int], start: int, tokens: int, chunk: int) -> None:
+    """Note that so many tokens from `start` on are taken."""
     while tokens > 0:
         block, taken = divmod(start, chunk)
         part = min(tokens, chunk - taken)

@@ -28,7 +28,7 @@ class Document:
     """Tokens of one conversation or passage, at positions 0, 1, ...
 
     Attributes:
-        kind: one of `KINDS`.
+        kind: one of `KINDS`; or what somebody else's conversations are, `CHAT`.
         token_T: int32.
         weight_T: float32, how much the loss counts that this token is foretold; 0 for questions.
         feature_T: int32, which image feature a token is, counted over the document's tiles; -1.
@@ -153,6 +153,7 @@ MIX: Mapping[str, tuple[float, float]] = {
     "prose": (1, 0.5),
 }
 KINDS = tuple(MIX)
+CHAT = "chat"
 RAMP = 0.3  # of the training: then charts are as hard, and the mix is what it remains
 
 

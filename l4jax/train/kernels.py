@@ -6,6 +6,7 @@ The model is that of `l4jax.model`; only what it calls differs. Its pool is the 
 tokens together; its entries name the run that begins what a run belongs to.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -30,6 +31,17 @@ def make_training_kernels(chunk: int, attention: str = "xla") -> Kernels:
         attend=functools.partial(attend, chunk=chunk, attention=attention),
         attend_all=functools.partial(_attend_all, attention=attention),
         run_experts=reference.run_experts,
+    )
+
+
+def make_lean_kernels(chunk: int, attention: str = "xla") -> Kernels:
+    """The same, keeping nothing of what they do for the way back, where it is computed again."""
+    kernels = make_training_kernels(chunk, attention)
+    return dataclasses.replace(
+        kernels,
+        attend=jax.checkpoint(kernels.attend),
+        run_experts=jax.checkpoint(kernels.run_experts),
+        mix_experts=jax.checkpoint(kernels.mix_experts),
     )
 
 

@@ -15,6 +15,7 @@ from jax import Array
 from l4jax import axes
 from l4jax.cache import Batch, Tables
 from l4jax.config import Config, TextConfig
+from l4jax.kernels import Kernels
 from l4jax.model import Llama4, Parameters, VisionTower, declare_parameters
 from l4jax.train.batches import Packed
 from l4jax.train.documents import KINDS
@@ -126,6 +127,7 @@ def find_loss(
     config: Config,
     teaching: Teaching,
     levels_C256: np.ndarray,
+    kernels: Kernels | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Cross-entropy of the tokens that are learned, and load balancing.
 
@@ -135,6 +137,7 @@ def find_loss(
         config, teaching: static.
         levels_C256: the normalized value of every level of each channel, as the image processor
             has it.
+        kernels: in place of those of `make_training_kernels` for the model's own chunk.
 
     Returns:
         The loss; and what to note of it: the parts of it, the share of answers' tokens that are
@@ -143,9 +146,9 @@ def find_loss(
     """
     dtype = jnp.dtype(teaching.dtype)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    kernels = make_training_kernels(config.text.chunk, teaching.attention)
+    kernels = kernels or make_training_kernels(config.text.chunk, teaching.attention)
     features_MD = None
-    if config.vision is not None:
+    if config.vision is not None and len(packed.tiles_ICYX):
         pixels_ICYX = jnp.stack(
             [
                 jnp.asarray(level_256, dtype)[packed.tiles_ICYX[:, channel]]
@@ -171,7 +174,7 @@ def find_loss(
     is_kind_KT = packed.kind_T == jnp.arange(len(KINDS))[:, None]
     answers_K = (is_kind_KT & is_answer_T).sum(-1)
     right_K = (is_kind_KT & is_answer_T & is_right_T).sum(-1)
-    right = right_K.sum() / jnp.maximum(answers_K.sum(), 1)
+    right = (is_answer_T & is_right_T).sum() / jnp.maximum(is_answer_T.sum(), 1)
     scores = find_scores(kept["intermediates"])
     is_real_T = packed.position_T >= 0
     balances, loads = zip(*(balance(score_TE, is_real_T) for score_TE in scores), strict=True)
@@ -221,11 +224,24 @@ def make_advance(
     """A step of training, to be jitted: what was learned and a batch in, what is learned now and
     notes out.
     """
-    optimizer = teaching.make_optimizer()
     find = functools.partial(find_loss, config=config, teaching=teaching, levels_C256=levels_C256)
+    return make_update(find, teaching)
 
-    def advance(learned: Learned, packed: Packed) -> tuple[Learned, dict[str, Array]]:
-        (loss, notes), gradients = jax.value_and_grad(find, has_aux=True)(learned.params, packed)
+
+def make_update(
+    find: Callable[..., tuple[Array, dict[str, Array]]], teaching: Teaching
+) -> Callable[..., tuple[Learned, dict[str, Array]]]:
+    """A step against any loss.
+
+    Args:
+        find: of what is learned, a batch and whatever stays as it is: the loss, and notes.
+        teaching: how it is learned.
+    """
+    optimizer = teaching.make_optimizer()
+
+    def advance(learned: Learned, packed: Packed, *fixed: Any) -> tuple[Learned, dict[str, Array]]:
+        find_both = jax.value_and_grad(find, has_aux=True)
+        (loss, notes), gradients = find_both(learned.params, packed, *fixed)
         updates, moments = optimizer.update(gradients, learned.moments, learned.params)
         params = optax.apply_updates(learned.params, updates)
         notes |= {"loss": loss, "norm": optax.tree.norm(gradients)}

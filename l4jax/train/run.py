@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,34 +106,69 @@ def train(
         learned = jax.device_put(learned, places)
         advance = jax.jit(make_advance(plan.config, plan.teaching, levels_C256), donate_argnums=0)
         validate = _make_validation(plan, levels_C256, put)
-        start, saved_at = int(learned.step), time.monotonic()
-        metrics, notes = Metrics(folder, start), []
-        rate_of = plan.teaching.make_schedule()
-        with stream_batches(plan.recipe, start, workers) as batches:
-            for step, packed in enumerate(batches, start + 1):
-                learned, noted = advance(learned, put(packed))
-                notes.append(noted)
-                is_last = step == plan.recipe.steps
-                is_saved = step % plan.save_every == 0 or is_last
-                if step % plan.note_every == 0 or is_saved:
-                    more = {
-                        "rate": float(np.asarray(rate_of(step))),
-                        "seconds": time.monotonic() - began,
-                    }
-                    if is_saved:
-                        learned = jax.device_put(
-                            state.save(folder, learned, plan.describe()), places
-                        )
-                        more |= validate(learned)
-                    metrics.write(step, jax.device_get(notes), **more)
-                    _tell(step, plan, notes, more, quiet)
-                    notes = []
-                if is_saved:
-                    now = time.monotonic()
-                    # Where the next stretch would take too long, there is none.
-                    if seconds is not None and 2 * now - saved_at - began > seconds:
-                        break
-                    saved_at = now
+
+        def save(learned: Learned) -> tuple[Learned, dict[str, float]]:
+            learned = jax.device_put(state.save(folder, learned, plan.describe()), places)
+            return learned, validate(learned)
+
+        with stream_batches(plan.recipe, int(learned.step), workers) as batches:
+            placed = map(put, batches)
+            return follow(
+                plan, folder, learned, placed, advance, save, began, seconds=seconds, quiet=quiet
+            )
+
+
+def follow(
+    plan: Plan,
+    folder: Path,
+    learned: Learned,
+    batches: Iterator[Packed],
+    advance: Callable[[Learned, Packed], tuple[Learned, dict[str, Any]]],
+    save: Callable[[Learned], tuple[Learned, dict[str, float]]],
+    began: float,
+    *,
+    seconds: float | None = None,
+    quiet: bool = False,
+) -> Learned:
+    """Learn from one batch after another, with lines of metrics, saving now and then.
+
+    Args:
+        plan: what is saved and noted when.
+        folder: gets `metrics.jsonl` and `curves.svg`.
+        learned: what there is to go on from.
+        batches: of the steps that are left.
+        advance: a step.
+        save: saves what was learned; gives what to go on from, and more to note.
+        began: when, by `time.monotonic`, the time began that `seconds` is of.
+        seconds, quiet: as `train` has them.
+
+    Returns:
+        What was learned, as it was saved.
+    """
+    start, saved_at = int(learned.step), time.monotonic()
+    metrics, notes = Metrics(folder, start), []
+    rate_of = plan.teaching.make_schedule()
+    for step, packed in enumerate(batches, start + 1):
+        learned, noted = advance(learned, packed)
+        notes.append(noted)
+        is_saved = step % plan.save_every == 0 or step == plan.recipe.steps
+        if step % plan.note_every == 0 or is_saved:
+            more = {
+                "rate": float(np.asarray(rate_of(step))),
+                "seconds": time.monotonic() - began,
+            }
+            if is_saved:
+                learned, measured = save(learned)
+                more |= measured
+            metrics.write(step, jax.device_get(notes), **more)
+            _tell(step, plan, notes, more, quiet)
+            notes = []
+        if is_saved:
+            now = time.monotonic()
+            # Where the next stretch would take too long, there is none.
+            if seconds is not None and 2 * now - saved_at - began > seconds:
+                break
+            saved_at = now
     write_picture(folder)
     return learned
 

@@ -1,8 +1,9 @@
 """What outlives a process: weights and optimizer, in 5 bytes a weight, and exactly resumable.
 
-What is saved is rounded: weights and second moments to bfloat16, first moments to e4m3 with a scale
-for each row. Training goes on from what was saved, whether the process ends there or not, so that
-a run that was killed and resumed is, bit for bit, the one that was not.
+What is saved is rounded, unless it is asked to be kept: weights and second moments to bfloat16,
+first moments to e4m3 with a scale for each row. Training goes on from what was saved, whether the
+process ends there or not, so that a run that was killed and resumed is, bit for bit, the one that
+was not.
 """
 
 import json
@@ -23,6 +24,7 @@ from l4jax.train.learning import Learned
 SHARD_BYTES = 15 * 2**20  # of a file, at most, the header aside
 
 Place = Callable[[tuple[str, ...]], Sharding]
+Form = Callable[[Learned], Learned]
 
 
 class StateError(ValueError):
@@ -44,6 +46,11 @@ def narrow(learned: Learned) -> Learned:
     return jax.tree_util.tree_map_with_path(round_leaf, learned)
 
 
+def keep(learned: Learned) -> Learned:
+    """In place of `narrow`: saved as it is, in 12 bytes a weight."""
+    return learned
+
+
 @jax.jit
 def widen(saved: Learned) -> Learned:
     """As training has it. In one program with `narrow`, XLA might leave the rounding out."""
@@ -57,15 +64,16 @@ def widen(saved: Learned) -> Learned:
     return jax.tree.map(restore_leaf, saved, is_leaf=lambda leaf: isinstance(leaf, Quantized))
 
 
-def save(folder: Path, learned: Learned, plan: Mapping[str, Any]) -> Learned:
+def save(folder: Path, learned: Learned, plan: Mapping[str, Any], form: Form = narrow) -> Learned:
     """Write `folder/step-N`, whole or not at all, remove older ones, and return what to go on from.
 
     Args:
         folder: of the run.
         learned: at step N.
         plan: what the run follows from, as JSON values; `restore` compares it.
+        form: as which it is saved.
     """
-    saved = narrow(learned)
+    saved = form(learned)
     step = int(saved.step)
     target, unfinished = folder / f"step-{step:08}", folder / ".unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
@@ -92,7 +100,12 @@ def list_saved(folder: Path) -> list[Path]:
 
 
 def restore(
-    folder: Path, abstract: Learned, names: Learned, place: Place, plan: Mapping[str, Any]
+    folder: Path,
+    abstract: Learned,
+    names: Learned,
+    place: Place,
+    plan: Mapping[str, Any],
+    form: Form = narrow,
 ) -> Learned | None:
     """The newest saved state of a run on devices; None if there is none.
 
@@ -102,6 +115,7 @@ def restore(
         names: of the axes of its leaves.
         place: the sharding of an array whose axes have these logical names.
         plan: of the run that goes on; another than that of the saved one is refused.
+        form: as which it was saved.
 
     Raises:
         StateError: for a plan that differs, naming what does.
@@ -118,17 +132,18 @@ def restore(
                 f"{found[-1]} was trained with {key} = {saved_plan.get(key)!r} and this run has "
                 f"{plan.get(key)!r}: use the same, or another folder."
             )
-    shapes, places = _flatten(jax.eval_shape(narrow, abstract)), place_saved(abstract, names, place)
+    formed = jax.eval_shape(form, abstract)
+    shapes, places = _flatten(formed), place_saved(formed, names, place)
     if set(shapes) != set(index.tensors):
         raise StateError(
             f"{found[-1]} holds other arrays than this version trains: use another folder."
         )
     arrays = {name: jax.device_put(index.view(name), places[name]) for name in shapes}
-    treedef = jax.tree.structure(jax.eval_shape(narrow, abstract))
+    treedef = jax.tree.structure(formed)
     return widen(jax.tree.unflatten(treedef, [arrays[name] for name in shapes]))
 
 
-def place_saved(abstract: Learned, names: Learned, place: Place) -> dict[str, Sharding]:
+def place_saved(saved: Learned, names: Learned, place: Place) -> dict[str, Sharding]:
     """Where the leaves of a saved state live: as those of training; scales lack the last axes."""
 
     def pair(leaf: Any, axes_of_leaf: tuple[str, ...]) -> Any:
@@ -136,7 +151,6 @@ def place_saved(abstract: Learned, names: Learned, place: Place) -> dict[str, Sh
             return Quantized(place(axes_of_leaf), place(axes_of_leaf[: len(leaf.scale.shape)]))
         return place(axes_of_leaf)
 
-    saved = jax.eval_shape(narrow, abstract)
     return _flatten(
         jax.tree.map(pair, saved, names, is_leaf=lambda leaf: isinstance(leaf, Quantized))
     )

@@ -41,6 +41,7 @@ def test_the_flags_of_vllm_mean_here_what_they_mean_there(tmp_path):
             *("--allowed-media-domains", "Pictures.example", "--tool-call-parser"),
             *("llama4_pythonic", "--enable-auto-tool-choice", "--allowed-origins", '["*"]'),
             *("--gpu-memory-utilization", "0.5", "--quantization", "fp8", "--seed", "7"),
+            *("--lora", "adapter"),
         ]
     )
     engine = make_engine_options(args)
@@ -51,7 +52,7 @@ def test_the_flags_of_vllm_mean_here_what_they_mean_there(tmp_path):
     assert engine["limit_mm_per_prompt"] == {"image": 3} and engine["block_size"] == 64
     assert engine["chat_template"] == "{{ messages }}" and engine["kv_cache_dtype"] == "fp8"
     assert engine["quantization"] == "fp8" and engine["seed"] == 7
-    assert engine["gpu_memory_utilization"] == 0.5
+    assert engine["gpu_memory_utilization"] == 0.5 and engine["lora"] == "adapter"
     options = make_options(args)
     assert options.served_model_names == ("one", "two") and options.api_keys == ("a", "b")
     assert (options.host, options.port, options.max_new_tokens) == ("127.0.0.1", 9, 9)

@@ -1,0 +1,458 @@
+"""Adapters learn what is said to them, beside weights that stay as they are."""
+
+import base64
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from l4jax import LLM, SamplingParams, checkpoint, generate
+from l4jax.config import Config
+from l4jax.testing import write_model
+from l4jax.text.tokenizer import Tokenizer
+from l4jax.train import state, tuning
+from l4jax.train.batches import Packed, Recipe
+from l4jax.train.conversations import (
+    DataError,
+    count_tiles,
+    draw_places,
+    make_batches,
+    read_documents,
+    spell,
+)
+from l4jax.train.documents import CHAT, Document
+from l4jax.train.kernels import make_lean_kernels, make_training_kernels
+from l4jax.train.learning import Teaching, find_loss
+from l4jax.train.metrics import read_lines
+from l4jax.train.run import Plan
+from l4jax.train.tuning import TARGETS, Tuning, make_processor, tune
+from scripts import finetune
+from tests.checkpoint.published import place_on_one
+from tests.train import toys
+
+ANSWERS = {
+    "sky": "It is blue.",
+    "light": "It is fast.",
+    "water": "It is wet.",
+    "air": "It is thin.",
+}
+LENGTH = 2 * toys.CHUNK
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder, toys.CONFIG, dtype="float32")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    write_lines(path, *({"messages": [*ask(name), say(text)]} for name, text in ANSWERS.items()))
+    return path
+
+
+def ask(name: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": name}]
+
+
+def say(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+def write_lines(path: Path, *lines: Any) -> Path:
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return path
+
+
+def read(model: Path, path: Path, longest: int = 2048) -> list[Document]:
+    processor = make_processor(Config.from_folder(model), model)
+    return read_documents(path, Tokenizer.from_folder(model), processor, longest)
+
+
+def make_recipe(model: Path, documents: list[Document], steps: int, **changes: Any) -> Recipe:
+    rows = changes.pop("rows", 2)
+    tiles = count_tiles(documents, rows)
+    return Recipe(
+        **{
+            **dict(folder=model, seed=0, steps=steps, rows=rows, length=LENGTH),
+            **dict(chunk=toys.CHUNK, tiles=tiles, features=144, **changes),
+        }
+    )
+
+
+def make_tuning(model: Path, documents: list[Document], steps: int, **changes: Any) -> Tuning:
+    teaching = Teaching(steps=steps, rate=2e-2, warmup=2, decay=0.0, balance=0.0, dtype="float32")
+    recipe = make_recipe(model, documents, steps)
+    plan = Plan(Config.from_folder(model), recipe, teaching, save_every=8, note_every=1)
+    return Tuning(plan, "digest", 4, 8.0, changes.pop("targets", tuple(TARGETS)[:3]))
+
+
+def find_losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_lines(folder)]
+
+
+def load(model: Path, lora: Any = None) -> Any:
+    config = Config.from_folder(model)
+    return checkpoint.load(model, config, jnp.float32, place_on_one, lora=lora, progress=False)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "chunk"))
+def find(params: Any, packed: Packed, config: Config, chunk: int = toys.CHUNK) -> Any:
+    """The loss of a batch."""
+    teaching = Teaching(steps=1, dtype="float32", balance=0.0)
+    return find_loss(params, packed, config, teaching, np.zeros(0), make_lean_kernels(chunk))[0]
+
+
+@pytest.fixture(scope="module")
+def run(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Forty steps without a break: the folder, the tuning, the documents and the adapter."""
+    folder, documents = tmp_path_factory.mktemp("run"), read(model, data)
+    its = make_tuning(model, documents, 40)
+    return folder, its, documents, tune(its, documents, folder, model="base", quiet=True)
+
+
+def test_answers_alone_are_learned(model, tmp_path):
+    """Of two turns with a tool between them, each from behind its header to its end."""
+    call = {"function": {"name": "look", "arguments": {"at": "sky"}}}
+    messages = [
+        {"role": "system", "content": "Be short."},
+        *ask("sky"),
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "blue"},
+        say("It is blue.", weight=0),
+        *ask("air"),
+        say("It is thin. <|eot|>"),
+    ]
+    tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
+    path = write_lines(tmp_path / "x.jsonl", {"messages": messages, "tools": [tool]})
+    (document,) = read(model, path)
+    tokenizer = Tokenizer.from_folder(model)
+    text = tokenizer.decode(
+        document.token_T[document.weight_T == 1].tolist(), skip_special_tokens=False
+    )
+    called = '{"name": "look", "parameters": {"at": "sky"}}<|eot|>'
+    assert text == called + "It is thin. <|eot|><|eot|>"
+    assert set(np.unique(document.weight_T)) == {0, 1} and (document.feature_T == -1).all()
+
+
+def test_pictures_come_from_files_and_from_data(model, tmp_path):
+    image = Image.effect_noise((400, 300), 50).convert("RGB")
+    image.save(tmp_path / "x.png")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    parts = [{"type": "image", "image": "x.png"}, {"type": "image_url", "image_url": {"url": url}}]
+    lines = [
+        {"messages": [{"role": "user", "content": [part, *more]}, say("noise")]}
+        for part in parts
+        for more in ([], [{"type": "text", "text": "What?"}])
+    ]
+    documents = read(model, write_lines(tmp_path / "x.jsonl", *lines))
+    processor = make_processor(toys.CONFIG, model)
+    assert processor is not None
+    tiles_ICYX, _, _ = processor.cut(image)
+    for document in documents:
+        np.testing.assert_array_equal(document.tiles_ICYX, tiles_ICYX)
+        features = document.feature_T[document.feature_T >= 0]
+        np.testing.assert_array_equal(features, np.arange(len(tiles_ICYX) * 144))
+    np.testing.assert_array_equal(documents[0].token_T, documents[2].token_T)
+    assert count_tiles(documents, 1) == 4 and count_tiles(documents[:1], 2) == 8
+
+
+LONG = {"messages": [*ask("sky"), say("blue " * 300)]}
+BAD = [
+    ("{", r"line 2: it is not JSON"),
+    ({"prompt": "x"}, r'line 2: it is not like \{"messages"'),
+    ({"messages": [*ask("sky"), say("x")], "id": 3}, r"line 2: it has 'id'"),
+    ({"messages": ask("sky")}, r"line 2: it has no answer of the assistant"),
+    ({"messages": [say("x")]}, r"line 2: it begins with the assistant"),
+    ({"messages": [*ask("sky"), say("x", weight=2)]}, r"messages\[1\].weight is 2"),
+    ({"messages": [{"role": "poet", "content": "x"}]}, r"line 2: messages\[0\].role"),
+    (LONG, r"line 2: it has \d+ tokens, and 8 to 128 are learned from"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), BAD, ids=[words for _, words in BAD])
+def test_a_line_that_cannot_be_learned_is_refused_by_its_number(line, words, model, tmp_path):
+    path = write_lines(tmp_path / "x.jsonl", {"messages": [*ask("sky"), say("x")]}, line)
+    if line == "{":
+        path.write_text("\n{")
+    with pytest.raises(DataError, match=words):
+        read(model, path, 128)
+
+
+def test_a_template_that_does_not_tell_where_answers_begin_is_refused(model):
+    tokenizer = Tokenizer.from_folder(model)
+    tokenizer.chat_template = (
+        "{{ messages[-1].content }}{% if add_generation_prompt %} So:{% endif %}"
+    )
+    with pytest.raises(DataError, match=r"messages\[1\]: where it begins is not to be told"):
+        spell({"messages": [*ask("sky"), say("x")]}, tokenizer, None)
+
+
+def test_a_file_without_conversations_is_refused(model, tmp_path):
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        read(model, tmp_path / "none.jsonl")
+    (tmp_path / "x.jsonl").write_text("\n\n")
+    with pytest.raises(DataError, match="holds no conversation"):
+        read(model, tmp_path / "x.jsonl")
+
+
+def make_documents(*lengths: int) -> list[Document]:
+    """Texts without pictures, all of which is learned."""
+    tiles = np.zeros((0, 3, 1, 1), np.uint8)
+    return [
+        Document(
+            kind=CHAT,
+            token_T=np.arange(length, dtype=np.int32),
+            weight_T=np.ones(length, np.float32),
+            feature_T=np.full(length, -1, np.int32),
+            seen_T=np.full(length, -1, np.int32),
+            tiles_ICYX=tiles,
+        )
+        for length in lengths
+    ]
+
+
+def test_each_pass_over_the_data_shows_each_document_once(model):
+    documents = make_documents(*np.random.default_rng(0).integers(8, LENGTH + 1, 40).tolist())
+    drawn = draw_places(documents, make_recipe(model, documents, 1))
+    seen, passes = [], []
+    while len(passes) < 3:
+        places = next(drawn)
+        assert places
+        seen += [id(document) for _, document in places]
+        if len(seen) == len(documents):
+            passes.append(seen)
+            seen = []
+    assert all(sorted(its) == sorted(map(id, documents)) for its in passes)
+    assert passes[0] != passes[1]
+
+
+def test_batches_are_the_same_wherever_one_begins(model):
+    documents = make_documents(*np.random.default_rng(1).integers(8, LENGTH + 1, 20).tolist())
+    recipe = make_recipe(model, documents, 9)
+    whole, later = list(make_batches(documents, recipe, 0)), make_batches(documents, recipe, 5)
+    assert len(whole) == 9
+    for ours, wanted in zip(later, whole[5:], strict=True):
+        for name, array in vars(wanted).items():
+            np.testing.assert_array_equal(getattr(ours, name), array)
+
+
+def test_rows_shorter_than_a_chunk_compute_the_same(model, data):
+    documents = read(model, data)
+    base, config = load(model), Config.from_folder(model)
+    losses = []
+    for length, rows in ((LENGTH, 2), (48, 4)):
+        chunk = min(length, toys.CHUNK)
+        recipe = make_recipe(model, documents, 1, rows=rows)
+        recipe = dataclasses.replace(recipe, length=length, chunk=chunk)
+        (packed,) = make_batches(documents, recipe, 0)
+        losses.append(float(find(base, packed, config, chunk)))
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_lean_kernels_have_the_same_gradients(model, data):
+    documents = read(model, data)
+    its = make_tuning(model, documents, 1)
+    base, factors = load(model), randomize(its)
+    (packed,) = make_batches(documents, its.plan.recipe, 0)
+    found = []
+
+    def find_beside(factors, kernels):
+        plan, params = its.plan, tuning.apply(base, factors, 2.0)
+        return find_loss(params, packed, plan.config, plan.teaching, np.zeros(0), kernels)[0]
+
+    for make in (make_training_kernels, make_lean_kernels):
+        kernels = make(toys.CHUNK)
+        found.append(jax.jit(jax.grad(functools.partial(find_beside, kernels=kernels)))(factors))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), *found)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found))
+
+
+def randomize(its: Tuning) -> Any:
+    """Factors neither of which is zero."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(its.initialize).params
+    return jax.tree.map(
+        lambda leaf: 0.1 * rng.standard_normal(leaf.shape).astype(np.float32), shapes
+    )
+
+
+def test_the_loss_falls_from_where_the_model_alone_has_it(run, model):
+    folder, its, documents, _ = run
+    losses = find_losses(folder)
+    (packed, *_) = make_batches(documents, its.plan.recipe, 0)
+    alone = find(load(model), packed, its.plan.config)
+    np.testing.assert_allclose(losses[0], alone, rtol=1e-5)
+    assert losses[-1] < 0.2 * losses[0], losses
+
+
+def test_only_adapters_are_learned(run, model):
+    """What is saved of the run and of its moments are factors of the targets; they all move."""
+    folder, its, _, adapter = run
+    paths = set(its.find_targets())
+    assert set(adapter.factors) == paths and len(paths) == 2 * 6
+    (saved,) = state.list_saved(folder)
+    names = {name for file in saved.glob("*.safetensors") for name in _list(file)}
+    assert all(
+        "first" in name or "second" in name or "count" in name or name == "step" for name in names
+    ), names
+    began = jax.device_get(its.initialize().params)
+    for path, its_factors in adapter.factors.items():
+        for name, values in its_factors.items():
+            assert not np.array_equal(values, began[path][name]), (path, name)
+
+
+def _list(path: Path) -> list[str]:
+    from safetensors.numpy import load_file
+
+    return list(load_file(path))
+
+
+def test_merged_computes_what_was_learned(run, model, tmp_path):
+    """The loss of the weights with the saved adapter merged is that of weight and factors apart."""
+    folder, its, documents, adapter = run
+    merged = load(model, checkpoint.read_adapter(folder, its.plan.config))
+    applied = tuning.apply(load(model), adapter.factors, adapter.scale)
+    (packed, *_) = make_batches(documents, its.plan.recipe, 0)
+    losses = [float(find(params, packed, its.plan.config)) for params in (merged, applied)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    assert losses[0] < 0.3 * find_losses(folder)[0]
+
+
+def test_serving_with_the_adapter_says_what_was_taught(run, model, capsys):
+    folder, *_ = run
+    params = SamplingParams(temperature=0.0, max_tokens=8)
+    messages = [ask(name) for name in ANSWERS]
+    for lora, is_taught in ((folder, True), (None, False)):
+        llm = LLM(model, lora=lora, quiet=True, max_model_len=128, mesh="4" if lora else "1")
+        said = [output.outputs[0].text for output in llm.chat(messages, params)]
+        assert (said == list(ANSWERS.values())) == is_taught, said
+    words = ["--model", str(model), "--lora", str(folder), "--prompt", "sky"]
+    assert generate.main([*words, "--temperature", "0", "--max-model-len", "128"]) == 0
+    assert capsys.readouterr().out.strip() == ANSWERS["sky"]
+
+
+def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(run, tmp_path, monkeypatch):
+    folder, its, documents, adapter = run
+    whole = tuning.make_batches
+    monkeypatch.setattr(tuning, "make_batches", lambda *args: itertools.islice(whole(*args), 10))
+    tune(its, documents, tmp_path, model="base", quiet=True)
+    assert state.list_saved(tmp_path)[-1].name == "step-00000008"
+    monkeypatch.setattr(tuning, "make_batches", whole)
+    again = tune(its, documents, tmp_path, model="base", quiet=True)
+    assert find_losses(tmp_path) == find_losses(folder)
+    jax.tree.map(np.testing.assert_array_equal, again.factors, adapter.factors)
+
+
+def test_another_run_in_the_same_folder_is_refused(run):
+    folder, its, documents, _ = run
+    other = dataclasses.replace(its, alpha=3.0)
+    with pytest.raises(state.StateError, match=r"alpha = 8.0 and this run has 3.0"):
+        tune(other, documents, folder, model="base", quiet=True)
+
+
+@pytest.mark.slow
+def test_sharded_tuning_equals_tuning_on_one_device(run, model, tmp_path):
+    """Losses and norms of gradients, within what float32's rounding may do."""
+    _, _, documents, _ = run
+    its = make_tuning(model, documents, 4)
+    folders = [tmp_path / mesh for mesh in ("1", "data=2,model=4")]
+    one, many = (tune(its, documents, x, model="base", mesh=x.name, quiet=True) for x in folders)
+    found, wanted = ([(x["loss"], x["norm"]) for x in read_lines(f)] for f in folders[::-1])
+    np.testing.assert_allclose(found, wanted, rtol=2e-4)
+    for path, factors in one.factors.items():
+        for name, values in factors.items():
+            error = np.abs(many.factors[path][name] - values)
+            # Adam divides by what may be nothing but rounding: a few move by a whole step.
+            assert np.mean(error > 1e-4) < 0.02, (path, name)
+
+
+def test_factors_lie_where_their_weights_do(model, data):
+    its = make_tuning(model, read(model, data), 1)
+    names = its.name_factors()
+    qkv = names["text/layer_0/attention/qkv"]
+    assert qkv["second"] == ("kv_heads", "queries_kv", "head_dim", "rank")
+    assert qkv["first"] == ("parts", "parts", "parts", "rank", "width")
+    assert names["text/layer_0/feed_forward/down"]["first"] == (
+        "experts",
+        "parts",
+        "rank",
+        "hidden",
+    )
+    out = names["text/layer_0/attention/out"]
+    assert out["first"][1:] == ("rank", "kv_heads", "queries", "head_dim")
+
+
+def test_targets_are_told_apart(model):
+    maverick = toys.CONFIG.replace_text(moe_interval=2)
+    its = make_tuning(model, make_documents(20), 1)
+    plan = dataclasses.replace(its.plan, config=maverick)
+    found = {
+        name: set(dataclasses.replace(its, plan=plan, targets=(name,)).find_targets())
+        for name in TARGETS
+    }
+    feed = "feed_forward/gate_up", "feed_forward/down"
+    assert found["dense"] == {f"text/layer_0/{x}" for x in feed}
+    assert found["experts"] == {f"text/layer_1/{x}" for x in feed}
+    assert found["shared_expert"] == {f"text/layer_1/{x}".replace("d/", "d/shared/") for x in feed}
+    assert len(found["attention"]) == 4
+    for changes, words in (
+        ({"targets": ("head",)}, "targets has 'head': they are attention, shared_expert"),
+        ({"targets": ("dense",)}, r"the model has no such parameters"),
+        ({"rank": 0}, "rank is 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            dataclasses.replace(its, **changes)
+
+
+def test_what_cannot_be_tuned_is_refused(run, model, tmp_path):
+    _, its, documents, _ = run
+    write_model(tmp_path / "fp8", toys.CONFIG, quantization="fp8-dynamic")
+    recipe = dataclasses.replace(its.plan.recipe, folder=tmp_path / "fp8")
+    narrow = dataclasses.replace(its, plan=dataclasses.replace(its.plan, recipe=recipe))
+    with pytest.raises(ValueError, match=r"is quantized .*adapters are learned beside BF16"):
+        tune(narrow, documents, tmp_path / "run", model="base", quiet=True)
+    with pytest.raises(ValueError, match="devices cannot share 2 rows of a batch"):
+        tune(its, documents, tmp_path / "run", model="base", mesh="8x1", quiet=True)
+
+
+@pytest.mark.slow
+def test_the_command_learns_and_what_it_saves_is_loaded(model, data, tmp_path, monkeypatch, capsys):
+    def call(*words: str) -> None:
+        flags = ["--model", str(model), "--data", str(data), "--out", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", ["finetune", *flags, *words])
+        finetune.main()
+
+    monkeypatch.setattr(finetune, "keep_compilations", lambda folder: None)
+    small = ("--rows", "2", "--length", "48", "--rank", "2", "--dtype", "bfloat16")
+    call("--steps", "2", "--save-every", "2", "--mesh", "2", *small)
+    told = capsys.readouterr().out
+    assert "4 conversations" in told and "step 2 of 2: loss" in told and "--lora" in told
+    adapter = checkpoint.read_adapter(tmp_path / "out", Config.from_folder(model))
+    assert adapter.rank == 2 and adapter.alpha == 32
+    assert not any(path.endswith("feed_forward/down") for path in adapter.factors)
+    with pytest.raises(SystemExit, match=r"finetune: .* was trained with rank = 2"):
+        call("--steps", "2", "--save-every", "2", *small, "--rank", "3")
+    with pytest.raises(SystemExit, match=r"finetune: .*line 1: it has \d+ tokens"):
+        call("--length", "16")
+
+
+def test_an_adapter_needs_weights(model, tmp_path):
+    with pytest.raises(ValueError, match="lora is for a checkpoint's weights"):
+        LLM(model, lora=tmp_path, load_format="dummy", quiet=True)
+    with pytest.raises(ValueError, match=r"holds no adapter_config\.json"):
+        LLM(model, lora=tmp_path, quiet=True)
