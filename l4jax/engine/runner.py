@@ -5,9 +5,10 @@ import dataclasses
 import functools
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ _AXES = {
     **{"T": axes.TOKENS, "D": axes.WIDTH, "F": axes.HIDDEN, "c": axes.GATE_UP},
     **{"K": axes.KV_HEADS, "J": axes.QUERIES_KV, "G": axes.QUERIES, "H": axes.HEAD_DIM},
 }
+Arguments: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]  # of a program; static ones last
 CPU_POOL_BYTES = 2**28  # where nobody says otherwise: what a laptop can spare
 
 
@@ -184,35 +186,32 @@ class Runner:
             return run(plan, is_adjusted)
 
     def warm_up(self, *, progress: bool = False) -> None:
-        """Compile everything that a plan may need, by running it on padding."""
-        from tqdm import tqdm
-
+        """Compile everything that a plan may need, several programs at a time, then run each on
+        padding.
+        """
         empty: list[list[Run]] = [[] for _ in range(self.limits.shards)]
-        todo = [
-            *(
-                (Plan(empty, False), shape, adjusted)
-                for adjusted in (False, True)
-                for shape in self.buckets.list_steps(adjusted)
-            ),
-            *(
-                (Plan(empty, True), shape, adjusted)
-                for adjusted in (False, True)
-                for shape in self.buckets.list_loops(adjusted)
-            ),
-        ]
+        step, loop, kinds = Plan(empty, False), Plan(empty, True), (False, True)
+        steps = [(step, shape, kind) for kind in kinds for shape in self.buckets.list_steps(kind)]
+        loops = [(loop, rows, kind) for kind in kinds for rows in self.buckets.list_loops(kind)]
+        tiles = [] if self.features is None else [(self._blank(count), []) for count in TILES]
+        programs = self.programs
         with self._ready():
+            compile_together(
+                [
+                    *((programs.step, *self._prepare_step(*each)) for each in steps),
+                    *((programs.decode_loop, *self._prepare_loop(*each)) for each in loops),
+                    *((programs.encode_tiles, *self._prepare_tiles(*each)) for each in tiles),
+                ],
+                progress=progress,
+            )
             seen_V = np.zeros(self.config.text.vocab, np.int32)
-            self.memory = self.programs.set_seen(self.memory, np.int32(0), seen_V)
-            if self.features is not None:
-                for count in TILES:
-                    self._encode_part(np.zeros((count, *self._tile_shape), np.float32), [])
-            for plan, shape, adjusted in tqdm(
-                todo, desc="compiling", unit="program", disable=not progress
-            ):
-                if plan.is_loop:
-                    self._run_loop(plan, shape, adjusted)
-                else:
-                    self._run_step(plan, shape, adjusted)
+            self.memory = programs.set_seen(self.memory, np.int32(0), seen_V)
+            for each in tiles:
+                self._encode_part(*each)
+            for each in steps:
+                self._run_step(*each)
+            for each in loops:
+                self._run_loop(*each)
         jax.block_until_ready(self.pool)
 
     def _start_step(self, plan: Plan, is_adjusted: bool) -> "Flight":
@@ -226,12 +225,12 @@ class Runner:
         rows = self.buckets.fit_loop(max(map(len, plan.runs)), is_adjusted)
         return Flight(plan, (rows, rows), self._run_loop(plan, rows, is_adjusted))
 
-    def _run_step(self, plan: Plan, shape: tuple[int, int], is_adjusted: bool) -> tuple[Any, Any]:
+    def _prepare_step(self, plan: Plan, shape: tuple[int, int], is_adjusted: bool) -> "Arguments":
         tokens, rows = shape
         step = arrays.fill_step(
             plan, self.limits, self.config, tokens, rows, has_targets=is_adjusted
         )
-        self.pool, self.memory, sampled, scored = self.programs.step(
+        arguments = (
             self.params,
             self.pool,
             self.memory,
@@ -240,14 +239,18 @@ class Runner:
             self._put(step.controls, sampling.CONTROLS_AXES),
             self._put_adjustments(plan, rows) if is_adjusted else None,
             self.features,
-            model=self.model,
-            logprobs=MAX_LOGPROBS if is_adjusted else None,
         )
+        return arguments, {"model": self.model, "logprobs": MAX_LOGPROBS if is_adjusted else None}
+
+    def _run_step(self, plan: Plan, shape: tuple[int, int], is_adjusted: bool) -> tuple[Any, Any]:
+        arguments, static = self._prepare_step(plan, shape, is_adjusted)
+        self.pool, self.memory, *found = self.programs.step(*arguments, **static)
+        sampled, scored = found
         return sampled, scored
 
-    def _run_loop(self, plan: Plan, rows: int, is_adjusted: bool) -> Any:
+    def _prepare_loop(self, plan: Plan, rows: int, is_adjusted: bool) -> "Arguments":
         state, tables, controls = arrays.fill_loop(plan, self.limits, rows)
-        self.pool, self.memory, decoded = self.programs.decode_loop(
+        arguments = (
             self.params,
             self.pool,
             self.memory,
@@ -255,10 +258,13 @@ class Runner:
             self._put(tables, cache.name_axes().tables),
             self._put(controls, sampling.CONTROLS_AXES),
             self._put_adjustments(plan, rows) if is_adjusted else None,
-            model=self.model,
-            steps=self.limits.loop_steps,
-            logprobs=MAX_LOGPROBS if is_adjusted else None,
         )
+        steps, logprobs = self.limits.loop_steps, MAX_LOGPROBS if is_adjusted else None
+        return arguments, {"model": self.model, "steps": steps, "logprobs": logprobs}
+
+    def _run_loop(self, plan: Plan, rows: int, is_adjusted: bool) -> Any:
+        arguments, static = self._prepare_loop(plan, rows, is_adjusted)
+        self.pool, self.memory, decoded = self.programs.decode_loop(*arguments, **static)
         return decoded
 
     def _encode(self, run: Run) -> None:
@@ -272,19 +278,18 @@ class Runner:
             self._encode_part(np.pad(part, padding), run.feature_slots[at : at + count])
             at += count
 
-    def _encode_part(self, pixels_ICYX: np.ndarray, slots: Sequence[int]) -> None:
-        """Encode a few tiles; those beyond the slots are padding."""
-        assert self.tower is not None
+    def _prepare_tiles(self, pixels_ICYX: np.ndarray, slots: Sequence[int]) -> "Arguments":
+        """Of a few tiles; those beyond the slots are padding."""
         beyond = self.limits.feature_slots
         slot_I = [*slots, *[beyond] * (len(pixels_ICYX) - len(slots))]
         names = (axes.TILES, axes.CHANNELS, axes.PIXELS_Y, axes.PIXELS_X)
-        self.features = self.programs.encode_tiles(
-            self.params,
-            self.features,
-            self._put(pixels_ICYX, names),
-            np.array(slot_I, np.int32),
-            tower=self.tower,
-        )
+        pixels = self._put(pixels_ICYX, names)
+        arguments = (self.params, self.features, pixels, np.array(slot_I, np.int32))
+        return arguments, {"tower": self.tower}
+
+    def _encode_part(self, pixels_ICYX: np.ndarray, slots: Sequence[int]) -> None:
+        arguments, static = self._prepare_tiles(pixels_ICYX, slots)
+        self.features = self.programs.encode_tiles(*arguments, **static)
 
     def _put_adjustments(self, plan: Plan, rows: int) -> sampling.Adjustments:
         found = arrays.fill_adjustments(plan, self.limits, rows, self.config.text.vocab)
@@ -295,10 +300,10 @@ class Runner:
         with self.layout.active(), jax.default_matmul_precision(self._precision):
             yield
 
-    @property
-    def _tile_shape(self) -> tuple[int, int, int]:
+    def _blank(self, tiles: int) -> np.ndarray:
         assert self.config.vision is not None
-        return self.config.vision.channels, self.config.vision.tile, self.config.vision.tile
+        c = self.config.vision
+        return np.zeros((tiles, c.channels, c.tile, c.tile), np.float32)
 
     def _find_kv_scales(
         self, capacity: Capacity, page: int
@@ -334,6 +339,29 @@ class Runner:
         return int(max(0, free)) * self.layout.count(axes.KV_HEADS)
 
 
+def compile_together(calls: Sequence[tuple[Any, ...]], *, progress: bool = False) -> None:
+    """Compile jitted functions for their arguments on as many threads as there are cores; a call
+    with such arguments finds what was compiled.
+
+    Args:
+        calls: of each the function, its arguments and its static keywords.
+        progress: whether to show a bar.
+    """
+    from tqdm import tqdm
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        # Python lowers one after the other; the compiler, which takes longer, needs no Python.
+        compiling = [
+            threads.submit(function.lower(*arguments, **static).compile)
+            for function, arguments, static in calls
+        ]
+        done = as_completed(compiling)
+        for future in tqdm(
+            done, desc="compiling", total=len(calls), unit="program", disable=not progress
+        ):
+            future.result()
+
+
 def choose_kernels(name: str, device: Any) -> Kernels:
     """Those that run everywhere, "portable", or the fast ones of a GPU, "hopper".
 
@@ -362,7 +390,10 @@ def choose_kernels(name: str, device: Any) -> Kernels:
 
 
 def make_kernels(kernels: Kernels, layout: Layout) -> Kernels:
-    """The kernels, each entered through `shard_map`: on a device's own heads, rows and pages."""
+    """The kernels, each entered through `shard_map`: on a device's own heads, rows and pages.
+
+    They are jitted, so that each is traced once a shape and not once a layer.
+    """
     table, at = (axes.ROWS, axes.TABLE), (axes.TOKENS,)
     q = (axes.TOKENS, axes.KV_HEADS, axes.QUERIES, axes.HEAD_DIM)
     kv, pool = (axes.TOKENS, axes.KV_HEADS, axes.HEAD_DIM), cache.POOL_AXES
@@ -392,11 +423,11 @@ def make_kernels(kernels: Kernels, layout: Layout) -> Kernels:
         return local(run, ins, out_axes, sum_over=summed)(x, weight)
 
     return Kernels(
-        store=local(kernels.store, (pool, pool, kv, kv, table, at, at), (pool, pool)),
-        attend=local(kernels.attend, (q, pool, pool, table, at, at), q),
-        run_experts=run_experts,
-        mix_experts=mix_experts,
-        multiply=multiply,
+        store=jax.jit(local(kernels.store, (pool, pool, kv, kv, table, at, at), (pool, pool))),
+        attend=jax.jit(local(kernels.attend, (q, pool, pool, table, at, at), q)),
+        run_experts=jax.jit(run_experts),
+        mix_experts=jax.jit(mix_experts),
+        multiply=jax.jit(multiply, static_argnums=0),
     )
 
 

@@ -13,6 +13,8 @@ from l4jax.kernels.formats import Weight, multiply
 
 def declare(module: nn.Module, name: str, shape: tuple[int, ...], names: tuple[str, ...]) -> Array:
     """A weight of a module, with the logical name of each of its axes."""
+    if not module.is_initializing():  # nor compare shapes with those of an initial value, again
+        return nn.unbox(module.get_variable("params", name))
     initialize = nn.with_logical_partitioning(nn.initializers.normal(0.02), names)
     return module.param(name, initialize, shape)  # type: ignore[return-value]
 
