@@ -134,7 +134,7 @@ class Bench:
     def measure_throughput(
         self, requests: int, inputs: range, outputs: range, *, seqs: int, tokens: int
     ) -> Figure:
-        """Requests of random lengths, all at once, through the engine, behind a run that warms up."""
+        """Requests of random lengths, all at once, through the engine; a first run warms up."""
         rng = random.Random(self.seed)
         asked = [(rng.choice(inputs), rng.choice(outputs)) for _ in range(requests)]
         capacity = Capacity(

@@ -29,7 +29,7 @@ def stream_batches(recipe: Recipe, start: int, workers: int) -> Iterator[Iterato
         yield (make_batch(recipe, step) for step in range(start, recipe.steps))
         return
     # Pictures are large: they come as files, which the system keeps in memory, not through pipes.
-    with tempfile.TemporaryDirectory(prefix="batches-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="batches-") as scratch, _one_thread_each():
         # Spawned, for a fork of a process that runs jax may hang.
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, context, initializer=_be_alone)
@@ -52,11 +52,30 @@ def _receive(
                 yield asked.pop(0).result()
 
 
+_THREADS = {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Processes that start in this block find in their environment that they have one core each;
+    numpy looks when it is imported, which is before anything of ours runs.
+    """
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(_THREADS)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def _be_alone() -> None:
-    """A worker is one of many: it uses one core, and leaves Ctrl-C to its parent."""
+    """A worker leaves Ctrl-C to its parent."""
     import signal
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
