@@ -1,12 +1,27 @@
-"""On an NVIDIA GPU: the same tokens as the reference, in float32, and an answer in bfloat16."""
+"""On an NVIDIA GPU: the same tokens as the reference, in float32; in bfloat16 the fast kernels, run
+by the engine, score as the portable ones do.
+"""
+
+import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
+from l4jax.config import SCOUT
+from l4jax.engine.capacity import Capacity
+from l4jax.engine.engine import Engine
+from l4jax.engine.request import SamplingParams
+from l4jax.engine.runner import Runner
 from tests import weights
 from tests.engine.engines import GREEDY, assert_all_free, find_tiles, make_engine, run_all
 
 pytestmark = pytest.mark.gpu
+
+# Scout's widths, where the fast kernels have tiles for every product; three local layers and a
+# global one.
+SMALL_SCOUT = dataclasses.replace(SCOUT, vision=None).replace_text(layers=4, vocab=4096)
+LENGTHS = (1, 40, 129, 700)  # the last one in several steps, beside the others' decoding
 
 
 @pytest.mark.parametrize("name", weights.GOLDENS)
@@ -20,3 +35,42 @@ def test_greedy_tokens_equal_the_reference_on_a_gpu(name):
     found = run_all(engine)
     assert all(tokens == golden.greedy_tokens.tolist() for tokens in found.values())
     assert_all_free(engine)
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8", "int4"])
+def test_the_fast_kernels_score_as_the_portable_ones_do(quantization):
+    """Each token of prompts of several lengths, cut and mixed with decoding as they come."""
+    portable = score("portable", quantization)
+    fast = score("hopper", quantization)
+    assert len(fast) == len(portable) == sum(LENGTHS) - len(LENGTHS)
+    # Both round to bfloat16, at other places; behind a wrong page all would be another number.
+    assert np.sqrt(np.mean((fast - portable) ** 2)) < 0.05 * np.std(portable)
+
+
+def score(kernels: str, quantization: str | None) -> np.ndarray:
+    """The log-probabilities of random prompts' tokens, as an engine with these kernels has them."""
+    runner = Runner(SMALL_SCOUT, "1", "bfloat16", kernels=kernels)
+    runner.initialize(0, quantization=quantization)
+    engine = Engine(
+        runner,
+        Capacity(
+            max_model_len=1024,
+            max_num_seqs=8,
+            max_num_batched_tokens=256,
+            kv_cache_memory_bytes=2**30,
+        ),
+    )
+    rng = np.random.default_rng(1)
+    params = SamplingParams(temperature=0.0, max_tokens=8, prompt_logprobs=0, ignore_eos=True)
+    ids = [
+        engine.add(rng.integers(0, SMALL_SCOUT.text.vocab, length).tolist(), params)
+        for length in LENGTHS
+    ]
+    scored = {}
+    while engine.has_work:
+        for update in engine.step():
+            assert update.finish_reason != "error", update
+            if update.prompt_logprobs is not None:
+                scored[update.request_id] = [x.chosen for x in update.prompt_logprobs if x]
+    assert_all_free(engine)
+    return np.concatenate([scored[request] for request in ids])
