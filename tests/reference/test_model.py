@@ -6,7 +6,7 @@ import pytest
 
 from l4jax.cache import make_pool
 from l4jax.config import Config
-from l4jax.kernels import PORTABLE
+from l4jax.kernels import PORTABLE, REFERENCE
 from l4jax.model.attention import Attention, Positions
 from l4jax.model.layers import GatedMLP, RMSNorm
 from l4jax.model.moe import MixtureOfExperts
@@ -98,7 +98,8 @@ def test_norm_equals_the_reference(cases):
 def test_vision_layer_equals_the_reference(cases):
     tiny, found = cases
     case = found["vision_layer"]
-    y_INW = run(VisionLayer(tiny.config.vision), tiny.params["vision"]["layer_0"], case.input)
+    module = VisionLayer(tiny.config.vision, REFERENCE)
+    y_INW = run(module, tiny.params["vision"]["layer_0"], case.input)
     assert_close(np.asarray(y_INW), case.output)
 
 
