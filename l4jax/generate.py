@@ -9,11 +9,14 @@ from typing import Any
 
 EXAMPLES = """examples:
   python -m l4jax.generate --mesh 8
-  python -m l4jax.generate --model FOLDER --mesh 8 --image chart.png --prompt "What does it show?"
-  echo "Why is the sky blue?" | python -m l4jax.generate --model FOLDER --temperature 0
+  python -m l4jax.generate --image sample --prompt "Which bar is the largest?"
+  echo "What is 12 + 34?" | python -m l4jax.generate --temperature 0
+  python -m l4jax.generate --model FOLDER --mesh 8 --image photo.png --prompt "What does it show?"
 """
 SWITCH = {"on": True, "off": False, None: None}
-PROMPT = "Why is the sky blue?"  # where none is given and nobody pipes one in
+SAMPLE = "sample"  # names the bundled chart
+# Where none is given and nobody pipes one in; and where there are pictures.
+PROMPT, PICTURE_PROMPT = "Why is the sky blue?", "List all values."
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -26,7 +29,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add(
-        "--model", metavar="MODEL", help="folder or Hugging Face name; default: a tiny random model"
+        "--model",
+        metavar="MODEL",
+        help="folder or Hugging Face name (default: the tiny trained one that comes with l4jax)",
     )
     mesh = parser.add_mutually_exclusive_group()
     mesh.add_argument("--mesh", default="1", help="devices: 8, 2x4 or data=2,model=4 (default: 1)")
@@ -38,8 +43,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--image",
         action="append",
         default=[],
-        type=Path,
-        help="a picture, before the prompt; up to 10",
+        metavar="FILE",
+        help=f"a picture, before the prompt; up to 10; {SAMPLE}: a chart that comes with l4jax",
     )
     add("--system", help="the system message")
     add("--max-tokens", type=int, default=256, help="tokens of the answer, at most (default: 256)")
@@ -94,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     started = time.perf_counter()
     if args.prompt is None:
-        args.prompt = PROMPT if sys.stdin.isatty() else sys.stdin.read().strip() or PROMPT
+        piped = "" if sys.stdin.isatty() else sys.stdin.read().strip()
+        args.prompt = piped or (PICTURE_PROMPT if args.image else PROMPT)
     try:
         return _answer(args, started)
     except (ValueError, OSError) as error:
@@ -144,7 +150,10 @@ def _answer(args: argparse.Namespace, started: float) -> int:
 
 
 def _make_messages(args: argparse.Namespace) -> list[dict[str, Any]]:
-    images = [{"type": "image", "image": path} for path in args.image]
+    from l4jax import checkpoint
+
+    paths = [checkpoint.SAMPLE if name == SAMPLE else Path(name) for name in args.image]
+    images = [{"type": "image", "image": path} for path in paths]
     content = [*images, {"type": "text", "text": args.prompt}] if images else args.prompt
     system = [{"role": "system", "content": args.system}] if args.system else []
     return [*system, {"role": "user", "content": content}]

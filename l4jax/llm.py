@@ -5,13 +5,12 @@ import dataclasses
 import json
 import os
 import sys
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from l4jax import checkpoint
-from l4jax.config import TINY, Config
+from l4jax.config import Config
 from l4jax.engine.capacity import Capacity
 from l4jax.engine.engine import Engine, Update
 from l4jax.engine.lookup import Speculation
@@ -27,6 +26,10 @@ Messages: TypeAlias = Sequence[dict[str, Any]]
 # Text, or {"prompt": text, "multi_modal_data": {"image": [...]}}, or {"prompt_token_ids": [...]}.
 PromptLike: TypeAlias = str | Mapping[str, Any]
 
+BUNDLED_NOTICE = (
+    "No --model: the tiny Llama 4 that comes with l4jax answers, which reads charts, adds small "
+    "numbers, finds a fact in a text and calls functions; for all else name Scout or Maverick."
+)
 DTYPES = {"bfloat16": "bfloat16", "float32": "float32", "float": "float32"}
 
 
@@ -80,8 +83,8 @@ class LLM:
 
     Args:
         model: a folder with a Hugging Face checkpoint or a converted one, or a name on the Hugging
-            Face hub. None is a tiny model with random weights, written on first use, whose words
-            mean nothing.
+            Face hub. None is the tiny Llama 4 that comes with l4jax, trained to read charts, add
+            small numbers, find a fact in a text and call functions.
         mesh: "8" is eight devices that share each layer, "2x4" two groups of four, "data=2,model=4"
             the same.
         tensor_parallel_size: another spelling of `mesh`, as in vLLM.
@@ -111,7 +114,8 @@ class LLM:
         attn_temperature_tuning: True or False overrides the model's config.
         chat_template: Jinja, in place of the checkpoint's.
         seed: for requests without a seed of their own.
-        load_format: "auto" reads the checkpoint's weights, "dummy" makes random ones.
+        load_format: "auto" reads the checkpoint's weights; "dummy" makes random ones, whose words
+            mean nothing.
         kernels: "portable" runs everywhere; "hopper" is faster, on an H100 or an H200.
         revision: branch, tag or commit on the hub.
         quiet: no progress bars and no notices on standard error.
@@ -163,10 +167,8 @@ class LLM:
         max_images = _read_limit(limit_mm_per_prompt)
         keep_compilations(find_cache_folder() / "compiled")
         if model is None:
-            folder = find_default_model()
-            self._tell(
-                "No --model: a tiny one with random weights answers, and its words mean nothing."
-            )
+            folder = checkpoint.find_bundled()
+            self._tell(BUNDLED_NOTICE if load_format == "auto" else None)
         else:
             folder = checkpoint.find_folder(str(model), revision=revision)
         self.folder = folder
@@ -475,17 +477,6 @@ def find_cache_folder() -> Path:
     if folder := os.environ.get("L4JAX_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "l4jax"
-
-
-def find_default_model() -> Path:
-    """The tiny model with random weights, written on first use."""
-    from l4jax.testing import write_model
-
-    # Named after its config, so that one of an older version is not taken for it.
-    folder = find_cache_folder() / f"tiny-random-{zlib.crc32(repr(TINY).encode()):08x}"
-    if not (folder / "config.json").exists():
-        write_model(folder)
-    return folder
 
 
 def _find_dtype(dtype: str, folder: Path) -> str:

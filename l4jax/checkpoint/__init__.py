@@ -13,7 +13,7 @@ import numpy as np
 from l4jax.checkpoint import names, parameters, safetensors
 from l4jax.checkpoint.adapter import Adapter
 from l4jax.checkpoint.errors import CheckpointError
-from l4jax.checkpoint.hub import BUNDLED, find_bundled, find_folder
+from l4jax.checkpoint.hub import BUNDLED, SAMPLE, find_bundled, find_folder
 from l4jax.checkpoint.narrow import Narrowing
 from l4jax.checkpoint.parameters import Place, load_parameters
 from l4jax.checkpoint.peft import read_adapter, write_adapter
@@ -23,6 +23,7 @@ from l4jax.model import Parameters
 
 __all__ = [
     "BUNDLED",
+    "SAMPLE",
     "Adapter",
     "CheckpointError",
     "Narrowing",

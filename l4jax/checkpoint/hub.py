@@ -10,11 +10,21 @@ _WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
 
 
 BUNDLED = Path(str(resources.files("l4jax").joinpath("bundled")))
+SAMPLE = BUNDLED / "chart.png"  # to ask the bundled model about
 
 
-def find_bundled(folder: Path = BUNDLED) -> Path | None:
-    """The model that comes with the package; None where only its tokenizer does."""
-    return folder if (folder / "model.safetensors").is_file() else None
+def find_bundled(folder: Path = BUNDLED) -> Path:
+    """The folder of the trained model that comes with the package.
+
+    Raises:
+        CheckpointError: its weights are not there.
+    """
+    if not (folder / "model.safetensors").is_file():
+        raise CheckpointError(
+            f"{folder} has no model.safetensors, the weights that come with l4jax: "
+            "install l4jax again, or name a model with --model."
+        )
+    return folder
 
 
 def find_folder(model: str | Path, *, revision: str | None = None) -> Path:

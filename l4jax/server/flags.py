@@ -13,6 +13,7 @@ from typing import Any
 from l4jax.server.options import MediaRules, Options
 
 EXAMPLES = """examples:
+  python -m l4jax.serve
   python -m l4jax.serve --model FOLDER --tensor-parallel-size 8 --max-model-len 128K
   python -m l4jax.serve FOLDER -tp 8 --kv-cache-dtype fp8 --limit-mm-per-prompt image=10
 """
@@ -48,7 +49,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the model")
     add = group.add_argument
     add("model_tag", nargs="?", metavar="MODEL", help="folder or Hugging Face name; or --model")
-    add("--model", help="(default: a tiny model with random weights, whose words mean nothing)")
+    add("--model", help="(default: the tiny trained one that comes with l4jax)")
     add("--served-model-name", nargs="+", metavar="NAME", help="in requests (default: the model's)")
     add("--revision", help="branch, tag or commit on the hub (default: main)")
     add("--load-format", default="auto", choices=["auto", "dummy"], help="(default: %(default)s)")

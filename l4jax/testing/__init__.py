@@ -1,4 +1,4 @@
-"""Tiny Llama 4 checkpoints in the published layouts, tokenizer and all: for first tries and tests.
+"""Tiny Llama 4 checkpoints in the published layouts, tokenizer and all: for tests.
 
 `write_model(folder)` makes one that anything that serves can load, in BF16 or, with
 `quantization=`, in any of the formats of `FORMS`, and needs no torch. Its parts are

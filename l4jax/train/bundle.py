@@ -69,7 +69,6 @@ CONFIG = Config(
     pad_id=None,
     patch_id=None,
 )
-SAMPLE = "chart.png"
 _FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -150,7 +149,7 @@ def export(folder: Path, config: Config, params: Parameters, vocabulary: Path) -
     write_json(folder / "config.json", {**config.to_hf(), "torch_dtype": "bfloat16"})
     greedy = {"do_sample": False, "eos_token_id": list(eos_ids)}
     write_json(folder / "generation_config.json", greedy)
-    draw(make_sample()).image.save(folder / SAMPLE, optimize=True)
+    draw(make_sample()).image.save(folder / checkpoint.SAMPLE.name, optimize=True)
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in flatten(params).items():
         value = np.asarray(jax.device_get(leaf)).astype(ml_dtypes.bfloat16)

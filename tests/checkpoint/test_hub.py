@@ -91,8 +91,9 @@ def test_the_hubs_errors_say_the_way_out(
     assert "\n" not in str(caught.value)
 
 
-def test_the_bundled_model_is_found_once_it_has_weights(tmp_path):
-    assert checkpoint.find_bundled(tmp_path) is None
+def test_the_bundled_model_comes_with_weights_and_is_missed_by_name_without(tmp_path):
+    assert checkpoint.find_bundled() == checkpoint.BUNDLED and checkpoint.SAMPLE.is_file()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors, .* with --model"):
+        checkpoint.find_bundled(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert checkpoint.find_bundled(tmp_path) == tmp_path
-    assert (checkpoint.BUNDLED / "tokenizer.json").is_file()

@@ -60,7 +60,7 @@ def test_the_flags_of_vllm_mean_here_what_they_mean_there(tmp_path):
     assert make_generation_changes(args) == {"temperature": 0.1}
 
 
-def test_what_is_not_said_is_vllms_default_and_the_tiny_model():
+def test_what_is_not_said_is_vllms_default_and_the_bundled_model():
     args = parse([])
     options, engine = make_options(args), make_engine_options(args)
     assert (options.host, options.port) == ("0.0.0.0", 8000)
@@ -171,7 +171,7 @@ def test_sigterm_ends_the_process_with_0_and_what_runs_is_finished_or_ended(star
     assert chunks[-1] == "data: [DONE]"
     events = [record["event"] for record in server.read_log()]  # every line of it is JSON
     assert events[-1] == "stopped" and "listening" in events and "ready" in events
-    assert any("its words mean nothing" in event for event in events)
+    assert any("the tiny Llama 4 that comes with l4jax" in event for event in events)
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(server.url + "/health")
 
