@@ -114,8 +114,7 @@ class LLM:
         attn_temperature_tuning: True or False overrides the model's config.
         chat_template: Jinja, in place of the checkpoint's.
         seed: for requests without a seed of their own.
-        load_format: "auto" reads the checkpoint's weights; "dummy" makes random ones, whose words
-            mean nothing.
+        load_format: "auto" reads the checkpoint's weights; "dummy" makes random ones.
         kernels: "portable" runs everywhere; "hopper" is faster, on an H100 or an H200.
         revision: branch, tag or commit on the hub.
         quiet: no progress bars and no notices on standard error.
