@@ -18,6 +18,9 @@ from l4jax.cache import Batch, Leaf, PagePool, Tables
 from l4jax.model import Llama4, Parameters, VisionTower
 from l4jax.sampling import Adjustments, Controls, Sampled, adjust, sample
 
+# Weights and pages fill a device by design. XLA takes that for a program that is too large, and to
+# save a few bytes would compute many things of each layer twice.
+COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 _SCORED_TOGETHER = 64  # tokens of a step whose logits are in memory at once
 
 
@@ -332,21 +335,22 @@ def make_programs(pool: PagePool, memory: Memory, features: Any) -> Programs:
     What is donated comes back placed as it went in. Left to the compiler it would come back as
     something equivalent, and each program would be compiled for what each other program returns.
     """
+    jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
     return Programs(
-        jax.jit(
+        jit(
             step,
             static_argnames=("model", "logprobs"),
             donate_argnames=("pool", "memory"),
             out_shardings=(pool, memory, None, None),
         ),
-        jax.jit(
+        jit(
             decode_loop,
             static_argnames=("model", "steps", "logprobs"),
             donate_argnames=("pool", "memory"),
             out_shardings=(pool, memory, None),
         ),
-        jax.jit(set_seen, donate_argnames="memory", out_shardings=memory),
-        jax.jit(
+        jit(set_seen, donate_argnames="memory", out_shardings=memory),
+        jit(
             encode_tiles,
             static_argnames=("tower",),
             donate_argnames="features",
