@@ -5,6 +5,9 @@ heads of a token side by side. A tile is some of these rows, of one row of the s
 step each token is a tile of its own, and where those are few the positions are cut as well, each
 part with its own softmax, to be joined afterwards.
 
+Pages in e4m3 are widened in shared memory, to float16 and not to bfloat16: the device converts to
+it in one instruction, it holds every e4m3, and queries and softmax lose nothing in it either.
+
 Letters here: I tiles, U query rows of a tile.
 """
 
@@ -20,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from l4jax.kernels.blocks import count_registers
+from l4jax.kernels.formats import FP8
 from l4jax.kernels.rows import join_rows
 
 _load: Any = plgpu.load  # whose parameters differ between versions of jax
@@ -44,8 +48,8 @@ class TilePlan:
 def is_supported(q_TKGH: Array, k_PKZH: Array) -> bool:
     """Whether `attend` runs these shapes and dtypes."""
     page, head_dim = k_PKZH.shape[2:]
-    is_wide = q_TKGH.dtype == jnp.bfloat16 == k_PKZH.dtype
-    return is_wide and head_dim == 128 and page in (64, 128) and q_TKGH.shape[2] <= _ROWS
+    is_known = q_TKGH.dtype == jnp.bfloat16 and k_PKZH.dtype in (jnp.bfloat16, FP8)
+    return is_known and head_dim == 128 and page in (64, 128) and q_TKGH.shape[2] <= _ROWS
 
 
 def attend(
@@ -136,12 +140,15 @@ def _attend_tiles(
         undefined where there is one split.
     """
     tiles, kv_heads, height, head_dim = q_IKUH.shape
-    page, dtype = k_PKZH.shape[2], q_IKUH.dtype
+    page, out_dtype = k_PKZH.shape[2], q_IKUH.dtype
+    is_narrow = k_PKZH.dtype == FP8
+    dtype = jnp.float16 if is_narrow else out_dtype  # of what is multiplied
+    q_IKUH = q_IKUH.astype(dtype)
     groups = -(-height // _ROWS)  # warpgroups that compute
     kept = height // groups  # rows of each that are read and written
     scale = head_dim**-0.5 * math.log2(math.e)
     stages, is_split = 2, splits > 1
-    out_dtype = jnp.float32 if is_split else dtype
+    out_dtype = jnp.float32 if is_split else out_dtype
 
     def pages_body(
         *refs: Any,
@@ -156,6 +163,7 @@ def _attend_tiles(
         k_free: Any,
         v_full: Any,
         v_free: Any,
+        wide_smem: Any = None,
     ) -> None:
         q, k, v, table, row, first_row, offset, last, stored, out, peaks, totals = refs
         warpgroup = lax.axis_index("warpgroup")
@@ -225,14 +233,25 @@ def _attend_tiles(
                 whole = jnp.clip(whole, 0, count)
                 plgpu.barrier_wait(q_full.at[slot])
 
+                def widen(narrow_SH: Array, change: Any = lambda wide: wide) -> Any:
+                    """This warpgroup's own copy of a page, in the dtype that it multiplies in."""
+                    plgpu.commit_smem()  # nobody of the warpgroup reads the page before any more
+                    wide_smem[warpgroup] = change(narrow_SH.astype(dtype))
+                    plgpu.commit_smem()
+                    return wide_smem.at[warpgroup]
+
                 def absorb(step: Array, state: Any, is_masked: bool) -> Any:
                     peak_U, total_U, sum_UH = state
                     stage, begin = lax.rem(carry + step, stages), (start + step) * page
                     plgpu.barrier_wait(k_full.at[stage])
                     mine = pl.ds(warpgroup * _ROWS, _ROWS)
 
+                    keys = k_smem.at[stage]
+                    if is_narrow:
+                        keys = widen(keys[...])
+
                     def score(acc: Any) -> Any:
-                        plgpu.wgmma(acc, q_smem.at[slot, mine], k_smem.at[stage].transpose((1, 0)))
+                        plgpu.wgmma(acc, q_smem.at[slot, mine], keys.transpose((1, 0)))
                         return acc[...]
 
                     score_US = pl.run_scoped(
@@ -250,17 +269,26 @@ def _attend_tiles(
                     sum_UH = sum_UH * _spread(shrink_U, sum_UH.shape)
                     weight_US = weight_US.astype(dtype)
                     plgpu.barrier_wait(v_full.at[stage])
-                    if is_masked:
-                        # What the last owner left may be nan, and 0 * nan is nan. All warpgroups
-                        # write the same.
+                    values = v_smem.at[stage]
+
+                    def mask(v_SH: Array) -> Array:
+                        """What the last owner left may be nan, and 0 * nan is nan."""
+                        is_stored = begin + _count(v_SH.shape, 0) <= limit
+                        return jnp.where(is_stored, v_SH, jnp.zeros_like(v_SH))
+
+                    if is_narrow and is_masked:
+                        v_SH = _load(values, layout=plgpu.Layout.WGMMA, optimized=False)
+                        values = widen(v_SH, mask)
+                    elif is_narrow:
+                        values = widen(values[...])
+                    elif is_masked:
+                        # All warpgroups write the same.
                         @pl.when(begin + page - 1 > limit)
                         def _() -> None:
-                            v_SH = _load(v_smem.at[stage], layout=plgpu.Layout.WGMMA)
-                            is_stored = begin + _count(v_SH.shape, 0) <= limit
-                            v_smem[stage] = jnp.where(is_stored, v_SH, jnp.zeros_like(v_SH))
+                            v_smem[stage] = mask(_load(values, layout=plgpu.Layout.WGMMA))
                             plgpu.commit_smem()
 
-                    sum_UH = _add_product(sum_UH, weight_US, v_smem.at[stage], interpret)
+                    sum_UH = _add_product(sum_UH, weight_US, values, interpret)
                     plgpu.barrier_arrive(v_free.at[stage])
                     return new_peak_U, total_U, sum_UH
 
@@ -313,8 +341,8 @@ def _attend_tiles(
         thread_name="warpgroup",
         scratch_types=dict(
             q_smem=_allocate((2, groups * _ROWS, head_dim), dtype),
-            k_smem=_allocate((stages, page, head_dim), dtype),
-            v_smem=_allocate((stages, page, head_dim), dtype),
+            k_smem=_allocate((stages, page, head_dim), k_PKZH.dtype),
+            v_smem=_allocate((stages, page, head_dim), v_PKZH.dtype),
             out_smem=_allocate((groups, _ROWS, head_dim), out_dtype),
             softmax_smem=plgpu.SMEM((groups, 2, _ROWS if is_split else 1), jnp.float32),
             q_full=plgpu.Barrier(num_barriers=2),
@@ -323,6 +351,7 @@ def _attend_tiles(
             k_free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
             v_full=plgpu.Barrier(num_barriers=stages),
             v_free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+            **({"wide_smem": _allocate((groups, page, head_dim), dtype)} if is_narrow else {}),
         ),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,

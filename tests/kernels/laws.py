@@ -15,6 +15,8 @@ from l4jax.kernels import formats, reference
 BOUND = {"bfloat16": 0.01, "fp8": 0.06, "int4": 0.01}
 FORMATS = tuple(BOUND)
 
+PAGES = {"bfloat16": jnp.bfloat16, "fp8": formats.FP8}
+
 # Which expert each token wants, of four.
 CHOICES = {
     "one token": [2],
@@ -50,8 +52,13 @@ def make_tokens(rng: np.random.Generator, *shape: int) -> jax.Array:
 
 
 def widen(tree: Any) -> Any:
-    """bfloat16 as float32, for the definition; quantized weights stay."""
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
+    """bfloat16 and pages in e4m3 as float32, for the definition; quantized weights stay."""
+
+    def widen_leaf(x: Any) -> Any:
+        is_narrow = not isinstance(x, formats.Quantized) and x.dtype in (jnp.bfloat16, formats.FP8)
+        return x.astype(jnp.float32) if is_narrow else x
+
+    return jax.tree.map(widen_leaf, tree, is_leaf=lambda x: isinstance(x, formats.Quantized))
 
 
 def assert_close(found: Any, wanted: Any, bound: float) -> None:
@@ -101,7 +108,12 @@ def check_products(kernels: Any, form: str, tokens: int, sizes: Sizes) -> None:
 
 
 def make_pages(
-    rng: np.random.Generator, lengths: list[int], news: list[int], padding: int, sizes: Sizes
+    rng: np.random.Generator,
+    lengths: list[int],
+    news: list[int],
+    padding: int,
+    sizes: Sizes,
+    dtype: Any,
 ) -> dict[str, Any]:
     """Rows of `lengths` positions on shuffled pages, the last `news` of them this step's; nan
     where no row has written."""
@@ -122,8 +134,8 @@ def make_pages(
     tokens = len(row_T) + padding
     return {
         "q_TKGH": make_tokens(rng, tokens, s.kv_heads, s.queries, s.head_dim),
-        "k_PKZH": jnp.asarray(k_PKZH, jnp.bfloat16),
-        "v_PKZH": jnp.asarray(v_PKZH, jnp.bfloat16),
+        "k_PKZH": jnp.asarray(k_PKZH, dtype),
+        "v_PKZH": jnp.asarray(v_PKZH, dtype),
         "table_RB": jnp.asarray(table_RB, jnp.int32),
         "row_T": jnp.asarray(np.pad(row_T, (0, padding)), jnp.int32),
         "position_T": jnp.asarray(np.pad(position_T, (0, padding), constant_values=-1), jnp.int32),
@@ -143,9 +155,10 @@ def make_contexts(page: int) -> dict[str, tuple[list[int], list[int], int]]:
     }
 
 
-def check_attention(kernels: Any, lengths: list[int], news: list[int], padding: int, s: Sizes):
+def check_attention(kernels: Any, form: str, context: str, sizes: Sizes) -> None:
     """Attention equals its definition on a poisoned pool, and gives zeros to padding."""
-    case = make_pages(np.random.default_rng(2), lengths, news, padding, s)
+    rows = make_contexts(sizes.page)[context]
+    case = make_pages(np.random.default_rng(2), *rows, sizes, PAGES[form])
     first, second = (np.asarray(jax.jit(kernels.attend)(**case), np.float32) for _ in range(2))
     is_real_T = np.asarray(case["position_T"]) >= 0
     assert (first[~is_real_T] == 0).all()

@@ -38,5 +38,6 @@ def test_products_of_scout_equal_their_definition(kernels, form, tokens):
 
 
 @pytest.mark.parametrize("context", laws.make_contexts(SCOUT.page))
-def test_attention_of_scout_equals_its_definition(kernels, context):
-    laws.check_attention(kernels, *laws.make_contexts(SCOUT.page)[context], SCOUT)
+@pytest.mark.parametrize("form", laws.PAGES)
+def test_attention_of_scout_equals_its_definition(kernels, form, context):
+    laws.check_attention(kernels, form, context, SCOUT)

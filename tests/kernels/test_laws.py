@@ -37,5 +37,6 @@ def test_products_equal_their_definition(kernels, form, tokens):
 
 
 @pytest.mark.parametrize("context", laws.make_contexts(SIZES.page))
-def test_attention_equals_its_definition(kernels, context):
-    laws.check_attention(kernels, *laws.make_contexts(SIZES.page)[context], SIZES)
+@pytest.mark.parametrize("form", laws.PAGES)
+def test_attention_equals_its_definition(kernels, form, context):
+    laws.check_attention(kernels, form, context, SIZES)
