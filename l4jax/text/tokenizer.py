@@ -9,11 +9,13 @@ them. transformers still renders the chat templates, and is imported when the fi
 import json
 import os
 import re
+import threading
 from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+_MAKING = threading.Lock()  # of a renderer: what its import sets for a moment is the process's
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -167,7 +169,9 @@ class Tokenizer:
 
     def render(self, messages: list[dict[str, Any]], *, template: str, **values: Any) -> str:
         """Render a chat template as transformers does, with its filters and date functions."""
-        return self._renderer.apply_chat_template(
+        with _MAKING:
+            renderer = self._renderer
+        return renderer.apply_chat_template(
             messages, chat_template=template, tokenize=False, **values
         )
 

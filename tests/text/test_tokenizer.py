@@ -4,9 +4,13 @@ import hashlib
 import json
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -169,6 +173,24 @@ def test_special_tokens_may_be_objects_in_the_configuration(tmp_path: Path) -> N
     config_file.write_text(json.dumps(config))
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert tokenizer.render(HELLO, template="{{ bos_token }}") == "<|begin_of_text|>"
+
+
+def test_many_threads_may_ask_for_the_first_rendering(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the first requests of a server do: it is made ready once, and nobody finds it half so."""
+    tokenizer, made = Tokenizer.from_folder(tiny_folder), []
+
+    def make_slowly() -> tokenizers.models.BPE:
+        made.append(threading.get_ident())
+        time.sleep(0.05)
+        return BPE()
+
+    BPE = tokenizers.models.BPE
+    monkeypatch.setattr(tokenizers.models, "BPE", make_slowly)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: tokenizer.render(HELLO, template="hello"), range(8)))
+    assert found == ["hello"] * 8 and len(made) == 1
 
 
 def test_templates_render_silently_and_without_torch(tiny_folder: Path) -> None:
