@@ -32,6 +32,7 @@ _AXES = {
     **{"K": axes.KV_HEADS, "J": axes.QUERIES_KV, "G": axes.QUERIES, "H": axes.HEAD_DIM},
 }
 Arguments: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]  # of a program; static ones last
+_COMPILERS = 8  # at once: each tries products on the device, where little memory is left
 CPU_POOL_BYTES = 2**28  # where nobody says otherwise: what a laptop can spare
 
 
@@ -340,8 +341,8 @@ class Runner:
 
 
 def compile_together(calls: Sequence[tuple[Any, ...]], *, progress: bool = False) -> None:
-    """Compile jitted functions for their arguments on as many threads as there are cores; a call
-    with such arguments finds what was compiled.
+    """Compile jitted functions for their arguments, several at a time; a call with such arguments
+    finds what was compiled.
 
     Args:
         calls: of each the function, its arguments and its static keywords.
@@ -349,7 +350,7 @@ def compile_together(calls: Sequence[tuple[Any, ...]], *, progress: bool = False
     """
     from tqdm import tqdm
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _COMPILERS)) as threads:
         # Python lowers one after the other; the compiler, which takes longer, needs no Python.
         compiling = [
             threads.submit(function.lower(*arguments, **static).compile)
