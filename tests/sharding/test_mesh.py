@@ -1,5 +1,9 @@
 """What a mesh may be called, and what is refused in words."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import pytest
 
@@ -57,3 +61,16 @@ def test_made_up_devices_are_told_of():
 
 def test_a_mesh_takes_the_first_devices_in_order():
     assert make_mesh("2x2").devices.flatten().tolist() == jax.devices()[:4]
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(None, "0.95"), ("0.5", "0.5")])
+def test_of_a_gpu_nearly_all_memory_is_taken_unless_somebody_says_otherwise(asked, taken):
+    """Read off the environment that jax starts with, in a process of its own."""
+    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    environment = {k: v for k, v in os.environ.items() if k != name}
+    environment |= {name: asked} if asked else {}
+    code = f"import os, sharding; sharding.prepare_devices(1); print(os.environ[{name!r}])"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == taken
