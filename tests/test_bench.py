@@ -57,6 +57,7 @@ def test_a_prompt_is_counted_token_by_token():
     assert cost.flops["bfloat16"] == pytest.approx(flops)
 
 
+@pytest.mark.slow
 def test_figures_are_printed_written_and_drawn(tmp_path, capsys):
     files = {name: tmp_path / f"out.{name}" for name in ("json", "png")}
     words = "--decode 1x8 3x40 --steps 2 --prefill 32 --requests 3 --input-len 4 9 --output-len 2 5"

@@ -103,6 +103,7 @@ def test_it_reads_the_chart_that_comes_with_it(llm):
     assert said == [largest, str(values[largest])]
 
 
+@pytest.mark.slow
 def test_eight_devices_answer_as_one_does(llm, sharded, needles):
     questions = ("What is 12 + 34?", needles[0].turns[0][0])
     assert ask(sharded, *questions) == ask(llm, *questions)

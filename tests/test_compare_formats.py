@@ -3,9 +3,12 @@
 import re
 import sys
 
+import pytest
+
 from scripts import compare_formats
 
 
+@pytest.mark.slow
 def test_fewer_bits_cost_something_and_not_much(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compare_formats", "--tokens", "64", "--prompts", "1"])
     compare_formats.main()

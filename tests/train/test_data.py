@@ -154,7 +154,7 @@ def test_pictures_need_one_to_four_tiles_and_texts_do_not_touch():
 def test_every_chart_can_be_drawn_and_a_pie_has_room_for_its_disk():
     """In a picture four tiles high letters are large, and a legend of them as wide as the paper."""
     rng = random.Random(0)
-    for chart in (charts.make_chart(rng, 1.0) for _ in range(3000)):
+    for chart in (charts.make_chart(rng, 1.0) for _ in range(800)):
         if chart.kind == "pie":
             pixels = np.asarray(charts.draw(chart).image).reshape(-1, 3)
             drawn = [(pixels == charts.PALETTE[color]).all(-1).sum() for color in chart.colors]
