@@ -20,7 +20,7 @@ from l4jax.sampling import Adjustments, Controls, Sampled, adjust, sample
 
 # Weights and pages fill a device by design. XLA takes that for a program that is too large, and to
 # save a few bytes would compute many things of each layer twice.
-COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
+jit = functools.partial(jax.jit, compiler_options={"xla_disable_hlo_passes": "rematerialization"})
 _SCORED_TOGETHER = 64  # tokens of a step whose logits are in memory at once
 
 
@@ -209,7 +209,7 @@ def set_seen(memory: Memory, slot: Array, seen_V: Array) -> Memory:
     return Memory(memory.last_S, memory.seen_SV.at[slot].set(seen_V))
 
 
-@functools.partial(jax.jit, static_argnames=("model",), donate_argnames="pool")
+@functools.partial(jit, static_argnames=("model",), donate_argnames="pool")
 def score(
     params: Parameters,
     pool: PagePool,
@@ -335,7 +335,6 @@ def make_programs(pool: PagePool, memory: Memory, features: Any) -> Programs:
     What is donated comes back placed as it went in. Left to the compiler it would come back as
     something equivalent, and each program would be compiled for what each other program returns.
     """
-    jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
     return Programs(
         jit(
             step,

@@ -215,12 +215,7 @@ class Bench:
         self.phases[phase] += time.perf_counter() - started
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "steps"),
-    donate_argnames="pool",
-    compiler_options=decode.COMPILER_OPTIONS,
-)
+@functools.partial(decode.jit, static_argnames=("model", "steps"), donate_argnames="pool")
 def _decode(
     params: Any, pool: cache.PagePool, batch: cache.Batch, *, model: Llama4, steps: int
 ) -> tuple[cache.PagePool, jax.Array]:
@@ -237,12 +232,7 @@ def _decode(
     return pool, token_R
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("model",),
-    donate_argnames="pool",
-    compiler_options=decode.COMPILER_OPTIONS,
-)
+@functools.partial(decode.jit, static_argnames=("model",), donate_argnames="pool")
 def _prefill(
     params: Any, pool: cache.PagePool, batch: cache.Batch, *, model: Llama4
 ) -> tuple[cache.PagePool, jax.Array]:

@@ -226,7 +226,7 @@ class Runner:
         rows = self.buckets.fit_loop(max(map(len, plan.runs)), is_adjusted)
         return Flight(plan, (rows, rows), self._run_loop(plan, rows, is_adjusted))
 
-    def _prepare_step(self, plan: Plan, shape: tuple[int, int], is_adjusted: bool) -> "Arguments":
+    def _prepare_step(self, plan: Plan, shape: tuple[int, int], is_adjusted: bool) -> Arguments:
         tokens, rows = shape
         step = arrays.fill_step(
             plan, self.limits, self.config, tokens, rows, has_targets=is_adjusted
@@ -245,11 +245,10 @@ class Runner:
 
     def _run_step(self, plan: Plan, shape: tuple[int, int], is_adjusted: bool) -> tuple[Any, Any]:
         arguments, static = self._prepare_step(plan, shape, is_adjusted)
-        self.pool, self.memory, *found = self.programs.step(*arguments, **static)
-        sampled, scored = found
+        self.pool, self.memory, sampled, scored = self.programs.step(*arguments, **static)
         return sampled, scored
 
-    def _prepare_loop(self, plan: Plan, rows: int, is_adjusted: bool) -> "Arguments":
+    def _prepare_loop(self, plan: Plan, rows: int, is_adjusted: bool) -> Arguments:
         state, tables, controls = arrays.fill_loop(plan, self.limits, rows)
         arguments = (
             self.params,
@@ -279,7 +278,7 @@ class Runner:
             self._encode_part(np.pad(part, padding), run.feature_slots[at : at + count])
             at += count
 
-    def _prepare_tiles(self, pixels_ICYX: np.ndarray, slots: Sequence[int]) -> "Arguments":
+    def _prepare_tiles(self, pixels_ICYX: np.ndarray, slots: Sequence[int]) -> Arguments:
         """Of a few tiles; those beyond the slots are padding."""
         beyond = self.limits.feature_slots
         slot_I = [*slots, *[beyond] * (len(pixels_ICYX) - len(slots))]
