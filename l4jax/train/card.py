@@ -25,11 +25,16 @@ testing l4jax: small enough to come with it, and good at a few things that can b
 
 ## What it learned
 
-From data that `l4jax.train` invents from a seed, with `python -m scripts.train_tiny`: charts drawn
-with Pillow and questions about them, sums and differences of numbers below 100, a few facts, codes
-hidden in text up to five attention chunks back, calls of functions that a prompt defines, and the
-Declaration of Independence and the Constitution of the United States as Debian's package
-`miscfiles` has them, in the public domain. Nothing of Meta's weights or tokenizer is in it.
+From data that `l4jax.train` invents from a seed: charts drawn with Pillow and questions about them,
+sums and differences of numbers below 100, a few facts, codes hidden in text up to five attention
+chunks back, calls of functions that a prompt defines, and the Declaration of Independence and the
+Constitution of the United States as Debian's package `miscfiles` has them, in the public domain.
+Nothing of Meta's weights or tokenizer is in it. It was trained on one H200, by
+
+```bash
+python -m scripts.train_tiny --folder RUN --steps 18000 --rate 1e-3 --save-every 500 \\
+  --attention cudnn
+```
 
 ## How good it is
 
