@@ -41,19 +41,27 @@ class Hopper:
 
     def multiply(self, subscripts: str, x: Array, weight: Weight) -> Array:
         """`formats.multiply`."""
-        if not isinstance(weight, Quantized):
-            return formats.multiply(subscripts, x, weight)
         ins, out = subscripts.split("->")
         x_axes, w_axes = ins.split(",")
         x_left = "".join(letter for letter in x_axes if letter in out)
         w_left = "".join(letter for letter in w_axes if letter in out)
         summed = w_axes[len(w_left) :]
-        if x_axes != x_left + summed or w_axes != w_left + summed or x.dtype != jnp.bfloat16:
+        if (
+            isinstance(weight, formats.Adapted)
+            or (x_axes, w_axes) != (x_left + summed, w_left + summed)
+            or x.dtype != jnp.bfloat16
+        ):
             return formats.multiply(subscripts, x, weight)
         tokens = math.prod(x.shape[: len(x_left)])
         rows = math.prod(weight.shape[: len(w_left)])
-        x_TU, data_OU = x.reshape(tokens, -1), weight.data.reshape(rows, -1)
-        y_TO = self._multiply_dense(x_TU, data_OU, weight.scale.reshape(rows, -1))
+        x_TU = x.reshape(tokens, -1)
+        if isinstance(weight, Quantized):
+            data_OU, scale_OL = weight.data.reshape(rows, -1), weight.scale.reshape(rows, -1)
+            y_TO = self._multiply_dense(x_TU, data_OU, scale_OL)
+        else:
+            # In two axes each: of more that are summed over XLA writes the whole weight down anew,
+            # transposed, in each step.
+            y_TO = lax.dot_general(x_TU, weight.reshape(rows, -1), _LAST)
         shape = (*x.shape[: len(x_left)], *weight.shape[: len(w_left)])
         order = [(x_left + w_left).index(letter) for letter in out]
         return y_TO.reshape(shape).transpose(order)
