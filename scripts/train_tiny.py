@@ -24,7 +24,7 @@ def main() -> None:
     add = parser.add_argument
     add("--folder", type=Path, required=True, help="of the run: states, metrics, curves")
     add("--steps", type=int, default=36000, help="of the whole training (default: 36000)")
-    add("--rows", type=int, default=16, help="of a batch, of 1536 tokens (default: 16)")
+    add("--rows", type=int, default=12, help="of a batch, of 1536 tokens (default: 12)")
     add("--rate", type=float, default=8e-4, help="the largest learning rate (default: 0.0008)")
     add("--seed", type=int, default=0, help="of weights and data (default: 0)")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="(default: bfloat16)")

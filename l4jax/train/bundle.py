@@ -82,7 +82,7 @@ _FILES = (
 def make_plan(
     steps: int,
     *,
-    rows: int = 16,
+    rows: int = 12,
     seed: int = 0,
     save_every: int = 1000,
     config: Config = CONFIG,
@@ -92,7 +92,7 @@ def make_plan(
 
     Args:
         steps: of the whole training.
-        rows: of a batch; four tiles of pictures a row.
+        rows: of a batch; five tiles of pictures a row.
         seed: of weights and data.
         save_every: steps.
         config: of the model.
@@ -106,7 +106,7 @@ def make_plan(
         rows=rows,
         length=6 * config.text.chunk,
         chunk=config.text.chunk,
-        tiles=4 * rows,
+        tiles=5 * rows,
         features=config.vision.features,
     )
     return Plan(config, recipe, Teaching(steps=steps, **teaching), save_every)

@@ -152,11 +152,17 @@ class Paper:
             raise RuntimeError("Pillow was built without FreeType: install its wheel.")
         self.font = font
         self.texts: list[Text] = []
+        self.marks: list[Text] = []  # the names of the colors of marks, where these are
 
     def write(self, xy: tuple[float, float], text: str, anchor: str = "la") -> None:
         """Write a text in one line; `anchor` is Pillow's."""
         self.pen.text(xy, text, INK, self.font, anchor=anchor)
         self.texts.append(Text(text, self.pen.textbbox(xy, text, self.font, anchor=anchor)))
+
+    def mark(self, box: tuple[float, float, float, float], color: str, shape: str) -> None:
+        """Draw a mark in a color of the palette, a "rectangle" or an "ellipse"."""
+        getattr(self.pen, shape)(box, PALETTE[color])
+        self.marks.append(Text(color, box))
 
     def measure(self, text: str) -> float:
         """The width of a text in pixels."""
@@ -164,7 +170,7 @@ class Paper:
 
 
 def draw(picture: Picture) -> Paper:
-    """The picture in RGB, on white, and the texts in it."""
+    """The picture in RGB, on white, and the texts and marks in it."""
     paper = Paper(picture)
     if isinstance(picture, Sign):
         _draw_sign(paper, picture)
@@ -180,7 +186,9 @@ def draw(picture: Picture) -> Paper:
 def ask(chart: Chart, kind: str, rng: random.Random) -> tuple[str, str]:
     """A question of a kind in `QUESTIONS`, and its answer.
 
-    Sums and differences are answered with their working, and the number asked for stands last.
+    Sums and differences are answered with their working, and the number asked for stands last. Of
+    a difference the values come first as they are asked for: without, half of the answers put
+    another number where the larger belonged.
     """
     mark, values = MARKS[chart.kind], dict(zip(chart.labels, chart.values, strict=True))
     first, second = rng.sample(chart.labels, 2)
@@ -197,7 +205,7 @@ def ask(chart: Chart, kind: str, rng: random.Random) -> tuple[str, str]:
     if kind == "difference":
         one, two = sorted((values[first], values[second]), reverse=True)
         asked = f"What is the difference between {first} and {second}?"
-        return asked, f"{one} - {two} = {one - two}"
+        return asked, f"{values[first]} and {values[second]}: {one} - {two} = {one - two}"
     if kind == "count":
         return f"How many {mark}s are there?", str(len(values))
     if kind == "color":
@@ -264,7 +272,7 @@ def _draw_bars(paper: "Paper", chart: Chart, top: int) -> None:
     paper.pen.line([(6, floor), (chart.width - 6, floor)], INK, 2)
     for at, (label, value, color) in enumerate(_list_marks(chart)):
         center, y = 10 + step * (at + 0.5), floor - (floor - ceiling) * value / largest
-        paper.pen.rectangle([center - 0.3 * step, y, center + 0.3 * step, floor], color)
+        paper.mark((center - 0.3 * step, y, center + 0.3 * step, floor), color, "rectangle")
         paper.write((center, y - 2), str(value), "mb")
         paper.write((center, floor + 3), label, "ma")
 
@@ -277,7 +285,8 @@ def _draw_rows(paper: "Paper", chart: Chart, top: int) -> None:
     for at, (label, value, color) in enumerate(_list_marks(chart)):
         center, length = top + step * (at + 0.5), (right - left) * value / largest
         x = left + max(1, length)  # where the axis ends, at least
-        paper.pen.rectangle([left + 1, center - 0.3 * step, x, center + 0.3 * step], color)
+        box = (left + 1, center - 0.3 * step, x, center + 0.3 * step)
+        paper.mark(box, color, "rectangle")
         paper.write((x + 4, center), str(value), "lm")
         paper.write((left - 5, center), label, "rm")
 
@@ -293,7 +302,7 @@ def _draw_line(paper: "Paper", chart: Chart, top: int) -> None:
     paper.pen.line([(6, floor), (chart.width - 6, floor)], INK, 2)
     paper.pen.line(points, LINES if len(set(chart.colors)) > 1 else PALETTE[chart.colors[0]], 3)
     for (x, y), (label, value, color) in zip(points, _list_marks(chart), strict=True):
-        paper.pen.ellipse([x - 5, y - 5, x + 5, y + 5], color)
+        paper.mark((x - 5, y - 5, x + 5, y + 5), color, "ellipse")
         # A white ground, so that no line runs through the digits.
         box = paper.pen.textbbox((x, y - 7), str(value), paper.font, anchor="mb")
         paper.pen.rectangle(box, "white")
@@ -309,12 +318,11 @@ def _draw_pie(paper: "Paper", chart: Chart, top: int) -> None:
     step = (chart.height - top - 8) / len(chart.labels)
     for at, (label, value, color) in enumerate(_list_marks(chart)):
         end = start + 360 * value / total
-        paper.pen.pieslice([6, top, 6 + side, top + side], start, end, color, "white")
+        paper.pen.pieslice([6, top, 6 + side, top + side], start, end, PALETTE[color], "white")
         start, y = end, top + step * (at + 0.5)
         x = chart.width - legend
-        paper.pen.rectangle(
-            [x, y - 0.4 * chart.text, x + 0.8 * chart.text, y + 0.4 * chart.text], color
-        )
+        half = 0.4 * chart.text
+        paper.mark((x, y - half, x + 2 * half, y + half), color, "rectangle")
         paper.write((x + 1.2 * chart.text, y), f"{label} {value}", "lm")
 
 
@@ -324,9 +332,8 @@ def _draw_grid(paper: "Paper", chart: Chart, ceiling: float, floor: float) -> No
         paper.pen.line([(6, y), (chart.width - 6, y)], LINES, 1)
 
 
-def _list_marks(chart: Chart) -> Sequence[tuple[str, int, tuple[int, int, int]]]:
-    colors = [PALETTE[color] for color in chart.colors]
-    return list(zip(chart.labels, chart.values, colors, strict=True))
+def _list_marks(chart: Chart) -> Sequence[tuple[str, int, str]]:
+    return list(zip(chart.labels, chart.values, chart.colors, strict=True))
 
 
 _DRAW: dict[str, Callable[..., None]] = {

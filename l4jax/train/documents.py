@@ -92,7 +92,8 @@ class Speller:
         return self._make(example.kind, ids, weights, tiles, seen_F)
 
     def _find_seen(self, paper: Paper, rows: int, columns: int) -> np.ndarray:
-        """The token in whose middle each image feature looks, or -1; of two the first.
+        """The token in whose middle each image feature looks, or a mark's color, or -1; of two the
+        first.
 
         In the tile that shows all of a larger picture letters are too small to count.
         """
@@ -101,7 +102,7 @@ class Speller:
         seen_YX = seen_RyCx.reshape(rows * side, columns * side)
         width, height = paper.image.size
         fit_height, fit_width = fit_inside(height, width, rows, columns, tile=tile)
-        for text in paper.texts:
+        for text in [*paper.texts, *paper.marks]:
             left, top, right, bottom = text.box
             y = (top + bottom) / 2 * fit_height / height
             start = 0
