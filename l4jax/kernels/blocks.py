@@ -69,7 +69,8 @@ def multiply_blocks(
     Args:
         x_ITU: the blocks: bfloat16, or e4m3 where the weights are.
         weights: stacks [E, O, U] of matrices, bfloat16, e4m3 or int4 all.
-        scales: of int4, stacks [E, O, L] with one for each 128 columns; else none.
+        scales: float32 stacks of their scales: of e4m3 [E, O], of int4 [E, O, L] with one for each
+            128 columns; of bfloat16 none.
         expert_I: int32 expert of each block, counted through the stacks.
         count: int32 [1], how many blocks are multiplied; what the others give is undefined.
         tiles: how to cut.
@@ -78,7 +79,7 @@ def multiply_blocks(
         interpret: what `pallas` interprets the kernel with, where there is no such device.
 
     Returns:
-        [splits, I * T, O]: parts, to be added up.
+        [splits, I * T, O]: parts, to be added up; what the tokens are scaled by they are not.
     """
     blocks, slots, columns = x_ITU.shape
     rows, weight_dtype = weights[0].shape[1], weights[0].dtype
@@ -167,28 +168,29 @@ def multiply_blocks(
 
                 return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((part, slots), jnp.float32))
 
+            def read_scales(block: Any, tile: Any, *column: Any) -> Array:
+                """Of this warpgroup's rows."""
+                e, here = expert[block], pl.ds(tile * tiles.rows + warpgroup * part, part)
+                found = None
+                for scale, (before, size) in zip(scale_refs, stacks, strict=True):
+                    mine = _load(
+                        scale.at[jnp.clip(e - before, 0, size - 1), here, *column],
+                        layout=plgpu.Layout.WGMMA.reduce(1),
+                        optimized=False,
+                    )
+                    # The compiler knows no select by a scalar.
+                    own = jnp.where((e >= before) & (e < before + size), 1.0, 0.0)
+                    found = mine * own if found is None else found + mine * own
+                assert found is not None
+                return found
+
             def widen_and_multiply(first: Any, block: Any, tile: Any, split: Any) -> Any:
                 """The weights through registers, a group of columns at a time: their scales meet
                 the sums, which are far fewer."""
-                e, mine_in_all = expert[block], pl.ds(tile * tiles.rows + warpgroup * part, part)
-
-                def read(column: Any) -> Array:
-                    found = None
-                    for scale, (before, size) in zip(scale_refs, stacks, strict=True):
-                        here = _load(
-                            scale.at[jnp.clip(e - before, 0, size - 1), mine_in_all, column],
-                            layout=plgpu.Layout.WGMMA.reduce(1),
-                            optimized=False,
-                        )
-                        # The compiler knows no select by a scalar.
-                        own = jnp.where((e >= before) & (e < before + size), 1.0, 0.0)
-                        found = here * own if found is None else found + here * own
-                    assert found is not None
-                    return found
 
                 def read_step(step: Any) -> list[Array]:
                     column = (split * steps + step) * groups
-                    return [read(column + group) for group in range(groups)]
+                    return [read_scales(block, tile, column + group) for group in range(groups)]
 
                 def run(step: Array, carry: Any) -> Any:
                     acc, factors = carry
@@ -201,7 +203,7 @@ def multiply_blocks(
                         wide = w_smem[stage, mine, here].astype(x.dtype)
                         tokens = x_smem.at[stage, :, here].transpose((1, 0))
                         found = _multiply_from_registers(wide, tokens, interpret)
-                        acc += found * lax.broadcast_in_dim(factor, found.shape, [0])
+                        acc += found * _spread(factor, found.shape)
                     plgpu.barrier_arrive(free.at[stage])
                     return acc, ahead
 
@@ -214,6 +216,10 @@ def multiply_blocks(
                 first = info.local_index * steps
                 if is_int4:
                     found = widen_and_multiply(first, block, tile, split)
+                elif scales:
+                    factor = read_scales(block, tile)  # under way while the rows are multiplied
+                    found = multiply(first)
+                    found *= _spread(factor, found.shape)
                 else:
                     found = multiply(first)
                 found = found.astype(dtype)
@@ -265,7 +271,11 @@ def multiply_blocks(
         interpret=interpret,
     )
     x_SU = x_ITU.reshape(blocks * slots, columns)
-    return kernel(x_SU, expert_I, count, *weights, *(scales if is_int4 else ()))
+    return kernel(x_SU, expert_I, count, *weights, *scales)
+
+
+def _spread(x_O: Array, shape: tuple[int, ...]) -> Array:
+    return lax.broadcast_in_dim(x_O, shape, [0])
 
 
 def _multiply_from_registers(left: Array, right: Any, interpret: Any) -> Array:

@@ -39,8 +39,8 @@ def round_rows(
 @functools.partial(jax.jit, static_argnames=("is_rounded", "interpret"))
 def activate_rows(
     parts_PSO: Array,
-    scales: tuple[Array, ...],
-    expert_I: Array,
+    scale_S: Array | None = None,
+    scale_O: Array | None = None,
     *,
     is_rounded: bool,
     interpret: Any = None,
@@ -49,9 +49,7 @@ def activate_rows(
 
     Args:
         parts_PSO: the parts, to be added up.
-        scales: what the sums are multiplied by, where they are: float32 [S] of the slots, and
-            stacks [E, O] of the experts.
-        expert_I: int32, of each block of slots, counted through the stacks.
+        scale_S, scale_O: float32, what the sums are multiplied by, where they are.
         is_rounded: to e4m3, with a scale for each slot.
         interpret: as for the other kernels.
 
@@ -59,29 +57,22 @@ def activate_rows(
         bfloat16 [S, U]; or e4m3 and float32 [S].
     """
     parts, slots, outs = parts_PSO.shape
-    half, block = outs // 2, slots // expert_I.shape[0]
+    half = outs // 2
+    scales = [scale for scale in (scale_S, scale_O) if scale is not None]
 
-    def activate_body(*refs: Any) -> None:
+    def activate_body(x: Any, *refs: Any) -> None:
         row = lax.axis_index("row")
-        x, expert, *factors = refs[: 2 + len(scales)]
-        to = refs[2 + len(scales) :]
-        e = expert[lax.div(row, block)]
+        factors, to = list(refs[: len(scales)]), refs[len(scales) :]
+        of_slot = factors.pop(0)[row] if scale_S is not None else None
 
         def read(at: int) -> Array:
             here = pl.ds(at * half, half)
             total = x[0, row, here].astype(jnp.float32)
             for part in range(1, parts):
                 total += x[part, row, here].astype(jnp.float32)
-            if not factors:
-                return total
-            before, found = 0, jnp.zeros((half,), jnp.float32)
-            for stack in factors[1:]:
-                size = stack.shape[0]
-                # The compiler knows no select by a scalar.
-                own = jnp.where((e >= before) & (e < before + size), 1.0, 0.0)
-                found += stack[jnp.clip(e - before, 0, size - 1), here] * own
-                before += size
-            return total * factors[0][row] * found
+            if of_slot is not None:
+                total *= of_slot
+            return total * factors[0][here] if factors else total
 
         gate = read(0)
         # Rounded once to bfloat16, as the product of other kernels is.
@@ -91,9 +82,9 @@ def activate_rows(
         else:
             to[0][row] = found
 
-    operands = (parts_PSO, expert_I, *scales)
+    sizes = {"rows": slots, "width": half}
     return _launch(
-        activate_body, *operands, rows=slots, width=half, is_rounded=is_rounded, interpret=interpret
+        activate_body, parts_PSO, *scales, **sizes, is_rounded=is_rounded, interpret=interpret
     )
 
 
