@@ -70,10 +70,10 @@ class Hopper:
         tokens, dtype = x_TU.shape[0], weight_EOU.data.dtype
         plan = self._plan(weight_EOU, tokens)
         if plan is None or tokens > _FEW:
-            x_TU, x_scale_T = self._round(x_TU, None, None, dtype)
+            x_TU, x_scale_T = self._round(x_TU, None, dtype)
             return _multiply_by_xla(x_TU, x_scale_T, weight_EOU)
         where = assign_slots(jnp.zeros(tokens, jnp.int32), 1, plan.slots)
-        x_SU, x_scale_S = self._round(x_TU, where.token_S, None, dtype)
+        x_SU, x_scale_S = self._round(x_TU, where.token_S, dtype)
         parts_PSO = self._multiply_slots(x_SU, (weight_EOU,), where, plan)
         y_TO = parts_PSO[:, :tokens].astype(jnp.float32).sum(axis=0)
         if x_scale_S is not None:
@@ -93,9 +93,7 @@ class Hopper:
         if experts == 1 and tokens > _FEW:
             return self._run_one_expert(x_TD, up_EOD, down_EDF)
         where = assign_slots(expert_T, experts, up_plan.slots)
-        gate_S = jnp.ones(where.token_S.shape, jnp.float32)
-        plans = (up_plan, down_plan)
-        take = self._run_slots(x_TD, where, gate_S, (up_EOD,), (down_EDF,), plans)
+        take = self._run_slots(x_TD, where, (up_EOD,), (down_EDF,), (up_plan, down_plan))
         return take(where.slot_T).astype(x_TD.dtype)
 
     def mix_experts(
@@ -139,26 +137,26 @@ class Hopper:
             jnp.concatenate([jnp.full(blocks, experts, jnp.int32), mine.expert_I]),
             mine.count + blocks,
         )
-        gate_S = jnp.concatenate([jnp.ones(at_S.shape, jnp.float32), gate_T[mine.token_S]])
-        take = self._run_slots(x_TD, where, gate_S, ups, downs, (up_plan, down_plan))
+        gates = {"gate_T": gate_T, "plain": len(at_S)}
+        take = self._run_slots(x_TD, where, ups, downs, (up_plan, down_plan), **gates)
         return (take(jnp.arange(tokens)) + take(where.slot_T)).astype(x_TD.dtype)
 
     def _run_slots(
         self,
         x_TD: Array,
         where: Slots,
-        gate_S: Array,
         ups: tuple[Weight, ...],
         downs: tuple[Weight, ...],
         plans: "tuple[Plan, Plan]",
+        **gates: Any,
     ) -> Callable[[Array], Array]:
-        """Slots through their experts, counted through the stacks.
+        """Slots through their experts, counted through the stacks; `gates` as for `_round`.
 
         Returns:
             What gives, of slots [T], the results [T, D] in float32.
         """
         dtype = _get_data(ups[0]).dtype
-        x_SD, x_scale_S = self._round(x_TD, where.token_S, gate_S, dtype)
+        x_SD, x_scale_S = self._round(x_TD, where.token_S, dtype, **gates)
         parts_PSO = self._multiply_slots(x_SD, ups, where, plans[0])
         hidden = activate_rows(
             parts_PSO, x_scale_S, is_rounded=dtype == FP8, interpret=self.interpret
@@ -179,7 +177,7 @@ class Hopper:
             y_TO = _multiply_by_xla(x_TD, None, up_EOD)
             hidden_TF = activate_rows(y_TO[None], is_rounded=False, interpret=self.interpret)
             return _multiply_by_xla(hidden_TF, None, down_EDF)
-        x_TD, x_scale_T = self._round(x_TD, None, None, dtype)
+        x_TD, x_scale_T = self._round(x_TD, None, dtype)
         y_TO = lax.dot_general(
             x_TD, _get_data(up_EOD)[0], _LAST, preferred_element_type=jnp.bfloat16
         )
@@ -210,16 +208,23 @@ class Hopper:
         return None if tiles is None else Plan(slots, blocks, tiles)
 
     def _round(
-        self, x_TU: Array, token_S: Array | None, gate_S: Array | None, dtype: Any
+        self,
+        x_TU: Array,
+        token_S: Array | None,
+        dtype: Any,
+        gate_T: Array | None = None,
+        plain: int = 0,
     ) -> tuple[Array, Array | None]:
-        """The tokens of slots, times their gates, as weights of a dtype want them, and the scales
-        of fp8. Without slots: of each token, as it is."""
+        """The tokens of slots, or of each token, as weights of a dtype want them, and the scales of
+        fp8. Where there are gates, times these, but for the first `plain` slots."""
         if dtype == FP8:
             token_S = jnp.arange(x_TU.shape[0], dtype=jnp.int32) if token_S is None else token_S
-            gate_S = jnp.ones(token_S.shape, jnp.float32) if gate_S is None else gate_S
-            return round_rows(x_TU, token_S, gate_S, interpret=self.interpret)
+            return round_rows(x_TU, token_S, gate_T, plain=plain, interpret=self.interpret)
         x_SU = x_TU if token_S is None else x_TU[token_S]
-        return (x_SU if gate_S is None else x_SU * gate_S[:, None].astype(x_SU.dtype)), None
+        if gate_T is None:
+            return x_SU, None
+        gate_S = jnp.where(jnp.arange(len(x_SU)) < plain, 1, gate_T[token_S])
+        return x_SU * gate_S[:, None].astype(x_SU.dtype), None
 
     def _multiply_slots(
         self, x_SU: Array, weights: tuple[Weight, ...], where: Slots, plan: "Plan"

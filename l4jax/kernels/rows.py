@@ -18,22 +18,33 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from l4jax.kernels.formats import FP8, FP8_MAX
 
 
-@functools.partial(jax.jit, static_argnames=("interpret",))
+@functools.partial(jax.jit, static_argnames=("plain", "interpret"))
 def round_rows(
-    x_TU: Array, token_S: Array, gate_S: Array, *, interpret: Any = None
+    x_TU: Array,
+    token_S: Array,
+    gate_T: Array | None = None,
+    *,
+    plain: int = 0,
+    interpret: Any = None,
 ) -> tuple[Array, Array]:
-    """`formats.quantize_tokens` of the token of each slot, times a gate: e4m3 [S, U] and float32
-    scales [S]."""
+    """`formats.quantize_tokens` of the token of each slot, times its gate where there are any: e4m3
+    [S, U] and float32 scales [S]. The first `plain` slots take their tokens as they are."""
+    gates = () if gate_T is None else (gate_T,)
 
-    def round_body(x: Any, token: Any, gate: Any, out: Any, scale: Any) -> None:
+    def round_body(x: Any, token: Any, *refs: Any) -> None:
+        *gate, out, scale = refs
         row = lax.axis_index("row")
-        # The gate and what it scales are bfloat16 in the model.
-        factor = gate[row].astype(jnp.bfloat16).astype(jnp.float32)
-        scaled = (x[token[row]].astype(jnp.float32) * factor).astype(jnp.bfloat16)
-        _write_rounded(scaled.astype(jnp.float32), out, scale, row)
+        mine = token[row]
+        found = x[mine].astype(jnp.float32)
+        if gate:
+            # The gate and what it scales are bfloat16 in the model.
+            factor = jnp.where(row < plain, 1.0, gate[0][mine])
+            factor = factor.astype(jnp.bfloat16).astype(jnp.float32)
+            found = (found * factor).astype(jnp.bfloat16).astype(jnp.float32)
+        _write_rounded(found, out, scale, row)
 
     sizes = {"rows": token_S.shape[0], "width": x_TU.shape[1]}
-    return _launch(round_body, x_TU, token_S, gate_S, **sizes, is_rounded=True, interpret=interpret)
+    return _launch(round_body, x_TU, token_S, *gates, **sizes, is_rounded=True, interpret=interpret)
 
 
 @functools.partial(jax.jit, static_argnames=("is_rounded", "interpret"))
