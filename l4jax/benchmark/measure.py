@@ -72,7 +72,7 @@ class Bench:
         dtype: str = "bfloat16",
         quantization: str | None = None,
         kv_cache_dtype: str = "auto",
-        kernels: str = "portable",
+        kernels: str = "auto",
         seed: int = 0,
     ):
         self.config = dataclasses.replace(config, vision=None)

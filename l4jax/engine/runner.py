@@ -63,7 +63,7 @@ class Runner:
         mesh: str | int,
         dtype: Any,
         strategy: str = "tensor",
-        kernels: str = "portable",
+        kernels: str = "auto",
     ):
         """Make the mesh; refuse one that the model cannot be cut for (`sharding.MeshError`), and
         kernels that the devices cannot run (ValueError).
@@ -363,20 +363,22 @@ def compile_together(calls: Sequence[tuple[Any, ...]], *, progress: bool = False
 
 
 def choose_kernels(name: str, device: Any) -> Kernels:
-    """Those that run everywhere, "portable", or the fast ones of a GPU, "hopper".
+    """Those that run everywhere, "portable", the fast ones of a GPU, "hopper", or "auto": the
+    faster that run on this device.
 
     Raises:
         ValueError: for another name, and where the fast ones cannot run.
     """
-    if name == "portable":
-        return PORTABLE
-    if name != "hopper":
-        raise ValueError(f"kernels is {name!r}: it is 'portable' or 'hopper'.")
+    if name not in ("auto", "portable", "hopper"):
+        raise ValueError(f"kernels is {name!r}: it is 'auto', 'portable' or 'hopper'.")
     is_hopper = getattr(device, "compute_capability", None) == "9.0"
-    if not is_hopper or jax.__version_info__ < (0, 11):
+    can_run = is_hopper and jax.__version_info__ >= (0, 11)
+    if name == "portable" or (name == "auto" and not can_run):
+        return PORTABLE
+    if not can_run:
         raise ValueError(
             f"kernels is 'hopper', and here is {device.device_kind} with jax {jax.__version__}: "
-            "they run on an H100 or an H200 with jax 0.11 or newer; take 'portable'."
+            "they run on an H100 or an H200 with jax 0.11 or newer; take 'auto' or 'portable'."
         )
     from l4jax.kernels.hopper import Hopper  # needs what only jax for a GPU brings
 
