@@ -103,7 +103,7 @@ def _measure(args: argparse.Namespace) -> int:
         "layers": model.text.layers,
         "quantization": args.quantization,
         "format": args.quantization or args.dtype,
-        "kernels": args.kernels,
+        "kernels": bench.runner.kernels,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }

@@ -72,7 +72,9 @@ class Runner:
         self.notice = prepare_devices(mesh)
         self.layout = Layout(make_mesh(mesh), STRATEGIES[strategy])
         check_mesh(config, self.layout)
-        chosen = choose_kernels(kernels, self.layout.mesh.devices.flat[0])
+        device = self.layout.mesh.devices.flat[0]
+        self.kernels = name_kernels(kernels, device)
+        chosen = choose_kernels(self.kernels, device)
         self.model = Llama4(config.text, make_kernels(chosen, self.layout))
         self.tower = VisionTower(config.vision, config.text.width) if config.vision else None
         self.kv_scales: tuple[np.ndarray, np.ndarray] | None = None  # of a checkpoint that has them
@@ -362,9 +364,9 @@ def compile_together(calls: Sequence[tuple[Any, ...]], *, progress: bool = False
             future.result()
 
 
-def choose_kernels(name: str, device: Any) -> Kernels:
-    """Those that run everywhere, "portable", the fast ones of a GPU, "hopper", or "auto": the
-    faster that run on this device.
+def name_kernels(name: str, device: Any) -> str:
+    """Which kernels are meant: "portable" runs everywhere, "hopper" on Hopper GPUs, and "auto" is
+    the faster of them that runs on this device.
 
     Raises:
         ValueError: for another name, and where the fast ones cannot run.
@@ -373,13 +375,18 @@ def choose_kernels(name: str, device: Any) -> Kernels:
         raise ValueError(f"kernels is {name!r}: it is 'auto', 'portable' or 'hopper'.")
     is_hopper = getattr(device, "compute_capability", None) == "9.0"
     can_run = is_hopper and jax.__version_info__ >= (0, 11)
-    if name == "portable" or (name == "auto" and not can_run):
-        return PORTABLE
-    if not can_run:
+    if name == "hopper" and not can_run:
         raise ValueError(
             f"kernels is 'hopper', and here is {device.device_kind} with jax {jax.__version__}: "
             "they run on an H100 or an H200 with jax 0.11 or newer; take 'auto' or 'portable'."
         )
+    return "hopper" if can_run and name != "portable" else "portable"
+
+
+def choose_kernels(name: str, device: Any) -> Kernels:
+    """The kernels of a name that `name_kernels` gave."""
+    if name == "portable":
+        return PORTABLE
     from l4jax.kernels.hopper import Hopper  # needs what only jax for a GPU brings
 
     hopper = Hopper(device.core_count)
