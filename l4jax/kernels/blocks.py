@@ -28,6 +28,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 _load: Any = plgpu.load  # whose parameters differ between versions of jax
+_inline: Any = plgpu.inline_mgpu  # whose type knows no arguments
 
 _INSTRUCTION_ROWS = 64
 _LINE = 128  # bytes of a row that are swizzled together; what is joined comes in such lines
@@ -107,8 +108,9 @@ def multiply_blocks(
         free: Any,
         scale_smem: Any = None,
     ) -> None:
-        x, expert, counts, *matrices, out = refs
-        matrices, scale_refs = matrices[: len(stacks)], matrices[len(stacks) :]
+        x, expert, counts, *operands, out = refs
+        matrices = operands[: len(stacks)]
+        scale_refs = operands[len(stacks) :] or [None] * len(stacks)
         warpgroup, live = lax.axis_index("warpgroup"), counts[0]
         share = functools.partial(
             plgpu.nd_loop, (live * (row_tiles * tiles.splits),), collective_axes="sm"
@@ -143,20 +145,20 @@ def multiply_blocks(
 
                     here = pl.ds((split * steps + step) * tiles.depth, tiles.depth)
                     group = (split * steps + step) * groups
-                    for at_stack, (before, size) in enumerate(stacks):
+                    those = pl.ds(group - lax.rem(group, SCALES), SCALES)
+                    for w, scale, (before, size) in zip(matrices, scale_refs, stacks, strict=True):
 
                         @pl.when((e >= before) & (e < before + size))
-                        def _(at_stack: int = at_stack, before: int = before) -> None:
+                        def _(w: Any = w, scale: Any = scale, before: int = before) -> None:
                             plgpu.copy_gmem_to_smem(
-                                matrices[at_stack].at[e - before, mine, here],
-                                w_smem.at[stage],
-                                full.at[stage],
+                                w.at[e - before, mine, here], w_smem.at[stage], full.at[stage]
                             )
                             if is_int4:
-                                scale = scale_refs[at_stack].at[
-                                    e - before, mine, pl.ds(group - lax.rem(group, SCALES), SCALES)
-                                ]
-                                plgpu.copy_gmem_to_smem(scale, scale_smem.at[stage], full.at[stage])
+                                plgpu.copy_gmem_to_smem(
+                                    scale.at[e - before, mine, those],
+                                    scale_smem.at[stage],
+                                    full.at[stage],
+                                )
 
                     plgpu.copy_gmem_to_smem(
                         x.at[pl.ds(block * slots, slots), here], x_smem.at[stage], full.at[stage]
@@ -281,6 +283,7 @@ def multiply_blocks(
             ),
         )
 
+    scales_type = plgpu.SMEM((stages, tiles.rows, SCALES), jnp.float32)
     kernel = plgpu.kernel(
         blocks_body,
         out_type=jax.ShapeDtypeStruct((tiles.splits, blocks * slots, rows), dtype),
@@ -299,11 +302,7 @@ def multiply_blocks(
             out_smem=allocate((multipliers, slots, _INSTRUCTION_ROWS), dtype),
             full=plgpu.Barrier(num_arrivals=3 if is_int4 else 2, num_barriers=stages),
             free=plgpu.Barrier(num_arrivals=multipliers, num_barriers=stages),
-            **(
-                dict(scale_smem=plgpu.SMEM((stages, tiles.rows, SCALES), jnp.float32))
-                if is_int4
-                else {}
-            ),
+            **({"scale_smem": scales_type} if is_int4 else {}),
         ),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, unsafe_no_auto_barriers=True
@@ -311,12 +310,12 @@ def multiply_blocks(
         interpret=interpret,
     )
     x_SU = x_ITU.reshape(blocks * slots, columns)
-    if not is_int4:
-        return kernel(x_SU, expert_I, count, *weights, *scales)
-    padding = (0, 0), (0, 0), (0, -scales[0].shape[2] % SCALES)
-    padded = [jnp.pad(scale, padding) for scale in scales] if padding[2][1] else scales
-    x_SU = x_SU if interpret is not None else _permute(x_SU)
-    return kernel(x_SU, expert_I, count, *weights, *padded)
+    if is_int4:
+        if missing := -scales[0].shape[2] % SCALES:
+            scales = tuple(jnp.pad(scale, ((0, 0), (0, 0), (0, missing))) for scale in scales)
+        if interpret is None:
+            x_SU = permute_columns(x_SU)
+    return kernel(x_SU, expert_I, count, *weights, *scales)
 
 
 def _spread(x_O: Array, shape: tuple[int, ...]) -> Array:
@@ -341,79 +340,17 @@ def _multiply_from_registers(
     )
 
 
-# A thread reads 32 neighbors of a row as four words. Bits 4 i of both halves of a word are masked
-# at once, and what comes of it is what wgmma takes for neighbors: so a thread never needs what
-# another one read, and the tokens' columns are in that order, too.
+# A thread reads 32 neighbors of a row at once, as four words. Of a word it masks the bits at one
+# place of both halves, and what comes of that is what wgmma takes for neighbors: so no thread needs
+# what another one read. The columns come in another order then, and the tokens' alike.
 _WORDS = plgpu.Layout.TILED(
     plgpu.Tiling(((64, GROUP), (16, GROUP), (8, GROUP), (32,))),
     warp_dims=(-7,),
     lane_dims=(-3, -2),
     vector_dim=-1,
 )
-
-
-def _permute(x_SU: Array) -> Array:
-    """Columns in the order of `_widen`."""
-    slots, columns = x_SU.shape
-    # By thread, word, half of the word, and place in it.
-    x_SLtwhp = x_SU.reshape(slots, columns // GROUP, 4, 4, 2, 4)
-    return x_SLtwhp.transpose(0, 1, 3, 5, 2, 4).reshape(slots, columns)
-
-
-def _widen(data: Any, interpret: Any) -> Array:
-    """bfloat16 [rows, GROUP] of int4 in shared memory, the columns permuted.
-
-    Under 128's exponent in bfloat16 the last bits of the mantissa count ones: four bits of two's
-    complement with the sign flipped, put there, are 136 more than what they were.
-    """
-    if interpret is not None:
-        return data[...].astype(jnp.bfloat16)
-    rows = data.shape[0]
-
-    @plgpu.inline_mgpu(
-        arg_types=(_WORDS,),
-        return_type=plgpu.ShapeDtypeStruct((rows, GROUP), jnp.bfloat16, plgpu.Layout.WGMMA),
-    )
-    def widen(_: Any, narrow: Any) -> Any:
-        i32 = ir.IntegerType.get_signless(32)
-        four_words = ir.VectorType.get((4,), i32)
-        pair = ir.VectorType.get((2,), ir.BF16Type.get())
-        # By 64 rows, 8 columns, and which 8 of a warp's 16 rows.
-        wide = np.empty((rows // _INSTRUCTION_ROWS, GROUP // 8, 2), object)
-        for at, read in enumerate(narrow.registers.flat):
-            words = llvm.bitcast(four_words, read)
-            for word in range(4):
-                bits = llvm.extractelement(words, mgpu.c(word, i32))
-                for place in range(4):
-                    found = llvm.inline_asm(
-                        i32, [bits], _WIDEN_PTX.format(4 * place), "=r,r", has_side_effects=True
-                    )
-                    wide[at // 2, 4 * word + place, at % 2] = llvm.bitcast(pair, found)
-        layout = plgpu.Layout.WGMMA.to_mgpu()
-        registers = wide.reshape(layout.registers_shape((rows, GROUP)))
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    return widen(_load(data, layout=_WORDS))
-
-
-def _read_column(column: Any, interpret: Any) -> Array:
-    """Of shared memory [rows, 1], as the rows of a product lie."""
-    if interpret is not None:
-        return column[:, 0]
-    rows = plgpu.Layout.WGMMA.reduce(1)
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct(column.shape[:1], jnp.float32, rows),
-    )
-    def read(_: Any, ref: Any) -> Any:
-        return mgpu.FragmentedArray.load_untiled(
-            mgpu.memref_slice(ref, (slice(None), 0)), layout=rows.to_mgpu(), optimized=False
-        )
-
-    return read(column)
-
-
+# Where the last bits of a mantissa count ones, as under the exponent of 128 in bfloat16, four bits
+# of two's complement with the sign flipped are 136 more than before.
 _WIDEN_PTX = """{{
     .reg .b32 low, biased, bias;
     shr.u32 low, $1, {};
@@ -421,6 +358,63 @@ _WIDEN_PTX = """{{
     mov.b32 bias, 0x43084308;
     sub.bf16x2 $0, biased, bias;
 }}"""
+
+
+def permute_columns(x_SU: Array) -> Array:
+    """Columns in the order in which int4 is widened."""
+    slots, columns = x_SU.shape
+    # By thread, word, half of the word, and place in that.
+    x_SLtwhp = x_SU.reshape(slots, columns // GROUP, 4, 4, 2, 4)
+    return x_SLtwhp.transpose(0, 1, 3, 5, 2, 4).reshape(slots, columns)
+
+
+def _widen(data: Any, interpret: Any) -> Array:
+    """Of int4 [rows, GROUP] in shared memory, bfloat16 with its columns permuted."""
+    if interpret is not None:
+        return data[...].astype(jnp.bfloat16)
+    shape = data.shape
+
+    @_inline(
+        arg_types=(_WORDS,),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, plgpu.Layout.WGMMA),
+    )
+    def widen(_: Any, narrow: Any) -> Any:
+        i32 = ir.IntegerType.get_signless(32)
+        four_words = ir.VectorType.get((4,), i32)
+        pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        # By 64 rows, 8 columns, and which half of a warp's 16 rows.
+        wide = np.empty((shape[0] // _INSTRUCTION_ROWS, GROUP // 8, 2), object)
+        for at, read in enumerate(narrow.registers.flat):
+            words = llvm.bitcast(four_words, read)
+            for word in range(4):
+                bits = llvm.extractelement(words, mgpu.c(word, i32))
+                for place in range(4):
+                    found = llvm.inline_asm(i32, [bits], _WIDEN_PTX.format(4 * place), "=r,r")
+                    wide[at // 2, 4 * word + place, at % 2] = llvm.bitcast(pair, found)
+        layout = mgpu.WGMMA_LAYOUT
+        registers = wide.reshape(layout.registers_shape(shape))
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return widen(_load(data, layout=_WORDS))
+
+
+def _read_column(column: Any, interpret: Any) -> Array:
+    """Of shared memory [rows, 1], as the rows of a product lie in registers."""
+    if interpret is not None:
+        return column[:, 0]
+    layout = plgpu.Layout.WGMMA.reduce(1)
+
+    # Pallas loads from shared memory only what is contiguous.
+    @_inline(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct(column.shape[:1], jnp.float32, layout),
+    )
+    def read(_: Any, ref: Any) -> Any:
+        flat = mgpu.memref_slice(ref, (slice(None), 0))
+        layout = mgpu.WGMMA_ROW_LAYOUT
+        return mgpu.FragmentedArray.load_untiled(flat, layout=layout, optimized=False)
+
+    return read(column)
 
 
 def count_registers(computing: int) -> int:
