@@ -70,12 +70,17 @@ def list_tiles(dtype: Any, tokens: int, rows: int, columns: int, sms: int) -> It
 
 def make_run(dtype: Any, tokens: int, rows: int, columns: int, tiles: Tiles, sms: int) -> Any:
     """A call of TURNS products, with its arguments."""
-    slots, is_int4 = choose_slots(tokens, EXPERTS), dtype == jnp.int4
+    slots, is_int4, is_wide = (
+        choose_slots(tokens, EXPERTS),
+        dtype == jnp.int4,
+        dtype == jnp.bfloat16,
+    )
     key = jax.random.key(0, impl="rbg")
     shape = (EXPERTS, rows, columns)
     bits = jax.random.randint(key, shape, -7, 8, jnp.int8)
     weights = (bits.astype(dtype),)
-    scales = (jnp.ones((*shape[:2], columns // 128), jnp.float32),) if is_int4 else ()
+    groups = (columns // 128,) if is_int4 else ()
+    scales = () if is_wide else (jnp.ones((*shape[:2], *groups), jnp.float32),)
     expert_T = jnp.asarray(np.random.default_rng(0).integers(0, EXPERTS, tokens), jnp.int32)
     where = assign_slots(expert_T, EXPERTS, slots)
     x_ITU = jax.random.normal(key, (where.expert_I.shape[0], slots, columns), jnp.float32)

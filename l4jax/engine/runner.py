@@ -63,7 +63,7 @@ class Runner:
         mesh: str | int,
         dtype: Any,
         strategy: str = "tensor",
-        kernels: str = "portable",
+        kernels: str = "auto",
     ):
         """Make the mesh; refuse one that the model cannot be cut for (`sharding.MeshError`), and
         kernels that the devices cannot run (ValueError).
@@ -72,7 +72,9 @@ class Runner:
         self.notice = prepare_devices(mesh)
         self.layout = Layout(make_mesh(mesh), STRATEGIES[strategy])
         check_mesh(config, self.layout)
-        chosen = choose_kernels(kernels, self.layout.mesh.devices.flat[0])
+        device = self.layout.mesh.devices.flat[0]
+        self.kernels = name_kernels(kernels, device)
+        chosen = choose_kernels(self.kernels, device)
         self.model = Llama4(config.text, make_kernels(chosen, self.layout))
         self.tower = VisionTower(config.vision, config.text.width) if config.vision else None
         self.kv_scales: tuple[np.ndarray, np.ndarray] | None = None  # of a checkpoint that has them
@@ -362,22 +364,29 @@ def compile_together(calls: Sequence[tuple[Any, ...]], *, progress: bool = False
             future.result()
 
 
-def choose_kernels(name: str, device: Any) -> Kernels:
-    """Those that run everywhere, "portable", or the fast ones of a GPU, "hopper".
+def name_kernels(name: str, device: Any) -> str:
+    """Which kernels are meant: "portable" runs everywhere, "hopper" on Hopper GPUs, and "auto" is
+    the faster of them that runs on this device.
 
     Raises:
         ValueError: for another name, and where the fast ones cannot run.
     """
-    if name == "portable":
-        return PORTABLE
-    if name != "hopper":
-        raise ValueError(f"kernels is {name!r}: it is 'portable' or 'hopper'.")
+    if name not in ("auto", "portable", "hopper"):
+        raise ValueError(f"kernels is {name!r}: it is 'auto', 'portable' or 'hopper'.")
     is_hopper = getattr(device, "compute_capability", None) == "9.0"
-    if not is_hopper or jax.__version_info__ < (0, 11):
+    can_run = is_hopper and jax.__version_info__ >= (0, 11)
+    if name == "hopper" and not can_run:
         raise ValueError(
             f"kernels is 'hopper', and here is {device.device_kind} with jax {jax.__version__}: "
-            "they run on an H100 or an H200 with jax 0.11 or newer; take 'portable'."
+            "they run on an H100 or an H200 with jax 0.11 or newer; take 'auto' or 'portable'."
         )
+    return "hopper" if can_run and name != "portable" else "portable"
+
+
+def choose_kernels(name: str, device: Any) -> Kernels:
+    """The kernels of a name that `name_kernels` gave."""
+    if name == "portable":
+        return PORTABLE
     from l4jax.kernels.hopper import Hopper  # needs what only jax for a GPU brings
 
     hopper = Hopper(device.core_count)
@@ -396,10 +405,15 @@ def make_kernels(kernels: Kernels, layout: Layout) -> Kernels:
     """
     table, at = (axes.ROWS, axes.TABLE), (axes.TOKENS,)
     q = (axes.TOKENS, axes.KV_HEADS, axes.QUERIES, axes.HEAD_DIM)
+    out = (axes.WIDTH, *q[1:])
     kv, pool = (axes.TOKENS, axes.KV_HEADS, axes.HEAD_DIM), cache.POOL_AXES
     x, gate_up = (axes.TOKENS, axes.WIDTH), (axes.EXPERTS, axes.GATE_UP, axes.HIDDEN, axes.WIDTH)
     down = (axes.EXPERTS, axes.WIDTH, axes.HIDDEN)
     local = layout.local
+
+    def attend(*arguments: Any, ahead: Any = None) -> jax.Array:
+        ins = (q, pool, pool, table, at, at, None if ahead is None else name_axes(ahead, out))
+        return local(kernels.attend, ins, q)(*arguments, ahead)
 
     def run_experts(x_TD: Any, expert_T: Any, gate_up_EcFD: Any, down_EDF: Any) -> jax.Array:
         ins = (x, at, name_axes(gate_up_EcFD, gate_up), name_axes(down_EDF, down))
@@ -424,7 +438,7 @@ def make_kernels(kernels: Kernels, layout: Layout) -> Kernels:
 
     return Kernels(
         store=jax.jit(local(kernels.store, (pool, pool, kv, kv, table, at, at), (pool, pool))),
-        attend=jax.jit(local(kernels.attend, (q, pool, pool, table, at, at), q)),
+        attend=jax.jit(attend),
         run_experts=jax.jit(run_experts),
         mix_experts=jax.jit(mix_experts),
         multiply=jax.jit(multiply, static_argnums=0),

@@ -14,20 +14,27 @@ Letters here: I blocks, T slots of a block, O what a matrix gives, U what it joi
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 
 _load: Any = plgpu.load  # whose parameters differ between versions of jax
+_inline: Any = plgpu.inline_mgpu  # whose type knows no arguments
 
 _INSTRUCTION_ROWS = 64
 _LINE = 128  # bytes of a row that are swizzled together; what is joined comes in such lines
 _COPY_REGISTERS = 40  # of a thread that copies
 GROUP = 128  # of int4: neighbors that share a scale
+SCALES = 4  # float32 that are copied at once: no copy is shorter than 16 bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +76,8 @@ def multiply_blocks(
     Args:
         x_ITU: the blocks: bfloat16, or e4m3 where the weights are.
         weights: stacks [E, O, U] of matrices, bfloat16, e4m3 or int4 all.
-        scales: of int4, stacks [E, O, L] with one for each 128 columns; else none.
+        scales: float32 stacks of their scales: of e4m3 [E, O], of int4 [E, O, L] with one for each
+            128 columns; of bfloat16 none.
         expert_I: int32 expert of each block, counted through the stacks.
         count: int32 [1], how many blocks are multiplied; what the others give is undefined.
         tiles: how to cut.
@@ -78,7 +86,7 @@ def multiply_blocks(
         interpret: what `pallas` interprets the kernel with, where there is no such device.
 
     Returns:
-        [splits, I * T, O]: parts, to be added up.
+        [splits, I * T, O]: parts, to be added up; what the tokens are scaled by they are not.
     """
     blocks, slots, columns = x_ITU.shape
     rows, weight_dtype = weights[0].shape[1], weights[0].dtype
@@ -92,10 +100,17 @@ def multiply_blocks(
     stacks = [(sum(sizes[:at]), size) for at, size in enumerate(sizes)]
 
     def blocks_body(
-        *refs: Any, w_smem: Any, x_smem: Any, out_smem: Any, full: Any, free: Any
+        *refs: Any,
+        w_smem: Any,
+        x_smem: Any,
+        out_smem: Any,
+        full: Any,
+        free: Any,
+        scale_smem: Any = None,
     ) -> None:
-        x, expert, counts, *matrices, out = refs
-        matrices, scale_refs = matrices[: len(stacks)], matrices[len(stacks) :]
+        x, expert, counts, *operands, out = refs
+        matrices = operands[: len(stacks)]
+        scale_refs = operands[len(stacks) :] or [None] * len(stacks)
         warpgroup, live = lax.axis_index("warpgroup"), counts[0]
         share = functools.partial(
             plgpu.nd_loop, (live * (row_tiles * tiles.splits),), collective_axes="sm"
@@ -129,13 +144,21 @@ def multiply_blocks(
                         plgpu.barrier_wait(free.at[stage])
 
                     here = pl.ds((split * steps + step) * tiles.depth, tiles.depth)
-                    for w, (before, size) in zip(matrices, stacks, strict=True):
+                    group = (split * steps + step) * groups
+                    those = pl.ds(group - lax.rem(group, SCALES), SCALES)
+                    for w, scale, (before, size) in zip(matrices, scale_refs, stacks, strict=True):
 
                         @pl.when((e >= before) & (e < before + size))
-                        def _(w: Any = w, before: int = before) -> None:
+                        def _(w: Any = w, scale: Any = scale, before: int = before) -> None:
                             plgpu.copy_gmem_to_smem(
                                 w.at[e - before, mine, here], w_smem.at[stage], full.at[stage]
                             )
+                            if is_int4:
+                                plgpu.copy_gmem_to_smem(
+                                    scale.at[e - before, mine, those],
+                                    scale_smem.at[stage],
+                                    full.at[stage],
+                                )
 
                     plgpu.copy_gmem_to_smem(
                         x.at[pl.ds(block * slots, slots), here], x_smem.at[stage], full.at[stage]
@@ -167,53 +190,73 @@ def multiply_blocks(
 
                 return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((part, slots), jnp.float32))
 
-            def widen_and_multiply(first: Any, block: Any, tile: Any, split: Any) -> Any:
+            def read_scales(block: Any, tile: Any) -> Array:
+                """Of this warpgroup's rows, one each."""
+                e, here = expert[block], pl.ds(tile * tiles.rows + warpgroup * part, part)
+                found = None
+                for scale, (before, size) in zip(scale_refs, stacks, strict=True):
+                    own = _load(
+                        scale.at[jnp.clip(e - before, 0, size - 1), here],
+                        layout=plgpu.Layout.WGMMA.reduce(1),
+                        optimized=False,
+                    )
+                    # The compiler knows no select by a scalar.
+                    own *= jnp.where((e >= before) & (e < before + size), 1.0, 0.0)
+                    found = own if found is None else found + own
+                assert found is not None
+                return found
+
+            def widen_and_multiply(first: Any, split: Any) -> Any:
                 """The weights through registers, a group of columns at a time: their scales meet
                 the sums, which are far fewer."""
-                e, mine_in_all = expert[block], pl.ds(tile * tiles.rows + warpgroup * part, part)
 
-                def read(column: Any) -> Array:
-                    found = None
-                    for scale, (before, size) in zip(scale_refs, stacks, strict=True):
-                        here = _load(
-                            scale.at[jnp.clip(e - before, 0, size - 1), mine_in_all, column],
-                            layout=plgpu.Layout.WGMMA.reduce(1),
-                            optimized=False,
-                        )
-                        # The compiler knows no select by a scalar.
-                        own = jnp.where((e >= before) & (e < before + size), 1.0, 0.0)
-                        found = here * own if found is None else found + here * own
-                    assert found is not None
-                    return found
-
-                def read_step(step: Any) -> list[Array]:
-                    column = (split * steps + step) * groups
-                    return [read(column + group) for group in range(groups)]
+                def widen(stage: Any, group: int) -> Array:
+                    data = w_smem.at[stage, mine, pl.ds(group * GROUP, GROUP)]
+                    return _widen(data, interpret)
 
                 def run(step: Array, carry: Any) -> Any:
-                    acc, factors = carry
-                    # From device memory, and a step ahead: they take as long as a step to come.
-                    ahead = read_step(jnp.minimum(step + 1, steps - 1))
-                    stage = lax.rem(first + step, stages)
-                    plgpu.barrier_wait(full.at[stage])
-                    for group, factor in enumerate(factors):
-                        here = pl.ds(group * GROUP, GROUP)
-                        wide = w_smem[stage, mine, here].astype(x.dtype)
-                        tokens = x_smem.at[stage, :, here].transpose((1, 0))
-                        found = _multiply_from_registers(wide, tokens, interpret)
-                        acc += found * lax.broadcast_in_dim(factor, found.shape, [0])
+                    acc, wide, stage = carry
+                    following = jnp.where(stage == stages - 1, 0, stage + 1)
+                    column = lax.rem((split * steps + step) * groups, SCALES)
+                    for group in range(groups):
+
+                        def proceed(group: int = group) -> tuple[Array, Array]:
+                            """The scales of this group and the weights of the next one."""
+                            scale = scale_smem.at[stage, mine, pl.ds(column + group, 1)]
+                            factor = _read_column(scale, interpret)
+                            if group + 1 < groups:
+                                return factor, widen(stage, group + 1)
+
+                            @pl.when(step + 1 < steps)
+                            def _() -> None:
+                                plgpu.barrier_wait(full.at[following])
+
+                            # Behind the last step whatever lies there: nothing of it is used.
+                            return factor, widen(following, 0)
+
+                        tokens = x_smem.at[stage, :, pl.ds(group * GROUP, GROUP)]
+                        found, (factor, wide) = _multiply_from_registers(
+                            wide, tokens.transpose((1, 0)), proceed, interpret
+                        )
+                        acc += found * _spread(factor, found.shape)
                     plgpu.barrier_arrive(free.at[stage])
-                    return acc, ahead
+                    return acc, wide, following
 
                 zeros = plgpu.layout_cast(jnp.zeros((part, slots), jnp.float32), plgpu.Layout.WGMMA)
-                return lax.fori_loop(0, steps, run, (zeros, read_step(0)))[0]
+                start = lax.rem(first, stages)
+                plgpu.barrier_wait(full.at[start])
+                return lax.fori_loop(0, steps, run, (zeros, widen(start, 0), start))[0]
 
             @share()
             def _item(info: plgpu.NDLoopInfo) -> None:
                 block, tile, split = locate(info)
                 first = info.local_index * steps
                 if is_int4:
-                    found = widen_and_multiply(first, block, tile, split)
+                    found = widen_and_multiply(first, split)
+                elif scales:
+                    factor = read_scales(block, tile)  # under way while the rows are multiplied
+                    found = multiply(first)
+                    found *= _spread(factor, found.shape)
                 else:
                     found = multiply(first)
                 found = found.astype(dtype)
@@ -240,6 +283,7 @@ def multiply_blocks(
             ),
         )
 
+    scales_type = plgpu.SMEM((stages, tiles.rows, SCALES), jnp.float32)
     kernel = plgpu.kernel(
         blocks_body,
         out_type=jax.ShapeDtypeStruct((tiles.splits, blocks * slots, rows), dtype),
@@ -256,8 +300,9 @@ def multiply_blocks(
             ),
             x_smem=allocate((stages, slots, tiles.depth), x_ITU.dtype),
             out_smem=allocate((multipliers, slots, _INSTRUCTION_ROWS), dtype),
-            full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            full=plgpu.Barrier(num_arrivals=3 if is_int4 else 2, num_barriers=stages),
             free=plgpu.Barrier(num_arrivals=multipliers, num_barriers=stages),
+            **({"scale_smem": scales_type} if is_int4 else {}),
         ),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, unsafe_no_auto_barriers=True
@@ -265,21 +310,111 @@ def multiply_blocks(
         interpret=interpret,
     )
     x_SU = x_ITU.reshape(blocks * slots, columns)
-    return kernel(x_SU, expert_I, count, *weights, *(scales if is_int4 else ()))
+    if is_int4:
+        if missing := -scales[0].shape[2] % SCALES:
+            scales = tuple(jnp.pad(scale, ((0, 0), (0, 0), (0, missing))) for scale in scales)
+        if interpret is None:
+            x_SU = permute_columns(x_SU)
+    return kernel(x_SU, expert_I, count, *weights, *scales)
 
 
-def _multiply_from_registers(left: Array, right: Any, interpret: Any) -> Array:
-    """The product of an array and what lies in shared memory, in float32."""
+def _spread(x_O: Array, shape: tuple[int, ...]) -> Array:
+    return lax.broadcast_in_dim(x_O, shape, [0])
+
+
+def _multiply_from_registers(
+    left: Array, right: Any, proceed: Callable[[], Any], interpret: Any
+) -> tuple[Array, Any]:
+    """The product of an array and what lies in shared memory, in float32, and what `proceed`
+    returns, which it finds out meanwhile."""
     if interpret is not None:  # the interpreter knows wgmma on two references only
-        return jnp.dot(left, right[...], preferred_element_type=jnp.float32)
+        return jnp.dot(left, right[...], preferred_element_type=jnp.float32), proceed()
 
     def run(acc: Any) -> Any:
         plgpu.wgmma(acc, left, right)
-        return acc[...]
+        meanwhile = proceed()
+        return acc[...], meanwhile
 
     return pl.run_scoped(
         run, plgpu.WGMMAAccumulatorRef((left.shape[0], right.shape[1]), jnp.float32)
     )
+
+
+# A thread reads 32 neighbors of a row at once, as four words. Of a word it masks the bits at one
+# place of both halves, and what comes of that is what wgmma takes for neighbors: so no thread needs
+# what another one read. The columns come in another order then, and the tokens' alike.
+_WORDS = plgpu.Layout.TILED(
+    plgpu.Tiling(((64, GROUP), (16, GROUP), (8, GROUP), (32,))),
+    warp_dims=(-7,),
+    lane_dims=(-3, -2),
+    vector_dim=-1,
+)
+# Where the last bits of a mantissa count ones, as under the exponent of 128 in bfloat16, four bits
+# of two's complement with the sign flipped are 136 more than before.
+_WIDEN_PTX = """{{
+    .reg .b32 low, biased, bias;
+    shr.u32 low, $1, {};
+    lop3.b32 biased, low, 0x000F000F, 0x43084308, 0x6A;
+    mov.b32 bias, 0x43084308;
+    sub.bf16x2 $0, biased, bias;
+}}"""
+
+
+def permute_columns(x_SU: Array) -> Array:
+    """Columns in the order in which int4 is widened."""
+    slots, columns = x_SU.shape
+    # By thread, word, half of the word, and place in that.
+    x_SLtwhp = x_SU.reshape(slots, columns // GROUP, 4, 4, 2, 4)
+    return x_SLtwhp.transpose(0, 1, 3, 5, 2, 4).reshape(slots, columns)
+
+
+def _widen(data: Any, interpret: Any) -> Array:
+    """Of int4 [rows, GROUP] in shared memory, bfloat16 with its columns permuted."""
+    if interpret is not None:
+        return data[...].astype(jnp.bfloat16)
+    shape = data.shape
+
+    @_inline(
+        arg_types=(_WORDS,),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, plgpu.Layout.WGMMA),
+    )
+    def widen(_: Any, narrow: Any) -> Any:
+        i32 = ir.IntegerType.get_signless(32)
+        four_words = ir.VectorType.get((4,), i32)
+        pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        # By 64 rows, 8 columns, and which half of a warp's 16 rows.
+        wide = np.empty((shape[0] // _INSTRUCTION_ROWS, GROUP // 8, 2), object)
+        for at, read in enumerate(narrow.registers.flat):
+            words = llvm.bitcast(four_words, read)
+            for word in range(4):
+                bits = llvm.extractelement(words, mgpu.c(word, i32))
+                for place in range(4):
+                    found = llvm.inline_asm(i32, [bits], _WIDEN_PTX.format(4 * place), "=r,r")
+                    wide[at // 2, 4 * word + place, at % 2] = llvm.bitcast(pair, found)
+        layout = mgpu.WGMMA_LAYOUT
+        registers = wide.reshape(layout.registers_shape(shape))
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return widen(_load(data, layout=_WORDS))
+
+
+def _read_column(column: Any, interpret: Any) -> Array:
+    """Of shared memory [rows, 1], as the rows of a product lie in registers."""
+    if interpret is not None:
+        return column[:, 0]
+    layout = plgpu.Layout.WGMMA.reduce(1)
+
+    # Pallas loads from shared memory only what is contiguous.
+    @_inline(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct(column.shape[:1], jnp.float32, layout),
+    )
+    def read(_: Any, ref: Any) -> Any:
+        flat = mgpu.memref_slice(ref, (slice(None), 0))
+        layout = mgpu.WGMMA_ROW_LAYOUT
+        return mgpu.FragmentedArray.load_untiled(flat, layout=layout, optimized=False)
+
+    return read(column)
 
 
 def count_registers(computing: int) -> int:

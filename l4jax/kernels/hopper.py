@@ -56,8 +56,7 @@ class Hopper:
         rows = math.prod(weight.shape[: len(w_left)])
         x_TU = x.reshape(tokens, -1)
         if isinstance(weight, Quantized):
-            data_OU, scale_OL = weight.data.reshape(rows, -1), weight.scale.reshape(rows, -1)
-            y_TO = self._multiply_dense(x_TU, data_OU, scale_OL)
+            y_TO = self._multiply_dense(x_TU, _reshape(weight, 1, rows))
         else:
             # In two axes each: of more that are summed over XLA writes the whole weight down anew,
             # transposed, in each step.
@@ -66,20 +65,19 @@ class Hopper:
         order = [(x_left + w_left).index(letter) for letter in out]
         return y_TO.reshape(shape).transpose(order)
 
-    def _multiply_dense(self, x_TU: Array, data_OU: Array, scale_OL: Array) -> Array:
+    def _multiply_dense(self, x_TU: Array, weight_EOU: Quantized) -> Array:
         """[T, O] of tokens and one quantized matrix."""
-        tokens = x_TU.shape[0]
-        weight = Quantized(data_OU[None], scale_OL[None])
-        plan = self._plan(weight, tokens)
+        tokens, dtype = x_TU.shape[0], weight_EOU.data.dtype
+        plan = self._plan(weight_EOU, tokens)
         if plan is None or tokens > _FEW:
-            x_TU, x_scale_T = self._round(x_TU, None, None, data_OU.dtype)
-            return _multiply_by_xla(x_TU, x_scale_T, data_OU, scale_OL)
+            x_TU, x_scale_T = self._round(x_TU, None, dtype)
+            return _multiply_by_xla(x_TU, x_scale_T, weight_EOU)
         where = assign_slots(jnp.zeros(tokens, jnp.int32), 1, plan.slots)
-        x_SU, x_scale_S = self._round(x_TU, where.token_S, None, data_OU.dtype)
-        parts_PSO = self._multiply_slots(x_SU, (weight,), where, plan)
+        x_SU, x_scale_S = self._round(x_TU, where.token_S, dtype)
+        parts_PSO = self._multiply_slots(x_SU, (weight_EOU,), where, plan)
         y_TO = parts_PSO[:, :tokens].astype(jnp.float32).sum(axis=0)
         if x_scale_S is not None:
-            y_TO = y_TO * x_scale_S[:tokens, None] * scale_OL[:, 0].astype(jnp.float32)
+            y_TO = y_TO * x_scale_S[:tokens, None]
         return y_TO.astype(x_TU.dtype)
 
     def run_experts(
@@ -95,10 +93,8 @@ class Hopper:
         if experts == 1 and tokens > _FEW:
             return self._run_one_expert(x_TD, up_EOD, down_EDF)
         where = assign_slots(expert_T, experts, up_plan.slots)
-        gate_S = jnp.ones(where.token_S.shape, jnp.float32)
-        plans = (up_plan, down_plan)
-        take = self._run_slots(x_TD, where, gate_S, (up_EOD,), (down_EDF,), plans)
-        return take(where.slot_T, expert_T).astype(x_TD.dtype)
+        take = self._run_slots(x_TD, where, (up_EOD,), (down_EDF,), (up_plan, down_plan))
+        return take(where.slot_T).astype(x_TD.dtype)
 
     def mix_experts(
         self,
@@ -141,76 +137,58 @@ class Hopper:
             jnp.concatenate([jnp.full(blocks, experts, jnp.int32), mine.expert_I]),
             mine.count + blocks,
         )
-        gate_S = jnp.concatenate([jnp.ones(at_S.shape, jnp.float32), gate_T[mine.token_S]])
-        take = self._run_slots(x_TD, where, gate_S, ups, downs, (up_plan, down_plan))
-        shared_TD = take(jnp.arange(tokens), jnp.full(tokens, experts))
-        return (shared_TD + take(where.slot_T, expert_T)).astype(x_TD.dtype)
+        gates = {"gate_T": gate_T, "plain": len(at_S)}
+        take = self._run_slots(x_TD, where, ups, downs, (up_plan, down_plan), **gates)
+        return (take(jnp.arange(tokens)) + take(where.slot_T)).astype(x_TD.dtype)
 
     def _run_slots(
         self,
         x_TD: Array,
         where: Slots,
-        gate_S: Array,
         ups: tuple[Weight, ...],
         downs: tuple[Weight, ...],
         plans: "tuple[Plan, Plan]",
-    ) -> Callable[[Array, Array], Array]:
-        """Slots through their experts, counted through the stacks.
+        **gates: Any,
+    ) -> Callable[[Array], Array]:
+        """Slots through their experts, counted through the stacks; `gates` as for `_round`.
 
         Returns:
-            What gives, of slots [T] and their experts [T], the results [T, D] in float32.
+            What gives, of slots [T], the results [T, D] in float32.
         """
         dtype = _get_data(ups[0]).dtype
-        x_SD, x_scale_S = self._round(x_TD, where.token_S, gate_S, dtype)
+        x_SD, x_scale_S = self._round(x_TD, where.token_S, dtype, **gates)
         parts_PSO = self._multiply_slots(x_SD, ups, where, plans[0])
-        scales = () if x_scale_S is None else (x_scale_S, *map(_get_scale, ups))
         hidden = activate_rows(
-            parts_PSO, scales, where.expert_I, is_rounded=dtype == FP8, interpret=self.interpret
+            parts_PSO, x_scale_S, is_rounded=dtype == FP8, interpret=self.interpret
         )
         hidden_SF, hidden_scale_S = hidden if dtype == FP8 else (hidden, None)
         parts_PSD = self._multiply_slots(hidden_SF, downs, where, plans[1])
 
-        def take(slot_T: Array, expert_T: Array) -> Array:
+        def take(slot_T: Array) -> Array:
             y_TD = parts_PSD[:, slot_T].astype(jnp.float32).sum(axis=0)
-            if hidden_scale_S is None:
-                return y_TD
-            scale_TD, before = None, 0
-            for scale_ED in map(_get_scale, downs):
-                found_TD = scale_ED[jnp.clip(expert_T - before, 0, len(scale_ED) - 1)]
-                is_here_T = expert_T >= before
-                scale_TD = (
-                    found_TD
-                    if scale_TD is None
-                    else jnp.where(is_here_T[:, None], found_TD, scale_TD)
-                )
-                before += len(scale_ED)
-            return y_TD * hidden_scale_S[slot_T][:, None] * scale_TD
+            return y_TD if hidden_scale_S is None else y_TD * hidden_scale_S[slot_T][:, None]
 
         return take
 
     def _run_one_expert(self, x_TD: Array, up_EOD: Weight, down_EDF: Weight) -> Array:
         """The same for many tokens and one expert: the library's products are the fastest."""
         dtype = _get_data(up_EOD).dtype
-        alone = jnp.zeros(1, jnp.int32)
         if dtype != FP8:
-            y_TO = lax.dot_general(x_TD, formats.dequantize(up_EOD, x_TD.dtype)[0], _LAST)
-            hidden_TF = activate_rows(
-                y_TO[None], (), alone, is_rounded=False, interpret=self.interpret
-            )
-            return lax.dot_general(hidden_TF, formats.dequantize(down_EDF, x_TD.dtype)[0], _LAST)
-        x_TD, x_scale_T = self._round(x_TD, None, None, dtype)
+            y_TO = _multiply_by_xla(x_TD, None, up_EOD)
+            hidden_TF = activate_rows(y_TO[None], is_rounded=False, interpret=self.interpret)
+            return _multiply_by_xla(hidden_TF, None, down_EDF)
+        x_TD, x_scale_T = self._round(x_TD, None, dtype)
         y_TO = lax.dot_general(
             x_TD, _get_data(up_EOD)[0], _LAST, preferred_element_type=jnp.bfloat16
         )
         hidden_TF, scale_T = activate_rows(
             y_TO[None],
-            (x_scale_T, _get_scale(up_EOD)),
-            alone,
+            x_scale_T,
+            _get_scale(up_EOD)[0],
             is_rounded=True,
             interpret=self.interpret,
         )
-        data_DF, scale_D = _get_data(down_EDF)[0], _get_scale(down_EDF)[0]
-        return _multiply_by_xla(hidden_TF, scale_T, data_DF, scale_D[:, None])
+        return _multiply_by_xla(hidden_TF, scale_T, down_EDF)
 
     def _plan(self, weight_EOU: Weight, tokens: int, *, has_shared: bool = False) -> "Plan | None":
         """How to multiply tokens by the matrices of experts, and by one that all share; None where
@@ -230,26 +208,34 @@ class Hopper:
         return None if tiles is None else Plan(slots, blocks, tiles)
 
     def _round(
-        self, x_TU: Array, token_S: Array | None, gate_S: Array | None, dtype: Any
+        self,
+        x_TU: Array,
+        token_S: Array | None,
+        dtype: Any,
+        gate_T: Array | None = None,
+        plain: int = 0,
     ) -> tuple[Array, Array | None]:
-        """The tokens of slots, times their gates, as weights of a dtype want them, and the scales
-        of fp8. Without slots: of each token, as it is."""
+        """The tokens of slots, or of each token, as weights of a dtype want them, and the scales of
+        fp8. Where there are gates, times these, but for the first `plain` slots."""
         if dtype == FP8:
             token_S = jnp.arange(x_TU.shape[0], dtype=jnp.int32) if token_S is None else token_S
-            gate_S = jnp.ones(token_S.shape, jnp.float32) if gate_S is None else gate_S
-            return round_rows(x_TU, token_S, gate_S, interpret=self.interpret)
+            return round_rows(x_TU, token_S, gate_T, plain=plain, interpret=self.interpret)
         x_SU = x_TU if token_S is None else x_TU[token_S]
-        return (x_SU if gate_S is None else x_SU * gate_S[:, None].astype(x_SU.dtype)), None
+        if gate_T is None:
+            return x_SU, None
+        gate_S = jnp.where(jnp.arange(len(x_SU)) < plain, 1, gate_T[token_S])
+        return x_SU * gate_S[:, None].astype(x_SU.dtype), None
 
     def _multiply_slots(
         self, x_SU: Array, weights: tuple[Weight, ...], where: Slots, plan: "Plan"
     ) -> Array:
-        """[P, S, O]: parts, to be added up; not yet scaled, but for int4."""
+        """[P, S, O]: parts, to be added up; not yet scaled as the tokens are."""
         data = tuple(map(_get_data, weights))
+        scales = tuple(map(_get_scale, weights)) if isinstance(weights[0], Quantized) else ()
         return multiply_blocks(
             x_SU.reshape(plan.blocks, plan.slots, -1),
             data,
-            tuple(map(_get_scale, weights)) if data[0].dtype == jnp.int4 else (),
+            scales,
             where.expert_I,
             where.count,
             tiles=plan.tiles,
@@ -266,12 +252,17 @@ class Hopper:
         table_RB: Array,
         row_T: Array,
         position_T: Array,
+        ahead: Weight | None = None,
     ) -> Array:
         """`reference.attend`."""
         where = (table_RB, row_T, position_T)
         if not pages.is_supported(q_TKGH, k_PKZH):
             return portable.attend(q_TKGH, k_PKZH, v_PKZH, *where)
-        return pages.attend(q_TKGH, k_PKZH, v_PKZH, *where, sms=self.sms, interpret=self.interpret)
+        if ahead is not None:
+            ahead = _get_data(ahead)
+            ahead = ahead.reshape(ahead.shape[0], -1)
+        sizes: Any = {"sms": self.sms, "interpret": self.interpret}
+        return pages.attend(q_TKGH, k_PKZH, v_PKZH, *where, ahead, **sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,23 +283,21 @@ def _get_scale(weight: Weight) -> Array:
     return weight.scale.astype(jnp.float32)
 
 
-def _reshape(weight_EcFD: Weight, experts: int, rows: int) -> Weight:
-    """With one axis for the rows of a matrix, [E, O, D]; scales alike."""
-    if not isinstance(weight_EcFD, Quantized):
-        return weight_EcFD.reshape(experts, rows, -1)
-    data, scale = weight_EcFD.data, weight_EcFD.scale
-    return Quantized(
-        data.reshape(experts, rows, -1), scale.reshape(experts, rows, *scale.shape[3:])
-    )
+def _reshape(weight: Weight, experts: int, rows: int) -> Any:
+    """With one axis for the experts and one for the rows of a matrix, [E, O, U]; scales alike."""
+    if not isinstance(weight, Quantized):
+        return weight.reshape(experts, rows, -1)
+    groups = (-1,) if weight.data.dtype == jnp.int4 else ()
+    data = weight.data.reshape(experts, rows, -1)
+    return Quantized(data, weight.scale.reshape(experts, rows, *groups))
 
 
-def _multiply_by_xla(
-    x_TU: Array, x_scale_T: Array | None, data_OU: Array, scale_OL: Array
-) -> Array:
-    """Many tokens by the library: e4m3 times e4m3; int4 is made wide first."""
+def _multiply_by_xla(x_TU: Array, x_scale_T: Array | None, weight_EOU: Weight) -> Array:
+    """Many tokens times one matrix, by the library: e4m3 times e4m3; int4 is made wide first."""
     if x_scale_T is None:
-        wide_OU = formats.dequantize(Quantized(data_OU, scale_OL), x_TU.dtype)
-        return lax.dot_general(x_TU, wide_OU, _LAST)
-    y_TO = lax.dot_general(x_TU, data_OU, _LAST, preferred_element_type=jnp.bfloat16)
-    scale_O = scale_OL[:, 0].astype(jnp.float32)
+        return lax.dot_general(x_TU, formats.dequantize(weight_EOU, x_TU.dtype)[0], _LAST)
+    y_TO = lax.dot_general(
+        x_TU, _get_data(weight_EOU)[0], _LAST, preferred_element_type=jnp.bfloat16
+    )
+    scale_O = _get_scale(weight_EOU)[0]
     return (y_TO.astype(jnp.float32) * x_scale_T[:, None] * scale_O).astype(jnp.bfloat16)

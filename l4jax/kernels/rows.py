@@ -18,29 +18,40 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from l4jax.kernels.formats import FP8, FP8_MAX
 
 
-@functools.partial(jax.jit, static_argnames=("interpret",))
+@functools.partial(jax.jit, static_argnames=("plain", "interpret"))
 def round_rows(
-    x_TU: Array, token_S: Array, gate_S: Array, *, interpret: Any = None
+    x_TU: Array,
+    token_S: Array,
+    gate_T: Array | None = None,
+    *,
+    plain: int = 0,
+    interpret: Any = None,
 ) -> tuple[Array, Array]:
-    """`formats.quantize_tokens` of the token of each slot, times a gate: e4m3 [S, U] and float32
-    scales [S]."""
+    """`formats.quantize_tokens` of the token of each slot, times its gate where there are any: e4m3
+    [S, U] and float32 scales [S]. The first `plain` slots take their tokens as they are."""
+    gates = () if gate_T is None else (gate_T,)
 
-    def round_body(x: Any, token: Any, gate: Any, out: Any, scale: Any) -> None:
+    def round_body(x: Any, token: Any, *refs: Any) -> None:
+        *gate, out, scale = refs
         row = lax.axis_index("row")
-        # The gate and what it scales are bfloat16 in the model.
-        factor = gate[row].astype(jnp.bfloat16).astype(jnp.float32)
-        scaled = (x[token[row]].astype(jnp.float32) * factor).astype(jnp.bfloat16)
-        _write_rounded(scaled.astype(jnp.float32), out, scale, row)
+        mine = token[row]
+        found = x[mine].astype(jnp.float32)
+        if gate:
+            # The gate and what it scales are bfloat16 in the model.
+            factor = jnp.where(row < plain, 1.0, gate[0][mine])
+            factor = factor.astype(jnp.bfloat16).astype(jnp.float32)
+            found = (found * factor).astype(jnp.bfloat16).astype(jnp.float32)
+        _write_rounded(found, out, scale, row)
 
     sizes = {"rows": token_S.shape[0], "width": x_TU.shape[1]}
-    return _launch(round_body, x_TU, token_S, gate_S, **sizes, is_rounded=True, interpret=interpret)
+    return _launch(round_body, x_TU, token_S, *gates, **sizes, is_rounded=True, interpret=interpret)
 
 
 @functools.partial(jax.jit, static_argnames=("is_rounded", "interpret"))
 def activate_rows(
     parts_PSO: Array,
-    scales: tuple[Array, ...],
-    expert_I: Array,
+    scale_S: Array | None = None,
+    scale_O: Array | None = None,
     *,
     is_rounded: bool,
     interpret: Any = None,
@@ -49,9 +60,7 @@ def activate_rows(
 
     Args:
         parts_PSO: the parts, to be added up.
-        scales: what the sums are multiplied by, where they are: float32 [S] of the slots, and
-            stacks [E, O] of the experts.
-        expert_I: int32, of each block of slots, counted through the stacks.
+        scale_S, scale_O: float32, what the sums are multiplied by, where they are.
         is_rounded: to e4m3, with a scale for each slot.
         interpret: as for the other kernels.
 
@@ -59,29 +68,22 @@ def activate_rows(
         bfloat16 [S, U]; or e4m3 and float32 [S].
     """
     parts, slots, outs = parts_PSO.shape
-    half, block = outs // 2, slots // expert_I.shape[0]
+    half = outs // 2
+    scales = [scale for scale in (scale_S, scale_O) if scale is not None]
 
-    def activate_body(*refs: Any) -> None:
+    def activate_body(x: Any, *refs: Any) -> None:
         row = lax.axis_index("row")
-        x, expert, *factors = refs[: 2 + len(scales)]
-        to = refs[2 + len(scales) :]
-        e = expert[lax.div(row, block)]
+        factors, to = list(refs[: len(scales)]), refs[len(scales) :]
+        of_slot = factors.pop(0)[row] if scale_S is not None else None
 
         def read(at: int) -> Array:
             here = pl.ds(at * half, half)
             total = x[0, row, here].astype(jnp.float32)
             for part in range(1, parts):
                 total += x[part, row, here].astype(jnp.float32)
-            if not factors:
-                return total
-            before, found = 0, jnp.zeros((half,), jnp.float32)
-            for stack in factors[1:]:
-                size = stack.shape[0]
-                # The compiler knows no select by a scalar.
-                own = jnp.where((e >= before) & (e < before + size), 1.0, 0.0)
-                found += stack[jnp.clip(e - before, 0, size - 1), here] * own
-                before += size
-            return total * factors[0][row] * found
+            if of_slot is not None:
+                total *= of_slot
+            return total * factors[0][here] if factors else total
 
         gate = read(0)
         # Rounded once to bfloat16, as the product of other kernels is.
@@ -91,9 +93,9 @@ def activate_rows(
         else:
             to[0][row] = found
 
-    operands = (parts_PSO, expert_I, *scales)
+    sizes = {"rows": slots, "width": half}
     return _launch(
-        activate_body, *operands, rows=slots, width=half, is_rounded=is_rounded, interpret=interpret
+        activate_body, parts_PSO, *scales, **sizes, is_rounded=is_rounded, interpret=interpret
     )
 
 

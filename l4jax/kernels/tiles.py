@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from l4jax.kernels.blocks import GROUP, Tiles, count_bits
+from l4jax.kernels.blocks import GROUP, SCALES, Tiles, count_bits
 
 FORMATS = (jnp.bfloat16, jnp.float8_e4m3fn, jnp.int4)  # of weights
 
@@ -48,11 +48,12 @@ def choose_tiles(
     if rows % height or columns % depth or slots % 8:
         return None
     column = (height * bits + slots * (16 if bits == 4 else bits)) // 8  # bytes, of both operands
+    scales = height * SCALES * 4 if bits == 4 else 0  # bytes of a copy
     out = multipliers * slots * 64 * (2 if is_prompt else 4)
     room = _SHARED_BYTES - _SPARE_BYTES - out
-    if room < 2 * depth * column:
+    if room < 2 * (depth * column + scales):
         depth = min(depth, _LEAST_COLUMNS[bits])
-    stages = min(_MOST_STAGES, room // (depth * column))
+    stages = min(_MOST_STAGES, room // (depth * column + scales))
     # A part is written and read again in float32; what it was made of is read once.
     part = 8 * slots / (columns * bits / 8)
     splits = (
