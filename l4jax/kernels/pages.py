@@ -68,8 +68,8 @@ def attend(
     pool = (k_PKZH, v_PKZH, table_RB)
     tokens, kv_heads, heads, _ = q_TKGH.shape
     if tokens == table_RB.shape[0]:
-        # As many parts as fill the device, but none of less than four pages.
-        splits = min(_MOST_SPLITS, 2 * sms // (kv_heads * tokens), -(-table_RB.shape[1] // 4))
+        # As many parts as fill the device, but none of less than a page.
+        splits = min(_MOST_SPLITS, 2 * sms // (kv_heads * tokens), table_RB.shape[1])
         return _attend_each(q_TKGH, pool, row_T, position_T, max(1, splits), run)
     size = 2 * _ROWS
     plan, slot_TG = _cut(row_T, position_T, rows=table_RB.shape[0], heads=heads, size=size)
