@@ -405,15 +405,10 @@ def make_kernels(kernels: Kernels, layout: Layout) -> Kernels:
     """
     table, at = (axes.ROWS, axes.TABLE), (axes.TOKENS,)
     q = (axes.TOKENS, axes.KV_HEADS, axes.QUERIES, axes.HEAD_DIM)
-    out = (axes.WIDTH, *q[1:])
     kv, pool = (axes.TOKENS, axes.KV_HEADS, axes.HEAD_DIM), cache.POOL_AXES
     x, gate_up = (axes.TOKENS, axes.WIDTH), (axes.EXPERTS, axes.GATE_UP, axes.HIDDEN, axes.WIDTH)
     down = (axes.EXPERTS, axes.WIDTH, axes.HIDDEN)
     local = layout.local
-
-    def attend(*arguments: Any, ahead: Any = None) -> jax.Array:
-        ins = (q, pool, pool, table, at, at, None if ahead is None else name_axes(ahead, out))
-        return local(kernels.attend, ins, q)(*arguments, ahead)
 
     def run_experts(x_TD: Any, expert_T: Any, gate_up_EcFD: Any, down_EDF: Any) -> jax.Array:
         ins = (x, at, name_axes(gate_up_EcFD, gate_up), name_axes(down_EDF, down))
@@ -438,7 +433,7 @@ def make_kernels(kernels: Kernels, layout: Layout) -> Kernels:
 
     return Kernels(
         store=jax.jit(local(kernels.store, (pool, pool, kv, kv, table, at, at), (pool, pool))),
-        attend=jax.jit(attend),
+        attend=jax.jit(local(kernels.attend, (q, pool, pool, table, at, at), q)),
         run_experts=jax.jit(run_experts),
         mix_experts=jax.jit(mix_experts),
         multiply=jax.jit(multiply, static_argnums=0),

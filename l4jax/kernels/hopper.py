@@ -252,17 +252,12 @@ class Hopper:
         table_RB: Array,
         row_T: Array,
         position_T: Array,
-        ahead: Weight | None = None,
     ) -> Array:
         """`reference.attend`."""
         where = (table_RB, row_T, position_T)
         if not pages.is_supported(q_TKGH, k_PKZH):
             return portable.attend(q_TKGH, k_PKZH, v_PKZH, *where)
-        if ahead is not None:
-            ahead = _get_data(ahead)
-            ahead = ahead.reshape(ahead.shape[0], -1)
-        sizes: Any = {"sms": self.sms, "interpret": self.interpret}
-        return pages.attend(q_TKGH, k_PKZH, v_PKZH, *where, ahead, **sizes)
+        return pages.attend(q_TKGH, k_PKZH, v_PKZH, *where, sms=self.sms, interpret=self.interpret)
 
 
 @dataclasses.dataclass(frozen=True)

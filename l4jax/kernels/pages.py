@@ -30,10 +30,6 @@ _load: Any = plgpu.load  # whose parameters differ between versions of jax
 
 _ROWS = 64  # query rows of a warpgroup
 _MOST_SPLITS = 32
-_LEAST_PAGES = 4  # of a split
-_FEW = 16  # tiles, up to which something comes ahead
-_CACHE_BYTES = 24 * 2**20  # of the second-level cache, that what comes ahead may take
-_BOX = (64, 256)  # rows and columns that come ahead at once
 _NEVER = -1e30  # below every score, and finite: what sees nothing gives 0 / tiny and not nan
 
 
@@ -63,25 +59,17 @@ def attend(
     table_RB: Array,
     row_T: Array,
     position_T: Array,
-    ahead_OU: Array | None = None,
     *,
     sms: int,
     interpret: Any = None,
 ) -> Array:
-    """`reference.attend`, on a device with so many multiprocessors.
-
-    Of a few rows with little context memory has time to spare, and a matrix that is wanted next
-    begins to come into the second-level cache meanwhile.
-    """
+    """`reference.attend`, on a device with so many multiprocessors."""
     run = functools.partial(_attend_tiles, sms=sms, interpret=interpret)
     pool = (k_PKZH, v_PKZH, table_RB)
     tokens, kv_heads, heads, _ = q_TKGH.shape
     if tokens == table_RB.shape[0]:
-        # As many parts as fill the device, but none of less than a few pages.
-        splits = min(
-            _MOST_SPLITS, 2 * sms // (kv_heads * tokens), -(-table_RB.shape[1] // _LEAST_PAGES)
-        )
-        run = functools.partial(run, ahead_OU=ahead_OU)
+        # As many parts as fill the device, but none of less than a page.
+        splits = min(_MOST_SPLITS, 2 * sms // (kv_heads * tokens), table_RB.shape[1])
         return _attend_each(q_TKGH, pool, row_T, position_T, max(1, splits), run)
     size = 2 * _ROWS
     plan, slot_TG = _cut(row_T, position_T, rows=table_RB.shape[0], heads=heads, size=size)
@@ -143,7 +131,6 @@ def _attend_tiles(
     splits: int,
     sms: int,
     interpret: Any,
-    ahead_OU: Array | None = None,
 ) -> tuple[Array, tuple[Array, Array]]:
     """Tiles of query rows over the pages of their rows.
 
@@ -162,13 +149,6 @@ def _attend_tiles(
     scale = head_dim**-0.5 * math.log2(math.e)
     stages, is_split = 2, splits > 1
     out_dtype = jnp.float32 if is_split else out_dtype
-    ahead, across, boxes, box_bytes = (), 1, 0, 1
-    # The interpreter cannot fetch ahead, and beside many tiles there is no time for it.
-    if ahead_OU is not None and interpret is None and tiles <= _FEW:
-        ahead, across = (ahead_OU,), ahead_OU.shape[1] // _BOX[1]
-        box_bytes = math.prod(_BOX) * ahead_OU.dtype.itemsize
-        boxes = min(ahead_OU.shape[0] // _BOX[0] * across, _CACHE_BYTES // box_bytes)
-    page_bytes = 2 * kv_heads * page * head_dim * k_PKZH.dtype.itemsize  # of all heads
 
     def pages_body(
         *refs: Any,
@@ -185,7 +165,7 @@ def _attend_tiles(
         v_free: Any,
         wide_smem: Any = None,
     ) -> None:
-        *fetched, q, k, v, table, row, first_row, offset, last, stored, out, peaks, totals = refs
+        q, k, v, table, row, first_row, offset, last, stored, out, peaks, totals = refs
         warpgroup = lax.axis_index("warpgroup")
         share: Any = functools.partial(
             plgpu.nd_loop,
@@ -242,18 +222,6 @@ def _attend_tiles(
         @pl.when(warpgroup < groups)
         def _compute() -> None:
             plgpu.set_max_registers(count_registers(groups), action="increase")
-            if fetched:
-                # While the first pages come: as much as there is room for beside all of them.
-                read = sum(lax.div(last[tile] + page, page) for tile in range(tiles))
-                free = jnp.maximum(_CACHE_BYTES // page_bytes - read, 0) * page_bytes
-                room = jnp.minimum(lax.div(free, box_bytes), boxes)
-                for turn in range(-(-boxes // sms)):
-                    box = turn * sms + lax.axis_index("sm")
-                    here = (lax.div(box, across) * _BOX[0], lax.rem(box, across) * _BOX[1])
-
-                    @pl.when((warpgroup == 0) & (box < room))
-                    def _(here: Any = here) -> None:
-                        plgpu.async_prefetch(fetched[0].at[tuple(map(pl.ds, here, _BOX))])
 
             @share()
             def _item(info: plgpu.NDLoopInfo, carry: Array) -> Array:
@@ -394,7 +362,7 @@ def _attend_tiles(
         interpret=interpret,
     )
     plans = (plan.row_I, plan.first_I, plan.offset_I, plan.last_I, plan.stored_I)
-    out, peaks, totals = kernel(*ahead, q_IKUH, k_PKZH, v_PKZH, table_RB, *plans)
+    out, peaks, totals = kernel(q_IKUH, k_PKZH, v_PKZH, table_RB, *plans)
     return (out if is_split else out[0]), (peaks, totals)
 
 

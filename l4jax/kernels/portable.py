@@ -3,20 +3,12 @@
 import jax.numpy as jnp
 from jax import Array, lax
 
-from l4jax.kernels.formats import Weight
-
 _TOKENS = 64  # of one row, attended together
 _POSITIONS = 256  # of the cache, read together
 
 
 def attend(
-    q_TKGH: Array,
-    k_PKZH: Array,
-    v_PKZH: Array,
-    table_RB: Array,
-    row_T: Array,
-    position_T: Array,
-    ahead: Weight | None = None,
+    q_TKGH: Array, k_PKZH: Array, v_PKZH: Array, table_RB: Array, row_T: Array, position_T: Array
 ) -> Array:
     """`reference.attend`, blocked: a softmax carried over blocks of pages, as many as the longest
     row has.

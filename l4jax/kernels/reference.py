@@ -39,13 +39,7 @@ def store(
 
 
 def attend(
-    q_TKGH: Array,
-    k_PKZH: Array,
-    v_PKZH: Array,
-    table_RB: Array,
-    row_T: Array,
-    position_T: Array,
-    ahead: Weight | None = None,
+    q_TKGH: Array, k_PKZH: Array, v_PKZH: Array, table_RB: Array, row_T: Array, position_T: Array
 ) -> Array:
     """Causal attention of each token over the cached positions 0 .. its own of its row.
 
@@ -55,7 +49,6 @@ def attend(
         q_TKGH: queries, G heads to each kv head.
         k_PKZH, v_PKZH: the pool's arrays, this step's tokens already stored.
         table_RB, row_T, position_T: as for `store`; tokens of a row stand in a run, rows ascend.
-        ahead: a weight that is wanted next, which a device may begin to fetch. It changes nothing.
 
     Returns:
         [T, K, G, H] in the dtype of the queries.

@@ -17,7 +17,7 @@ _PROMPT_SLOTS = 1024  # in all blocks, from which on arithmetic bounds and not m
 
 # By bits of a weight: rows, columns of a copy, blocks side by side, warpgroups that multiply.
 # Widening int4 keeps four of them busy in a decode step.
-_DECODE = {16: (128, 64, 4, 2), 8: (128, 128, 4, 2), 4: (256, 256, 4, 4)}
+_DECODE = {16: (128, 64, 4, 2), 8: (128, 128, 4, 2), 4: (256, 512, 4, 4)}
 _PROMPT = {16: (256, 64, 8, 2), 8: (256, 128, 8, 2), 4: (128, 256, 8, 2)}
 _LEAST_COLUMNS = {16: 64, 8: 128, 4: GROUP}
 

@@ -81,7 +81,6 @@ def attend(
     table_RB: Array,
     row_T: Array,
     position_T: Array,
-    ahead: Any = None,
     *,
     chunk: int,
     attention: Any = "xla",
