@@ -61,7 +61,7 @@ def list_tiles(dtype: Any, tokens: int, rows: int, columns: int, sms: int) -> It
     assert now is not None
     depths, widths = (now.depth // 2, now.depth, 2 * now.depth), (1, 4, 8)
     for depth, splits, width in itertools.product(depths, (1, 2, 4, 8, 16), widths):
-        stages = max(1, now.stages * now.depth // depth)
+        stages = max(2, now.stages * now.depth // depth)
         is_whole = columns % (depth * splits) == 0
         # A row of what is copied is at least 128 bytes, or a group of int4.
         if is_whole and depth * count_bits(dtype) >= (512 if dtype == jnp.int4 else 1024):

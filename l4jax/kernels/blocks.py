@@ -95,6 +95,8 @@ def multiply_blocks(
     stages, multipliers = tiles.stages, tiles.multipliers
     part = tiles.rows // multipliers  # rows of a warpgroup
     is_int4, groups = weight_dtype == jnp.int4, tiles.depth // GROUP
+    # A stage is given back when the next one has come.
+    assert stages > 1 and (not is_int4 or SCALES % groups == 0)
     # How many matrices lie in the stacks before, and in this one.
     sizes = [weight.shape[0] for weight in weights]
     stacks = [(sum(sizes[:at]), size) for at, size in enumerate(sizes)]
