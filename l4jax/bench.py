@@ -27,7 +27,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--config", default="tiny", choices=["tiny", "scout", "maverick"], help="(default: tiny)")
     add("--layers", type=int, metavar="N", help="fewer than the model has (default: all)")
     add("--mesh", default="1", help="devices: 8, 2x4 or data=2,model=4 (default: 1)")
-    kernels = ["auto", "portable", "hopper"]
+    kernels = ["portable", "hopper", "auto"]
     add("--kernels", default="auto", choices=kernels, help="(default: the faster that runs)")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="(default: bfloat16)")
     add("--quantization", choices=["fp8", "int4"], help="of the weights (default: none)")

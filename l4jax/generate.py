@@ -53,9 +53,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, help="the same seed gives the same answer")
     add(
         "--kernels",
-        default="auto",
-        choices=["auto", "portable", "hopper"],
-        help="hopper: on an H100 or an H200; portable: anywhere (default: the faster that runs)",
+        default="portable",
+        choices=["portable", "hopper", "auto"],
+        help="hopper: faster, on an H100 or an H200; auto: where it runs (default: portable)",
     )
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="(default: auto)")
     add(

@@ -116,7 +116,7 @@ class LLM:
         seed: for requests without a seed of their own.
         load_format: "auto" reads the checkpoint's weights; "dummy" makes random ones.
         kernels: "portable" runs everywhere; "hopper" is faster, on an H100 or an H200; "auto" is
-            the faster that runs here.
+            "hopper" where it runs.
         revision: branch, tag or commit on the hub.
         quiet: no progress bars and no notices on standard error.
 
@@ -150,7 +150,7 @@ class LLM:
         chat_template: str | None = None,
         seed: int = 0,
         load_format: str = "auto",
-        kernels: str = "auto",
+        kernels: str = "portable",
         revision: str | None = None,
         quiet: bool = False,
     ):

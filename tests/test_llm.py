@@ -343,7 +343,7 @@ def test_a_text_only_model_answers_and_refuses_pictures(tmp_path):
         ({"block_size": 12}, "block_size is 12: it must divide the attention chunk of 32"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5"),
         ({"load_format": "pt"}, "load_format is 'pt'"),
-        ({"kernels": "fast"}, "kernels is 'fast': it is 'auto', 'portable' or 'hopper'"),
+        ({"kernels": "fast"}, "kernels is 'fast': it is 'portable', 'hopper' or 'auto'"),
         ({"kernels": "hopper"}, "and here is cpu with jax .*: they run on an H100"),
         (
             {"speculative_config": {"num_speculative_tokens": 3, "model": "x"}},

@@ -63,7 +63,7 @@ class Runner:
         mesh: str | int,
         dtype: Any,
         strategy: str = "tensor",
-        kernels: str = "auto",
+        kernels: str = "portable",
     ):
         """Make the mesh; refuse one that the model cannot be cut for (`sharding.MeshError`), and
         kernels that the devices cannot run (ValueError).
@@ -366,19 +366,19 @@ def compile_together(calls: Sequence[tuple[Any, ...]], *, progress: bool = False
 
 def name_kernels(name: str, device: Any) -> str:
     """Which kernels are meant: "portable" runs everywhere, "hopper" on Hopper GPUs, and "auto" is
-    the faster of them that runs on this device.
+    "hopper" where this device runs it.
 
     Raises:
         ValueError: for another name, and where the fast ones cannot run.
     """
     if name not in ("auto", "portable", "hopper"):
-        raise ValueError(f"kernels is {name!r}: it is 'auto', 'portable' or 'hopper'.")
+        raise ValueError(f"kernels is {name!r}: it is 'portable', 'hopper' or 'auto'.")
     is_hopper = getattr(device, "compute_capability", None) == "9.0"
     can_run = is_hopper and jax.__version_info__ >= (0, 11)
     if name == "hopper" and not can_run:
         raise ValueError(
             f"kernels is 'hopper', and here is {device.device_kind} with jax {jax.__version__}: "
-            "they run on an H100 or an H200 with jax 0.11 or newer; take 'auto' or 'portable'."
+            "they run on an H100 or an H200 with jax 0.11 or newer; take 'portable' or 'auto'."
         )
     return "hopper" if can_run and name != "portable" else "portable"
 

@@ -71,9 +71,9 @@ def _add_devices(parser: argparse.ArgumentParser) -> None:
     add("--mesh", help="8, 2x4 or data=2,model=4 (default: 1)")
     add(
         "--kernels",
-        default="auto",
-        choices=["auto", "portable", "hopper"],
-        help="hopper: on an H100 or an H200; portable: anywhere (default: the faster that runs)",
+        default="portable",
+        choices=["portable", "hopper", "auto"],
+        help="hopper: faster, on an H100 or an H200; auto: where it runs (default: portable)",
     )
     add(
         "--tensor-parallel-size", "-tp", type=int, metavar="N", help="devices that share each layer"
