@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from tqdm import tqdm
 
 from l4jax import cache, decode
 from l4jax.benchmark.cost import Cost, Format, count_step
@@ -147,7 +149,7 @@ class Bench:
         )
         engine = Engine(self.runner, capacity)
         with self._clock("compile"):
-            engine.warm_up()
+            engine.warm_up(progress=True)
         with self._clock("warm-up"):
             self._serve(engine, [(length, min(wanted, 32)) for length, wanted in asked[:32]])
         started = time.perf_counter()
@@ -162,8 +164,11 @@ class Bench:
             ids = rng.integers(0, self.config.text.vocab, length).tolist()
             engine.add(ids, SamplingParams(temperature=0.0, max_tokens=wanted, ignore_eos=True))
         came = 0
-        while engine.has_work:
-            came += sum(len(update.token_ids) for update in engine.step())
+        with tqdm(desc="serving", total=len(asked), unit="request") as bar:
+            while engine.has_work:
+                updates = engine.step()
+                came += sum(len(update.token_ids) for update in updates)
+                bar.update(sum(update.finish_reason is not None for update in updates))
         return came
 
     def _reserve(self, rows: int, length: int, *, tokens: int) -> cache.Tables:
@@ -212,7 +217,9 @@ class Bench:
     def _clock(self, phase: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self.phases[phase] += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.phases[phase] += seconds
+        tqdm.write(f"{phase} {seconds:.1f} s", file=sys.stderr)
 
 
 @functools.partial(decode.jit, static_argnames=("model", "steps"), donate_argnames="pool")
