@@ -49,6 +49,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output-len", default=[128, 384], help="tokens of their answers", **span)
     add("--max-num-seqs", type=int, default=256, metavar="N", help="that run together")
     add("--max-num-batched-tokens", type=int, default=8192, metavar="N", help="of an engine's step")
+    add("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="of the engine")
     add("--seed", type=int, default=0)
     add("--json", type=Path, metavar="FILE", help="write the figures")
     add("--plot", type=Path, metavar="FILE", help="draw decode against batch; needs l4jax[bench]")
@@ -132,8 +133,14 @@ def _run(bench: Any, args: argparse.Namespace) -> Iterator[Any]:
         inputs, outputs = (
             range(least, most + 1) for least, most in (args.input_len, args.output_len)
         )
-        seqs, tokens = args.max_num_seqs, args.max_num_batched_tokens
-        yield bench.measure_throughput(args.requests, inputs, outputs, seqs=seqs, tokens=tokens)
+        yield bench.measure_throughput(
+            args.requests,
+            inputs,
+            outputs,
+            seqs=args.max_num_seqs,
+            tokens=args.max_num_batched_tokens,
+            utilization=args.gpu_memory_utilization,
+        )
 
 
 if __name__ == "__main__":

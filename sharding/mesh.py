@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh
 
 DATA, MODEL = "data", "model"
 AXES = (DATA, MODEL)  # from the outermost to the innermost, where neighbors are best connected
+_GPU_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # in the environment that jax starts with
 
 
 class MeshError(ValueError):
@@ -72,7 +73,7 @@ def prepare_devices(text: str | int) -> str | None:
         threads = max(int(os.environ.get("NPROC", "0")), os.cpu_count() or 1, 2 * wanted)
         os.environ["NPROC"] = str(threads)
         # Of a GPU jax takes three quarters unless told otherwise: Scout in fp8 is as much.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+        os.environ.setdefault(_GPU_SHARE, "0.95")
         # This counts where the CPU is the backend; an accelerator's devices stay as they are.
         made = getattr(jax.config, "jax_num_cpu_devices", 1)
         jax.config.update("jax_num_cpu_devices", max(made, wanted))
@@ -90,6 +91,11 @@ def prepare_devices(text: str | int) -> str | None:
     if found[0].platform == "cpu" and wanted > 1:
         return f"No accelerator found: the mesh {describe(sizes)} is made of {wanted} CPU devices."
     return None
+
+
+def find_gpu_share() -> float:
+    """The share of a GPU's memory that jax takes: of `prepare_devices`, or whoever came first."""
+    return float(os.environ.get(_GPU_SHARE, "0.75"))  # without a word, three quarters
 
 
 def make_mesh(text: str | int) -> Mesh:

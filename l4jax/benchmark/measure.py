@@ -134,7 +134,14 @@ class Bench:
         return Figure.of("prefill", 1, length, seconds, length, cost)
 
     def measure_throughput(
-        self, requests: int, inputs: range, outputs: range, *, seqs: int, tokens: int
+        self,
+        requests: int,
+        inputs: range,
+        outputs: range,
+        *,
+        seqs: int,
+        tokens: int,
+        utilization: float = 0.9,
     ) -> Figure:
         """Requests of random lengths, all at once, through the engine; a few of them warm up."""
         rng = random.Random(self.seed)
@@ -144,6 +151,7 @@ class Bench:
             max_num_seqs=min(requests, seqs),
             max_num_batched_tokens=tokens,
             kv_cache_dtype=self.kv_cache_dtype,
+            gpu_memory_utilization=utilization,
             loop_steps=16,
             enable_prefix_caching=False,  # a second run would find all of the first
         )
@@ -178,7 +186,7 @@ class Bench:
             max_num_seqs=rows,
             max_num_batched_tokens=max(tokens, rows),
             kv_cache_dtype=self.kv_cache_dtype,
-            gpu_memory_utilization=0.97,
+            gpu_memory_utilization=0.92,
         )
         limits = self.runner.reserve(capacity)
         whole = -(-length // limits.page)

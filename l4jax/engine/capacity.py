@@ -129,6 +129,19 @@ def plan_limits(
     )
 
 
+def find_free_bytes(capacity: Capacity, *, limit: int, in_use: int, share: float = 1.0) -> int:
+    """Bytes of one accelerator that the page pool may take.
+
+    Args:
+        capacity: says which share of the accelerator weights and pool may take, as in vLLM.
+        limit: bytes that this process may take.
+        in_use: of them, by now.
+        share: of the accelerator's memory that `limit` is.
+    """
+    allowed = min(capacity.gpu_memory_utilization * limit / share, limit)
+    return max(0, int(allowed) - in_use)
+
+
 @dataclasses.dataclass(frozen=True)
 class Buckets:
     """The shapes that are compiled, per data shard: (tokens, rows) of steps, and rows of loops."""

@@ -17,13 +17,13 @@ import numpy as np
 from l4jax import axes, cache, checkpoint, decode, sampling
 from l4jax.config import Config
 from l4jax.engine import arrays, calibrate
-from l4jax.engine.capacity import Buckets, Capacity, choose_page, plan_limits
+from l4jax.engine.capacity import Buckets, Capacity, choose_page, find_free_bytes, plan_limits
 from l4jax.engine.request import MAX_LOGPROBS
 from l4jax.engine.scheduler import Limits, Plan, Run
 from l4jax.kernels import PORTABLE, Kernels
 from l4jax.kernels.formats import FP8, name_axes
 from l4jax.model import Llama4, VisionTower, declare_parameters
-from sharding import STRATEGIES, Layout, make_mesh, prepare_devices
+from sharding import STRATEGIES, Layout, find_gpu_share, make_mesh, prepare_devices
 
 TILES = (1, 4)  # image tiles that are encoded in one call
 # What the letters of a product stand for; of those that are summed, the first may be cut.
@@ -334,11 +334,14 @@ class Runner:
         """Bytes that the page pool of one data shard may take, over the devices of the shard."""
         if capacity.kv_cache_memory_bytes is not None:
             return capacity.kv_cache_memory_bytes
-        stats = self.layout.mesh.devices.flat[0].memory_stats()
+        device = self.layout.mesh.devices.flat[0]
+        stats = device.memory_stats()
         if not stats or "bytes_limit" not in stats:
             return CPU_POOL_BYTES
-        free = capacity.gpu_memory_utilization * stats["bytes_limit"] - stats["bytes_in_use"]
-        return int(max(0, free)) * self.layout.count(axes.KV_HEADS)
+        share = find_gpu_share() if device.platform == "gpu" else 1.0
+        limit, in_use = stats["bytes_limit"], stats["bytes_in_use"]
+        free = find_free_bytes(capacity, limit=limit, in_use=in_use, share=share)
+        return free * self.layout.count(axes.KV_HEADS)
 
 
 def compile_together(calls: Sequence[tuple[Any, ...]], *, progress: bool = False) -> None:
