@@ -1,13 +1,12 @@
 """Time the tiles that `l4jax/kernels/tiles.py` chooses from, on the Hopper GPU that is there.
 
-    python -m scripts.tune --format fp8 --tokens 1 8 32 128 8192
+    python -m scripts.tune --format fp8 --tokens 1 8 32 128 8192 --products up down
 
-prints, for Scout's two expert products and each number of tokens, every way to cut them with the
-microseconds that it takes, the best first. What is best goes into the tables of `tiles.py`.
+prints, for Scout's products and each number of tokens, ways to cut them with the microseconds that
+each takes, the best first. What is best goes into the tables of `tiles.py`.
 """
 
 import argparse
-import dataclasses
 import itertools
 import statistics
 import sys
@@ -19,11 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l4jax.kernels.blocks import Tiles, count_bits, multiply_blocks
+from l4jax.kernels.blocks import GROUP, SCALES, Tiles, count_bits, multiply_blocks
 from l4jax.kernels.routing import assign_slots, count_blocks
 from l4jax.kernels.tiles import choose_slots, choose_tiles
 
-EXPERTS, PRODUCTS = 16, {"gate and up": (16384, 5120), "down": (5120, 8192)}
+# Experts, rows and columns.
+PRODUCTS = {
+    "up": (16, 16384, 5120),
+    "down": (16, 5120, 8192),
+    "qkv": (1, 7168, 5120),
+    "out": (1, 5120, 5120),
+}
+STACKED = 16  # matrices, one after the other: far more than L2 holds
 DTYPES = {"bfloat16": jnp.bfloat16, "fp8": jnp.float8_e4m3fn, "int4": jnp.int4}
 TURNS = 8  # of one call, each with other experts, so that none is found in L2
 
@@ -32,16 +38,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--format", default="fp8", choices=DTYPES)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32, 128, 8192])
+    parser.add_argument("--products", nargs="+", default=["up", "down"], choices=PRODUCTS)
     args = parser.parse_args()
     sms = getattr(jax.devices()[0], "core_count", None)
     if sms is None:
         print("scripts.tune: jax finds no GPU; tiles are measured on one.", file=sys.stderr)
         return 1
-    cases = [(name, tokens) for name in PRODUCTS for tokens in args.tokens]
-    for name, tokens in cases:
-        found, (rows, columns) = [], PRODUCTS[name]
-        for tiles in list_tiles(DTYPES[args.format], tokens, rows, columns, sms):
-            run = make_run(DTYPES[args.format], tokens, rows, columns, tiles, sms)
+    dtype = DTYPES[args.format]
+    for name, tokens in itertools.product(args.products, args.tokens):
+        found, sizes = [], PRODUCTS[name]
+        for tiles in list_tiles(dtype, tokens, *sizes, sms):
+            run = make_run(dtype, tokens, *sizes, tiles, sms)
             try:
                 found.append((measure(run), tiles))
             except ValueError as error:  # it asks for more shared memory than there is
@@ -52,47 +59,56 @@ def main() -> int:
     return 0
 
 
-def list_tiles(dtype: Any, tokens: int, rows: int, columns: int, sms: int) -> Iterator[Tiles]:
-    """What is chosen now, and what differs from it in one or two ways."""
-    slots = choose_slots(tokens, EXPERTS)
-    blocks = count_blocks(tokens, EXPERTS, slots)
-    live = max(EXPERTS * (1 - (1 - 1 / EXPERTS) ** tokens), tokens / slots)
+def list_tiles(
+    dtype: Any, tokens: int, experts: int, rows: int, columns: int, sms: int
+) -> Iterator[Tiles]:
+    """What is chosen now, and what differs from it in a few ways: of a prompt in how many blocks
+    stand side by side, of a decode step in the rows of a tile."""
+    slots = choose_slots(tokens, experts)
+    blocks = count_blocks(tokens, experts, slots)
+    live = max(experts * (1 - (1 - 1 / experts) ** tokens), tokens / slots)
     now = choose_tiles(dtype, slots, rows, columns, blocks=blocks, live=live, sms=sms)
     assert now is not None
-    depths, widths = (now.depth // 2, now.depth, 2 * now.depth), (1, 4, 8)
-    for depth, splits, width in itertools.product(depths, (1, 2, 4, 8, 16), widths):
-        stages = max(2, now.stages * now.depth // depth)
-        is_whole = columns % (depth * splits) == 0
-        # A row of what is copied is at least 128 bytes, or a group of int4.
-        if is_whole and depth * count_bits(dtype) >= (512 if dtype == jnp.int4 else 1024):
-            yield dataclasses.replace(now, depth=depth, splits=splits, width=width, stages=stages)
+    depths, splits = (now.depth // 2, now.depth, 2 * now.depth), (1, 2, 4, 5, 8, 10, 16)
+    if now.splits == 1 and blocks > 1 and tokens > 1024:
+        splits, shapes = (1,), [(now.rows, now.multipliers, width) for width in (1, 4, 8)]
+    else:
+        shapes = [(64, 1, now.width), (128, 2, now.width), (256, 2, now.width), (256, 4, now.width)]
+    for depth, split, (height, multipliers, width) in itertools.product(depths, splits, shapes):
+        stages = min(12, now.stages * now.depth * now.rows // (depth * height))
+        is_whole = columns % (depth * split) == 0 and rows % height == 0
+        # A row of what is copied is at least 128 bytes, or a group of int4; of whose scales four
+        # are copied at once.
+        groups = depth // GROUP if dtype == jnp.int4 else 1
+        is_wide = depth * count_bits(dtype) >= (512 if dtype == jnp.int4 else 1024)
+        if is_whole and is_wide and stages > 1 and SCALES % groups == 0:
+            yield Tiles(height, depth, stages, split, width, multipliers)
 
 
-def make_run(dtype: Any, tokens: int, rows: int, columns: int, tiles: Tiles, sms: int) -> Any:
+def make_run(
+    dtype: Any, tokens: int, experts: int, rows: int, columns: int, tiles: Tiles, sms: int
+) -> Any:
     """A call of TURNS products, with its arguments."""
-    slots, is_int4, is_wide = (
-        choose_slots(tokens, EXPERTS),
-        dtype == jnp.int4,
-        dtype == jnp.bfloat16,
-    )
+    slots = choose_slots(tokens, experts)
+    is_int4, is_wide = dtype == jnp.int4, dtype == jnp.bfloat16
     key = jax.random.key(0, impl="rbg")
-    shape = (EXPERTS, rows, columns)
+    shape = (STACKED, rows, columns)
     bits = jax.random.randint(key, shape, -7, 8, jnp.int8)
     weights = (bits.astype(dtype),)
-    groups = (columns // 128,) if is_int4 else ()
+    groups = (columns // GROUP,) if is_int4 else ()
     scales = () if is_wide else (jnp.ones((*shape[:2], *groups), jnp.float32),)
-    expert_T = jnp.asarray(np.random.default_rng(0).integers(0, EXPERTS, tokens), jnp.int32)
-    where = assign_slots(expert_T, EXPERTS, slots)
+    expert_T = jnp.asarray(np.random.default_rng(0).integers(0, experts, tokens), jnp.int32)
+    where = assign_slots(expert_T, experts, slots)
     x_ITU = jax.random.normal(key, (where.expert_I.shape[0], slots, columns), jnp.float32)
     x_ITU = x_ITU.astype(jnp.bfloat16 if is_int4 else dtype)
 
     @jax.jit
     def run(x_ITU: Any, weights: Any, scales: Any) -> list[jax.Array]:
-        experts = [(where.expert_I + turn) % EXPERTS for turn in range(TURNS)]
+        matrices = [(where.expert_I + turn) % STACKED for turn in range(TURNS)]
         options: Any = {"tiles": tiles, "dtype": jnp.bfloat16, "sms": sms}
         return [
-            multiply_blocks(x_ITU, weights, scales, expert_I, where.count, **options)
-            for expert_I in experts
+            multiply_blocks(x_ITU, weights, scales, matrix_I, where.count, **options)
+            for matrix_I in matrices
         ]
 
     return lambda: run(x_ITU, weights, scales)
