@@ -113,11 +113,13 @@ def make_plan(
 
 
 def make_sample() -> Chart:
-    """A chart of the test split, to ask the model about."""
-    rng = random.Random(0)
+    """A chart of the test split in one tile, to ask the model about."""
+    assert CONFIG.vision is not None
+    rng, tile = random.Random(0), CONFIG.vision.tile
     while True:
         chart = draw_from("test", make_chart, rng, 0.9)
-        if chart.kind == "bar" and chart.title and len(chart.labels) == 5:
+        is_small = (chart.width, chart.height) == (tile, tile)
+        if chart.kind == "bar" and chart.title and len(chart.labels) == 5 and is_small:
             return chart
 
 
