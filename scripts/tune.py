@@ -20,7 +20,7 @@ import numpy as np
 
 from l4jax.kernels.blocks import GROUP, SCALES, Tiles, count_bits, multiply_blocks
 from l4jax.kernels.routing import assign_slots, count_blocks
-from l4jax.kernels.tiles import choose_slots, choose_tiles
+from l4jax.kernels.tiles import MOST_STAGES, choose_slots, choose_tiles
 
 # Experts, rows and columns.
 PRODUCTS = {
@@ -75,7 +75,7 @@ def list_tiles(
     else:
         shapes = [(64, 1, now.width), (128, 2, now.width), (256, 2, now.width), (256, 4, now.width)]
     for depth, split, (height, multipliers, width) in itertools.product(depths, splits, shapes):
-        stages = min(12, now.stages * now.depth * now.rows // (depth * height))
+        stages = min(MOST_STAGES, now.stages * now.depth * now.rows // (depth * height))
         is_whole = columns % (depth * split) == 0 and rows % height == 0
         # A row of what is copied is at least 128 bytes, or a group of int4; of whose scales four
         # are copied at once.

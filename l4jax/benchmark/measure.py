@@ -141,7 +141,7 @@ class Bench:
         *,
         seqs: int,
         tokens: int,
-        utilization: float = 0.9,
+        utilization: float,
     ) -> Figure:
         """Requests of random lengths, all at once, through the engine; a few of them warm up."""
         rng = random.Random(self.seed)

@@ -240,7 +240,7 @@ def multiply_blocks(
                         found, (factor, wide) = _multiply_from_registers(
                             wide, tokens.transpose((1, 0)), proceed, interpret
                         )
-                        acc += found * _spread(factor, found.shape)
+                        acc += found * spread(factor, found.shape)
                     plgpu.barrier_arrive(free.at[stage])
                     return acc, wide, following
 
@@ -258,7 +258,7 @@ def multiply_blocks(
                 elif scales:
                     factor = read_scales(block, tile)  # under way while the rows are multiplied
                     found = multiply(first)
-                    found *= _spread(factor, found.shape)
+                    found *= spread(factor, found.shape)
                 else:
                     found = multiply(first)
                 found = found.astype(dtype)
@@ -320,7 +320,8 @@ def multiply_blocks(
     return kernel(x_SU, expert_I, count, *weights, *scales)
 
 
-def _spread(x_O: Array, shape: tuple[int, ...]) -> Array:
+def spread(x_O: Array, shape: tuple[int, ...]) -> Array:
+    """One number for each row, along all of it."""
     return lax.broadcast_in_dim(x_O, shape, [0])
 
 

@@ -22,7 +22,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from l4jax.kernels.blocks import count_registers
+from l4jax.kernels.blocks import count_registers, spread
 from l4jax.kernels.formats import FP8
 from l4jax.kernels.rows import join_rows
 
@@ -264,9 +264,9 @@ def _attend_tiles(
                         score_US = jnp.where(shift + token >= begin + s, score_US, -jnp.inf)
                     new_peak_U = jnp.maximum(peak_U, score_US.max(axis=1) * scale)
                     shrink_U = jnp.exp2(peak_U - new_peak_U)
-                    weight_US = jnp.exp2(score_US * scale - _spread(new_peak_U, score_US.shape))
+                    weight_US = jnp.exp2(score_US * scale - spread(new_peak_U, score_US.shape))
                     total_U = total_U * shrink_U + weight_US.sum(axis=1)
-                    sum_UH = sum_UH * _spread(shrink_U, sum_UH.shape)
+                    sum_UH = sum_UH * spread(shrink_U, sum_UH.shape)
                     weight_US = weight_US.astype(dtype)
                     plgpu.barrier_wait(v_full.at[stage])
                     values = v_smem.at[stage]
@@ -310,7 +310,7 @@ def _attend_tiles(
                     softmax_smem[warpgroup, 0] = peak_U
                     softmax_smem[warpgroup, 1] = total_U
                 else:
-                    sum_UH = sum_UH / _spread(jnp.maximum(total_U, 1e-30), sum_UH.shape)
+                    sum_UH = sum_UH / spread(jnp.maximum(total_U, 1e-30), sum_UH.shape)
                 out_smem[warpgroup] = sum_UH.astype(out_dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(
@@ -375,10 +375,6 @@ def _allocate(shape: tuple[int, ...], dtype: Any) -> Any:
 
 def _count(shape: tuple[int, ...], axis: int) -> Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
-
-
-def _spread(x_U: Array, shape: tuple[int, ...]) -> Array:
-    return lax.broadcast_in_dim(x_U, shape, [0])
 
 
 def _add_product(sum_UH: Array, left_US: Array, right_SH: Any, interpret: Any) -> Array:

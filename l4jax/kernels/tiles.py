@@ -11,7 +11,7 @@ FORMATS = (jnp.bfloat16, jnp.float8_e4m3fn, jnp.int4)  # of weights
 
 _SHARED_BYTES = 227 * 1024  # of a multiprocessor
 _SPARE_BYTES = 2 * 1024  # of it, for barriers and what the compiler takes
-_MOST_STAGES = 12
+MOST_STAGES = 12
 _REGISTER_SLOTS = 32  # of a block, up to which four warpgroups have enough registers
 _PROMPT_SLOTS = 1024  # in all blocks, from which on arithmetic bounds and not memory
 
@@ -53,7 +53,7 @@ def choose_tiles(
     room = _SHARED_BYTES - _SPARE_BYTES - out
     if room < 2 * (depth * column + scales):
         depth = min(depth, _LEAST_COLUMNS[bits])
-    stages = min(_MOST_STAGES, room // (depth * column + scales))
+    stages = min(MOST_STAGES, room // (depth * column + scales))
     # A part is written and read again in float32; what it was made of is read once.
     part = 8 * slots / (columns * bits / 8)
     splits = (
