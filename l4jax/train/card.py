@@ -53,7 +53,8 @@ Tokens that each expert of each layer got, of the test's:
 ## What it cannot do
 
 Anything else. Its labels are {labels} words of a list, its charts one typeface, its English two
-documents. It was trained on conversations of at most {length} tokens.
+documents. It was trained on conversations of at most {length} tokens. Of a chart that takes several
+tiles it may name another mark's value or color.
 """
 
 
