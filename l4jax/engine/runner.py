@@ -394,6 +394,7 @@ def choose_kernels(name: str, device: Any) -> Kernels:
 
     hopper = Hopper(device.core_count)
     return Kernels(
+        normalize=hopper.normalize,
         attend=hopper.attend,
         run_experts=hopper.run_experts,
         mix_experts=hopper.mix_experts,
@@ -412,6 +413,9 @@ def make_kernels(kernels: Kernels, layout: Layout) -> Kernels:
     x, gate_up = (axes.TOKENS, axes.WIDTH), (axes.EXPERTS, axes.GATE_UP, axes.HIDDEN, axes.WIDTH)
     down = (axes.EXPERTS, axes.WIDTH, axes.HIDDEN)
     local = layout.local
+
+    def normalize(x_TD: Any, scale_D: Any, eps: float) -> jax.Array:
+        return local(lambda *both: kernels.normalize(*both, eps), (x, x[1:]), x)(x_TD, scale_D)
 
     def run_experts(x_TD: Any, expert_T: Any, gate_up_EcFD: Any, down_EDF: Any) -> jax.Array:
         ins = (x, at, name_axes(gate_up_EcFD, gate_up), name_axes(down_EDF, down))
@@ -435,6 +439,7 @@ def make_kernels(kernels: Kernels, layout: Layout) -> Kernels:
         return local(run, ins, out_axes, sum_over=summed)(x, weight)
 
     return Kernels(
+        normalize=jax.jit(normalize, static_argnums=2),
         store=jax.jit(local(kernels.store, (pool, pool, kv, kv, table, at, at), (pool, pool))),
         attend=jax.jit(local(kernels.attend, (q, pool, pool, table, at, at), q)),
         run_experts=jax.jit(run_experts),

@@ -16,6 +16,7 @@ class Kernels:
     """What the model calls for the work worth a kernel, with the signatures of `reference.py` and
     of `formats.multiply`."""
 
+    normalize: Callable[..., Array] = reference.normalize
     store: Callable[..., tuple[Array, Array]] = reference.store
     attend: Callable[..., Array] = reference.attend
     attend_all: Callable[..., Array] = reference.attend_all

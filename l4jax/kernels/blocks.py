@@ -58,7 +58,7 @@ class Tiles:
     multipliers: int = 2  # warpgroups that multiply
 
 
-@functools.partial(jax.jit, static_argnames=("tiles", "dtype", "sms", "interpret"))
+@functools.partial(jax.jit, static_argnames=("tiles", "dtype", "sms", "leading", "interpret"))
 def multiply_blocks(
     x_ITU: Array,
     weights: tuple[Array, ...],
@@ -69,6 +69,7 @@ def multiply_blocks(
     tiles: Tiles,
     dtype: Any,
     sms: int,
+    leading: int = 0,
     interpret: Any = None,
 ) -> Array:
     """Each block times the matrix of its expert.
@@ -78,11 +79,13 @@ def multiply_blocks(
         weights: stacks [E, O, U] of matrices, bfloat16, e4m3 or int4 all.
         scales: float32 stacks of their scales: of e4m3 [E, O], of int4 [E, O, L] with one for each
             128 columns; of bfloat16 none.
-        expert_I: int32 expert of each block, counted through the stacks.
+        expert_I: int32 expert of each block, counted through the stacks; of those behind the
+            leading ones.
         count: int32 [1], how many blocks are multiplied; what the others give is undefined.
         tiles: how to cut.
         dtype: of the result; what is summed is float32.
         sms: multiprocessors of the device.
+        leading: the first blocks, which all want the last matrix of all.
         interpret: what `pallas` interprets the kernel with, where there is no such device.
 
     Returns:
@@ -118,6 +121,11 @@ def multiply_blocks(
             plgpu.nd_loop, (live * (row_tiles * tiles.splits),), collective_axes="sm"
         )
 
+        def find_expert(block: Any) -> Any:
+            if not leading:
+                return expert[block]
+            return jnp.where(block < leading, sum(sizes) - 1, expert[lax.max(block - leading, 0)])
+
         def locate(info: plgpu.NDLoopInfo) -> tuple[Any, Any, Any]:
             """The block, the tile of rows and the split of an item."""
             (item,) = info.index
@@ -134,7 +142,7 @@ def multiply_blocks(
             @share()
             def _item(info: plgpu.NDLoopInfo) -> None:
                 block, tile, split = locate(info)
-                e, mine = expert[block], pl.ds(tile * tiles.rows, tiles.rows)
+                e, mine = find_expert(block), pl.ds(tile * tiles.rows, tiles.rows)
 
                 @pl.loop(0, steps)
                 def _step(step: Array) -> None:
@@ -194,7 +202,7 @@ def multiply_blocks(
 
             def read_scales(block: Any, tile: Any) -> Array:
                 """Of this warpgroup's rows, one each."""
-                e, here = expert[block], pl.ds(tile * tiles.rows + warpgroup * part, part)
+                e, here = find_expert(block), pl.ds(tile * tiles.rows + warpgroup * part, part)
                 found = None
                 for scale, (before, size) in zip(scale_refs, stacks, strict=True):
                     own = _load(

@@ -17,13 +17,14 @@ from l4jax.kernels import formats, pages, portable, reference
 from l4jax.kernels.blocks import GROUP, multiply_blocks
 from l4jax.kernels.formats import FP8, Quantized, Weight
 from l4jax.kernels.routing import Slots, assign_slots, count_blocks
-from l4jax.kernels.rows import activate_rows, round_rows
+from l4jax.kernels.rows import activate_rows, normalize_rows, round_rows
 from l4jax.kernels.tiles import Tiles, choose_slots, choose_tiles
 
 # Tokens up to which the shared expert runs beside the others; in int4 one block, since each block
 # widens the weights anew.
 _MIXED = 32
 _FEW = 128  # tokens up to which a dense product is bound by reading its weights
+_THREADS = 128  # of the thread block that takes a row
 _LAST = (((1,), (1,)), ((), ()))  # both sides are summed over their last axis
 
 
@@ -38,6 +39,13 @@ class Hopper:
 
     sms: int
     interpret: Any = None
+
+    def normalize(self, x_TD: Array, scale_D: Array, eps: float) -> Array:
+        """`reference.normalize`, in one launch where XLA makes two."""
+        tokens, width = x_TD.shape
+        if tokens > _FEW or width % _THREADS or x_TD.dtype != jnp.bfloat16:
+            return reference.normalize(x_TD, scale_D, eps)
+        return normalize_rows(x_TD, scale_D, eps=eps, interpret=self.interpret)
 
     def multiply(self, subscripts: str, x: Array, weight: Weight) -> Array:
         """`formats.multiply`."""
@@ -134,11 +142,11 @@ class Hopper:
         where = Slots(
             blocks * slots + mine.slot_T,
             jnp.concatenate([at_S, mine.token_S]),
-            jnp.concatenate([jnp.full(blocks, experts, jnp.int32), mine.expert_I]),
+            mine.expert_I,
             mine.count + blocks,
         )
-        gates = {"gate_T": gate_T, "plain": len(at_S)}
-        take = self._run_slots(x_TD, where, ups, downs, (up_plan, down_plan), **gates)
+        plans = (up_plan, down_plan)
+        take = self._run_slots(x_TD, where, ups, downs, plans, gate_T, leading=blocks)
         return (take(jnp.arange(tokens)) + take(where.slot_T)).astype(x_TD.dtype)
 
     def _run_slots(
@@ -148,21 +156,25 @@ class Hopper:
         ups: tuple[Weight, ...],
         downs: tuple[Weight, ...],
         plans: "tuple[Plan, Plan]",
-        **gates: Any,
+        gate_T: Array | None = None,
+        *,
+        leading: int = 0,
     ) -> Callable[[Array], Array]:
-        """Slots through their experts, counted through the stacks; `gates` as for `_round`.
+        """Slots through their experts, counted through the stacks; the leading blocks are the
+        shared expert's, which no gate scales.
 
         Returns:
             What gives, of slots [T], the results [T, D] in float32.
         """
         dtype = _get_data(ups[0]).dtype
-        x_SD, x_scale_S = self._round(x_TD, where.token_S, dtype, **gates)
-        parts_PSO = self._multiply_slots(x_SD, ups, where, plans[0])
+        plain = leading * plans[0].slots
+        x_SD, x_scale_S = self._round(x_TD, where.token_S, dtype, gate_T, plain)
+        parts_PSO = self._multiply_slots(x_SD, ups, where, plans[0], leading)
         hidden = activate_rows(
             parts_PSO, x_scale_S, is_rounded=dtype == FP8, interpret=self.interpret
         )
         hidden_SF, hidden_scale_S = hidden if dtype == FP8 else (hidden, None)
-        parts_PSD = self._multiply_slots(hidden_SF, downs, where, plans[1])
+        parts_PSD = self._multiply_slots(hidden_SF, downs, where, plans[1], leading)
 
         def take(slot_T: Array) -> Array:
             y_TD = parts_PSD[:, slot_T].astype(jnp.float32).sum(axis=0)
@@ -227,7 +239,12 @@ class Hopper:
         return x_SU * gate_S[:, None].astype(x_SU.dtype), None
 
     def _multiply_slots(
-        self, x_SU: Array, weights: tuple[Weight, ...], where: Slots, plan: "Plan"
+        self,
+        x_SU: Array,
+        weights: tuple[Weight, ...],
+        where: Slots,
+        plan: "Plan",
+        leading: int = 0,
     ) -> Array:
         """[P, S, O]: parts, to be added up; not yet scaled as the tokens are."""
         data = tuple(map(_get_data, weights))
@@ -241,6 +258,7 @@ class Hopper:
             tiles=plan.tiles,
             dtype=jnp.bfloat16 if plan.tiles.splits == 1 else jnp.float32,
             sms=self.sms,
+            leading=leading,
             interpret=self.interpret,
         )
 

@@ -10,6 +10,14 @@ from jax import Array
 from l4jax.kernels.formats import Weight, multiply, narrow
 
 
+def normalize(x_TD: Array, scale_D: Array, eps: float) -> Array:
+    """RMSNorm: each token divided by its root mean square in float32, back in the dtype of x, then
+    times a weight per channel."""
+    x32_TD = x_TD.astype(jnp.float32)
+    mean_square_T1 = jnp.mean(x32_TD * x32_TD, axis=-1, keepdims=True)
+    return (x32_TD * jax.lax.rsqrt(mean_square_T1 + eps)).astype(x_TD.dtype) * scale_D
+
+
 def store(
     k_PKZH: Array,
     v_PKZH: Array,

@@ -18,6 +18,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from l4jax.kernels.formats import FP8, FP8_MAX
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "interpret"))
+def normalize_rows(x_TU: Array, scale_U: Array, *, eps: float, interpret: Any = None) -> Array:
+    """`reference.normalize` of bfloat16."""
+
+    def norm_body(x: Any, scale: Any, out: Any) -> None:
+        row = lax.axis_index("row")
+        found = x[row].astype(jnp.float32)
+        mean_square = jnp.sum(found * found) / found.shape[0]
+        # Rounded before the weight as behind it, as the definition is.
+        normed = (found * lax.rsqrt(mean_square + eps)).astype(jnp.bfloat16)
+        out[row] = (normed.astype(jnp.float32) * scale[...].astype(jnp.float32)).astype(out.dtype)
+
+    sizes = {"rows": x_TU.shape[0], "width": x_TU.shape[1]}
+    return _launch(norm_body, x_TU, scale_U, **sizes, is_rounded=False, interpret=interpret)
+
+
 @functools.partial(jax.jit, static_argnames=("plain", "interpret"))
 def round_rows(
     x_TU: Array,

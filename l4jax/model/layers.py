@@ -43,11 +43,12 @@ class RMSNorm(nn.Module):
     """`norm`, then a weight per channel."""
 
     eps: float
+    kernels: Kernels = Kernels()
 
     @nn.compact
     def __call__(self, x_TD: Array) -> Array:
         scale_D = declare(self, "scale", x_TD.shape[-1:], (axes.WIDTH,))
-        return norm(x_TD, self.eps) * scale_D
+        return self.kernels.normalize(x_TD, scale_D, self.eps)
 
 
 class GatedMLP(nn.Module):

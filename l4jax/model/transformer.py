@@ -39,10 +39,10 @@ class Layer(nn.Module):
     ) -> tuple[Array, Array, Array]:
         c = self.config
         attention = Attention(c, c.is_nope(self.index), self.kernels, name="attention")
-        y_TD = RMSNorm(c.norm_eps, name="attention_norm")(x_TD)
+        y_TD = RMSNorm(c.norm_eps, self.kernels, name="attention_norm")(x_TD)
         y_TD, k_PKZH, v_PKZH = attention(y_TD, k_PKZH, v_PKZH, positions, scales)
         x_TD = constrain(x_TD + y_TD, axes.TOKENS, axes.WIDTH)
-        y_TD = RMSNorm(c.norm_eps, name="feed_forward_norm")(x_TD)
+        y_TD = RMSNorm(c.norm_eps, self.kernels, name="feed_forward_norm")(x_TD)
         if c.is_moe(self.index):
             y_TD = MixtureOfExperts(c, self.kernels, name="feed_forward")(y_TD)
         else:
@@ -61,7 +61,7 @@ class Llama4(nn.Module):
         names = (axes.VOCAB, axes.WIDTH)
         self.embedding_VD = declare(self, "embedding", (c.vocab, c.width), names)
         self.layers = [Layer(c, i, self.kernels, name=f"layer_{i}") for i in range(c.layers)]
-        self.norm = RMSNorm(c.norm_eps)
+        self.norm = RMSNorm(c.norm_eps, self.kernels)
         self.head_VD = declare(self, "head", (c.vocab, c.width), names)
 
     def __call__(

@@ -69,6 +69,20 @@ def assert_close(found: Any, wanted: Any, bound: float) -> None:
     assert error < bound, f"relative error {error:.4f}"
 
 
+def check_norm(kernels: Any, tokens: int, sizes: Sizes) -> None:
+    """A norm of rows large and small, and of one that is zero, equals its definition; twice the
+    same."""
+    rng = np.random.default_rng(3)
+    x_TD = make_tokens(rng, tokens, sizes.width)
+    x_TD *= jnp.asarray(10.0 ** rng.integers(-3, 3, (tokens, 1)), x_TD.dtype)
+    x_TD = x_TD.at[-1].set(0) if tokens > 1 else x_TD
+    scale_D = make_tokens(rng, sizes.width)
+    run = jax.jit(kernels.normalize, static_argnums=2)
+    first, second = (np.asarray(run(x_TD, scale_D, 1e-5), np.float32) for _ in range(2))
+    assert_close(first, reference.normalize(*widen((x_TD, scale_D)), 1e-5), BOUND["bfloat16"])
+    np.testing.assert_array_equal(first, second)
+
+
 def check_experts(kernels: Any, form: str, choice: list[int], sizes: Sizes) -> None:
     """Routed experts, and the shared one beside them, equal their definitions; twice the same."""
     rng = np.random.default_rng(0)

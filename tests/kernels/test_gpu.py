@@ -18,6 +18,11 @@ def kernels():
     return choose_kernels("hopper", jax.devices("gpu")[0])
 
 
+@pytest.mark.parametrize("tokens", [1, 8, 128, 300])
+def test_norms_of_scout_equal_their_definition(kernels, tokens):
+    laws.check_norm(kernels, tokens, SCOUT)
+
+
 @pytest.mark.parametrize("choice", laws.CHOICES)
 @pytest.mark.parametrize("form", laws.FORMATS)
 def test_experts_equal_their_definition(kernels, form, choice):
