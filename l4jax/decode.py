@@ -18,9 +18,17 @@ from l4jax.cache import Batch, Leaf, PagePool, Tables
 from l4jax.model import Llama4, Parameters, VisionTower
 from l4jax.sampling import Adjustments, Controls, Sampled, adjust, sample
 
-# Weights and pages fill a device by design. XLA takes that for a program that is too large, and to
-# save a few bytes would compute many things of each layer twice.
-jit = functools.partial(jax.jit, compiler_options={"xla_disable_hlo_passes": "rematerialization"})
+_COMPILER_OPTIONS = {
+    # Weights and pages fill a device by design. XLA takes that for a program that is too large, and
+    # to save a few bytes would compute many things of each layer twice.
+    "xla_disable_hlo_passes": "rematerialization",
+    # Trying products on the device takes a minute for each program, one after the other, and beside
+    # the weights there may be no room to try them in. What matters most is in kernels of our own;
+    # of the rest the library's first choice is within 3 % of the best.
+    "xla_gpu_autotune_level": 0,
+    "xla_gpu_enable_triton_gemm": False,  # of which the untried choice is the worst
+}
+jit = functools.partial(jax.jit, compiler_options=_COMPILER_OPTIONS)
 _SCORED_TOGETHER = 64  # tokens of a step whose logits are in memory at once
 
 

@@ -24,6 +24,9 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
         # Nearly all the time goes into compiling programs that run for a millisecond.
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    else:
+        # There it goes into trying products on the device, for programs that run once.
+        os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")
 
     import jax
 

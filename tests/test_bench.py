@@ -1,10 +1,12 @@
 """The bench counts what a step costs and says how long it took."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 
-from l4jax import bench
+from l4jax import bench, config
 from l4jax.benchmark.cost import Format, count_hit, count_step
 from l4jax.config import MAVERICK, SCOUT, TINY
 
@@ -58,10 +60,13 @@ def test_a_prompt_is_counted_token_by_token():
 
 
 @pytest.mark.slow
-def test_figures_are_printed_written_and_drawn(tmp_path, capsys):
+def test_figures_are_printed_written_and_drawn(tmp_path, capsys, monkeypatch):
+    # A model that sees: the first token of the first prompt is the one that stands for a picture.
+    (first, *_) = np.random.default_rng(0).integers(0, TINY.text.vocab, 4)
+    monkeypatch.setattr(config, "TINY", dataclasses.replace(TINY, patch_id=int(first)))
     files = {name: tmp_path / f"out.{name}" for name in ("json", "png")}
     words = "--decode 1x8 3x40 --steps 2 --prefill 32 --requests 3 --input-len 4 9 --output-len 2 5"
-    words += f" --max-num-batched-tokens 32 --json {files['json']} --plot {files['png']}"
+    words += f" --max-num-seqs 3 --max-num-batched-tokens 32 --json {files['json']} --plot {files['png']}"
     assert bench.main(words.split()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:-1]] == [

@@ -77,7 +77,8 @@ class Bench:
         kernels: str = "auto",
         seed: int = 0,
     ):
-        self.config = dataclasses.replace(config, vision=None)
+        # Of text alone: no token of a prompt stands for a picture.
+        self.config = dataclasses.replace(config, vision=None, patch_id=None)
         self.kv_cache_dtype, self.seed = kv_cache_dtype, seed
         self.phases: dict[str, float] = dict.fromkeys(("load", "compile", "warm-up"), 0.0)
         with self._clock("load"):
@@ -148,7 +149,7 @@ class Bench:
         asked = [(rng.choice(inputs), rng.choice(outputs)) for _ in range(requests)]
         capacity = Capacity(
             max_model_len=inputs[-1] + outputs[-1] + 1,
-            max_num_seqs=min(requests, seqs),
+            max_num_seqs=seqs,
             max_num_batched_tokens=tokens,
             kv_cache_dtype=self.kv_cache_dtype,
             gpu_memory_utilization=utilization,

@@ -32,7 +32,7 @@ _AXES = {
     **{"K": axes.KV_HEADS, "J": axes.QUERIES_KV, "G": axes.QUERIES, "H": axes.HEAD_DIM},
 }
 Arguments: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]  # of a program; static ones last
-_COMPILERS = 8  # at once: each tries products on the device, where little memory is left
+_COMPILERS = 16  # at once
 CPU_POOL_BYTES = 2**28  # where nobody says otherwise: what a laptop can spare
 
 

@@ -8,6 +8,7 @@ any length of context.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -20,6 +21,7 @@ from l4jax.model.layers import constrain, declare, norm
 from l4jax.model.rope import find_angles, rotate, scale_frequencies
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Positions:
     """Where the tokens of a step stand, as one group of layers counts."""

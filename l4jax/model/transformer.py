@@ -21,11 +21,13 @@ from l4jax.model.vision import VisionTower
 Parameters = dict[str, Any]
 
 
+@nn.jit  # layers of a kind are traced and lowered once, and not once each
 class Layer(nn.Module):
-    """One layer. Which kind of attention and of feed-forward block it has is told by its index."""
+    """One layer, of one kind of attention and of feed-forward block."""
 
     config: TextConfig
-    index: int
+    is_nope: bool
+    is_moe: bool
     kernels: Kernels
 
     @nn.compact
@@ -38,12 +40,12 @@ class Layer(nn.Module):
         scales: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Array, Array]:
         c = self.config
-        attention = Attention(c, c.is_nope(self.index), self.kernels, name="attention")
+        attention = Attention(c, self.is_nope, self.kernels, name="attention")
         y_TD = RMSNorm(c.norm_eps, self.kernels, name="attention_norm")(x_TD)
         y_TD, k_PKZH, v_PKZH = attention(y_TD, k_PKZH, v_PKZH, positions, scales)
         x_TD = constrain(x_TD + y_TD, axes.TOKENS, axes.WIDTH)
         y_TD = RMSNorm(c.norm_eps, self.kernels, name="feed_forward_norm")(x_TD)
-        if c.is_moe(self.index):
+        if self.is_moe:
             y_TD = MixtureOfExperts(c, self.kernels, name="feed_forward")(y_TD)
         else:
             y_TD = GatedMLP(c.width, c.dense_width, self.kernels, name="feed_forward")(y_TD)
@@ -60,7 +62,10 @@ class Llama4(nn.Module):
         c = self.config
         names = (axes.VOCAB, axes.WIDTH)
         self.embedding_VD = declare(self, "embedding", (c.vocab, c.width), names)
-        self.layers = [Layer(c, i, self.kernels, name=f"layer_{i}") for i in range(c.layers)]
+        self.layers = [
+            Layer(c, c.is_nope(i), c.is_moe(i), self.kernels, name=f"layer_{i}")
+            for i in range(c.layers)
+        ]
         self.norm = RMSNorm(c.norm_eps, self.kernels)
         self.head_VD = declare(self, "head", (c.vocab, c.width), names)
 

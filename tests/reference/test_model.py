@@ -66,7 +66,8 @@ def test_layer_equals_the_reference(cases):
     pool = make_pool(text, 64, PAGE, jnp.float32)
     positions = place(len(case.input), text.chunk, is_local=True)
     params = tiny.params["text"]["layer_0"]
-    y_TD, _, _ = run(Layer(text, 0, PORTABLE), params, case.input, pool.k[0], pool.v[0], positions)
+    layer = Layer(text, text.is_nope(0), text.is_moe(0), PORTABLE)
+    y_TD, _, _ = run(layer, params, case.input, pool.k[0], pool.v[0], positions)
     assert_close(np.asarray(y_TD), case.output)
 
 
