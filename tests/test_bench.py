@@ -66,7 +66,8 @@ def test_figures_are_printed_written_and_drawn(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(config, "TINY", dataclasses.replace(TINY, patch_id=int(first)))
     files = {name: tmp_path / f"out.{name}" for name in ("json", "png")}
     words = "--decode 1x8 3x40 --steps 2 --prefill 32 --requests 3 --input-len 4 9 --output-len 2 5"
-    words += f" --max-num-seqs 3 --max-num-batched-tokens 32 --json {files['json']} --plot {files['png']}"
+    words += " --max-num-seqs 3 --max-num-batched-tokens 32"
+    words += f" --json {files['json']} --plot {files['png']}"
     assert bench.main(words.split()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:-1]] == [

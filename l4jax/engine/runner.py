@@ -5,10 +5,9 @@ import dataclasses
 import functools
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from l4jax import axes, cache, checkpoint, decode, sampling
 from l4jax.config import Config
 from l4jax.engine import arrays, calibrate
 from l4jax.engine.capacity import Buckets, Capacity, choose_page, find_free_bytes, plan_limits
+from l4jax.engine.executables import Call, Executables
 from l4jax.engine.request import MAX_LOGPROBS
 from l4jax.engine.scheduler import Limits, Plan, Run
 from l4jax.kernels import PORTABLE, Kernels
@@ -31,8 +31,6 @@ _AXES = {
     **{"T": axes.TOKENS, "D": axes.WIDTH, "F": axes.HIDDEN, "c": axes.GATE_UP},
     **{"K": axes.KV_HEADS, "J": axes.QUERIES_KV, "G": axes.QUERIES, "H": axes.HEAD_DIM},
 }
-Arguments: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]  # of a program; static ones last
-_COMPILERS = 16  # at once
 CPU_POOL_BYTES = 2**28  # where nobody says otherwise: what a laptop can spare
 
 
@@ -145,6 +143,10 @@ class Runner:
         self.limits = plan_limits(self.config, capacity, shards, page_bytes, memory)
         self.buckets = Buckets.of(self.limits)
         self._pool_dtype = dtype
+        about = (self.config, self.layout, self.kernels, self.dtype, self._precision)
+        devices = list(self.layout.mesh.devices.flat)
+        folder = find_executables_folder(devices[0])
+        self._executables = Executables(repr(about), devices, self._ready, folder)
         self.start()
         return self.limits
 
@@ -189,32 +191,34 @@ class Runner:
             return run(plan, is_adjusted)
 
     def warm_up(self, *, progress: bool = False) -> None:
-        """Compile everything that a plan may need, several programs at a time, then run each on
-        padding.
+        """Compile everything that a plan may need, several programs at a time, and run each on
+        padding. What adjusted rows need, who are rarer, is compiled while others are served.
         """
         empty: list[list[Run]] = [[] for _ in range(self.limits.shards)]
-        step, loop, kinds = Plan(empty, False), Plan(empty, True), (False, True)
-        steps = [(step, shape, kind) for kind in kinds for shape in self.buckets.list_steps(kind)]
-        loops = [(loop, rows, kind) for kind in kinds for rows in self.buckets.list_loops(kind)]
+        step, loop = Plan(empty, False), Plan(empty, True)
         tiles = [] if self.features is None else [(self._blank(count), []) for count in TILES]
-        programs = self.programs
-        with self._ready():
-            compile_together(
+
+        def prepare(kind: bool) -> dict[Hashable, Call]:
+            steps, loops = self.buckets.list_steps(kind), self.buckets.list_loops(kind)
+            return dict(
                 [
-                    *((programs.step, *self._prepare_step(*each)) for each in steps),
-                    *((programs.decode_loop, *self._prepare_loop(*each)) for each in loops),
-                    *((programs.encode_tiles, *self._prepare_tiles(*each)) for each in tiles),
-                ],
-                progress=progress,
+                    *(self._prepare_step(step, shape, kind) for shape in steps),
+                    *(self._prepare_loop(loop, rows, kind) for rows in loops),
+                ]
             )
+
+        with self._ready():
+            now = prepare(False) | dict(self._prepare_tiles(*each) for each in tiles)
+            self._executables.compile(now, progress=progress)
             seen_V = np.zeros(self.config.text.vocab, np.int32)
-            self.memory = programs.set_seen(self.memory, np.int32(0), seen_V)
+            self.memory = self.programs.set_seen(self.memory, np.int32(0), seen_V)
             for each in tiles:
                 self._encode_part(*each)
-            for each in steps:
-                self._run_step(*each)
-            for each in loops:
-                self._run_loop(*each)
+            for shape in self.buckets.list_steps():
+                self._run_step(step, shape, False)
+            for rows in self.buckets.list_loops():
+                self._run_loop(loop, rows, False)
+            self._executables.compile_behind(prepare(True))
         jax.block_until_ready(self.pool)
 
     def _start_step(self, plan: Plan, is_adjusted: bool) -> "Flight":
@@ -228,7 +232,9 @@ class Runner:
         rows = self.buckets.fit_loop(max(map(len, plan.runs)), is_adjusted)
         return Flight(plan, (rows, rows), self._run_loop(plan, rows, is_adjusted))
 
-    def _prepare_step(self, plan: Plan, shape: tuple[int, int], is_adjusted: bool) -> Arguments:
+    def _prepare_step(
+        self, plan: Plan, shape: tuple[int, int], is_adjusted: bool
+    ) -> tuple[Hashable, Call]:
         tokens, rows = shape
         step = arrays.fill_step(
             plan, self.limits, self.config, tokens, rows, has_targets=is_adjusted
@@ -243,14 +249,15 @@ class Runner:
             self._put_adjustments(plan, rows) if is_adjusted else None,
             self.features,
         )
-        return arguments, {"model": self.model, "logprobs": MAX_LOGPROBS if is_adjusted else None}
+        static = {"model": self.model, "logprobs": MAX_LOGPROBS if is_adjusted else None}
+        return ("step", shape, is_adjusted), Call(self.programs.step, arguments, static)
 
     def _run_step(self, plan: Plan, shape: tuple[int, int], is_adjusted: bool) -> tuple[Any, Any]:
-        arguments, static = self._prepare_step(plan, shape, is_adjusted)
-        self.pool, self.memory, sampled, scored = self.programs.step(*arguments, **static)
+        found = self._executables.run(*self._prepare_step(plan, shape, is_adjusted))
+        self.pool, self.memory, sampled, scored = found
         return sampled, scored
 
-    def _prepare_loop(self, plan: Plan, rows: int, is_adjusted: bool) -> Arguments:
+    def _prepare_loop(self, plan: Plan, rows: int, is_adjusted: bool) -> tuple[Hashable, Call]:
         state, tables, controls = arrays.fill_loop(plan, self.limits, rows)
         arguments = (
             self.params,
@@ -262,11 +269,12 @@ class Runner:
             self._put_adjustments(plan, rows) if is_adjusted else None,
         )
         steps, logprobs = self.limits.loop_steps, MAX_LOGPROBS if is_adjusted else None
-        return arguments, {"model": self.model, "steps": steps, "logprobs": logprobs}
+        static = {"model": self.model, "steps": steps, "logprobs": logprobs}
+        return ("loop", rows, is_adjusted), Call(self.programs.decode_loop, arguments, static)
 
     def _run_loop(self, plan: Plan, rows: int, is_adjusted: bool) -> Any:
-        arguments, static = self._prepare_loop(plan, rows, is_adjusted)
-        self.pool, self.memory, decoded = self.programs.decode_loop(*arguments, **static)
+        found = self._executables.run(*self._prepare_loop(plan, rows, is_adjusted))
+        self.pool, self.memory, decoded = found
         return decoded
 
     def _encode(self, run: Run) -> None:
@@ -280,18 +288,20 @@ class Runner:
             self._encode_part(np.pad(part, padding), run.feature_slots[at : at + count])
             at += count
 
-    def _prepare_tiles(self, pixels_ICYX: np.ndarray, slots: Sequence[int]) -> Arguments:
+    def _prepare_tiles(
+        self, pixels_ICYX: np.ndarray, slots: Sequence[int]
+    ) -> tuple[Hashable, Call]:
         """Of a few tiles; those beyond the slots are padding."""
         beyond = self.limits.feature_slots
         slot_I = [*slots, *[beyond] * (len(pixels_ICYX) - len(slots))]
         names = (axes.TILES, axes.CHANNELS, axes.PIXELS_Y, axes.PIXELS_X)
         pixels = self._put(pixels_ICYX, names)
         arguments = (self.params, self.features, pixels, np.array(slot_I, np.int32))
-        return arguments, {"tower": self.tower}
+        call = Call(self.programs.encode_tiles, arguments, {"tower": self.tower})
+        return ("tiles", len(pixels_ICYX)), call
 
     def _encode_part(self, pixels_ICYX: np.ndarray, slots: Sequence[int]) -> None:
-        arguments, static = self._prepare_tiles(pixels_ICYX, slots)
-        self.features = self.programs.encode_tiles(*arguments, **static)
+        self.features = self._executables.run(*self._prepare_tiles(pixels_ICYX, slots))
 
     def _put_adjustments(self, plan: Plan, rows: int) -> sampling.Adjustments:
         found = arrays.fill_adjustments(plan, self.limits, rows, self.config.text.vocab)
@@ -342,29 +352,6 @@ class Runner:
         limit, in_use = stats["bytes_limit"], stats["bytes_in_use"]
         free = find_free_bytes(capacity, limit=limit, in_use=in_use, share=share)
         return free * self.layout.count(axes.KV_HEADS)
-
-
-def compile_together(calls: Sequence[tuple[Any, ...]], *, progress: bool = False) -> None:
-    """Compile jitted functions for their arguments, several at a time; a call with such arguments
-    finds what was compiled.
-
-    Args:
-        calls: of each the function, its arguments and its static keywords.
-        progress: whether to show a bar.
-    """
-    from tqdm import tqdm
-
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, _COMPILERS)) as threads:
-        # Python lowers one after the other; the compiler, which takes longer, needs no Python.
-        compiling = [
-            threads.submit(function.lower(*arguments, **static).compile)
-            for function, arguments, static in calls
-        ]
-        done = as_completed(compiling)
-        for future in tqdm(
-            done, desc="compiling", total=len(calls), unit="program", disable=not progress
-        ):
-            future.result()
 
 
 def name_kernels(name: str, device: Any) -> str:
@@ -460,6 +447,20 @@ def check_mesh(config: Config, layout: Layout) -> None:
         layout.check(axes.VISION_HEADS, vision.heads, "vision heads")
         layout.check(axes.VISION_HIDDEN, vision.hidden, "columns of a vision layer")
         layout.check(axes.ADAPTER_HIDDEN, vision.adapter_width, "columns of the vision adapter")
+
+
+def find_executables_folder(device: Any) -> Path | None:
+    """Where compiled programs are kept: beside what jax keeps, and only where it keeps anything.
+
+    Those of a GPU alone: a CPU compiles in less time, for the very processor that it has; and those
+    of one process.
+    """
+    settings: Any = jax.config  # whose type knows no settings
+    beside = settings.jax_compilation_cache_dir
+    if not beside or "://" in beside or not settings.jax_enable_compilation_cache:
+        return None
+    is_alone = device.platform == "gpu" and jax.process_count() == 1
+    return Path(beside) / "executables" if is_alone else None
 
 
 def keep_compilations(folder: Path) -> None:

@@ -1,0 +1,183 @@
+"""Compiled programs: several compiled at a time, some while others already serve, and kept on disk
+for the next start.
+
+jax keeps what it compiled too, but finds it by the lowered program, and to lower one of 48 layers
+takes Python two seconds. Here it is found by what goes into that: sources, versions, devices,
+shapes.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import logging
+import os
+import pickle
+import tempfile
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib.version
+from flax import linen as nn
+from jax.experimental import serialize_executable
+
+logger = logging.getLogger(__name__)
+
+_COMPILERS = 16  # at once
+_KEPT = 100  # programs on disk, of which a model on a mesh has about 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A jitted function and what it is called with: arrays, or what tells their shapes and places;
+    and static keywords.
+    """
+
+    function: Any
+    arguments: tuple[Any, ...]
+    static: Mapping[str, Any]
+
+    def describe(self) -> "Call":
+        """The same without the arrays, so that these can be donated meanwhile."""
+        return dataclasses.replace(self, arguments=jax.tree.map(_describe, self.arguments))
+
+
+class Executables:
+    """The compiled programs of one runner, by keys of its choice.
+
+    Args:
+        about: what they depend on beside their sources, arguments and static numbers.
+        devices: that they run on.
+        entered: gives the context that they are traced in.
+        folder: where they are kept; None is nowhere.
+    """
+
+    def __init__(
+        self,
+        about: str,
+        devices: Sequence[Any],
+        entered: Callable[[], contextlib.AbstractContextManager[None]],
+        folder: Path | None,
+    ):
+        self._about, self._devices, self._entered = about, devices, entered
+        self._folder = folder
+        self._found: dict[Hashable, Future[Any]] = {}
+        self._lowering = threading.Lock()
+
+    def run(self, key: Hashable, call: Call) -> Any:
+        """Call a program: the one of this key, awaited if it is being compiled; where there is
+        none, as jax does, who compiles it now.
+        """
+        future = self._found.get(key)
+        if future is None:
+            return call.function(*call.arguments, **call.static)
+        return future.result()(*call.arguments)
+
+    def compile(self, calls: Mapping[Hashable, Call], *, progress: bool = False) -> None:
+        """Compile programs, several at a time, and wait for all of them."""
+        from tqdm import tqdm
+
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, _COMPILERS)) as threads:
+            futures = {key: threads.submit(self._make, call) for key, call in calls.items()}
+            done = as_completed(futures.values())
+            for future in tqdm(
+                done, desc="compiling", total=len(calls), unit="program", disable=not progress
+            ):
+                future.result()
+        self._found |= futures
+
+    def compile_behind(self, calls: Mapping[Hashable, Call]) -> None:
+        """Compile programs one after the other, while others run."""
+        todo = [(Future(), call.describe()) for call in calls.values()]
+        self._found |= zip(calls, (future for future, _ in todo), strict=True)
+
+        def work() -> None:
+            for future, call in todo:
+                if not threading.main_thread().is_alive():  # the process is ending
+                    future.cancel()
+                    continue
+                try:
+                    future.set_result(self._make(call))
+                except Exception as error:  # who wants the program is told
+                    future.set_exception(error)
+
+        threading.Thread(target=work, name="compiling").start()
+
+    def _make(self, call: Call) -> Any:
+        file = self._locate(call)
+        made = _read(file, self._devices) if file else None
+        if made is None:
+            # Python lowers one after the other; the compiler, which takes longer, needs no Python.
+            with self._lowering, self._entered():
+                lowered = call.function.lower(*call.arguments, **call.static)
+            made = lowered.compile()
+            if file:
+                _write(file, made)
+        return made
+
+    def _locate(self, call: Call) -> Path | None:
+        if self._folder is None:
+            return None
+        leaves = jax.tree_util.tree_leaves_with_path(call.describe().arguments)
+        shapes = [f"{jax.tree_util.keystr(path)} {x} {x.sharding}" for path, x in leaves]
+        # What a module is, `about` tells: printed, its kernels would be addresses.
+        static = [pair for pair in call.static.items() if not isinstance(pair[1], nn.Module)]
+        client = self._devices[0].client
+        words = [
+            *(self._about, hash_sources(), jax.__version__, jaxlib.version.__version__),
+            *(client.platform_version, self._devices[0].device_kind),
+            *(str([device.id for device in self._devices]), os.environ.get("XLA_FLAGS", "")),
+            *(call.function.__name__, repr(static), *shapes),
+        ]
+        return self._folder / hashlib.sha256("\n".join(words).encode()).hexdigest()
+
+
+@functools.cache
+def hash_sources() -> str:
+    """A digest of the sources of the packages that programs are made of."""
+    digest = hashlib.sha256()
+    for package in ("l4jax", "sharding"):
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        for folder in spec.submodule_search_locations or ():
+            for file in sorted(Path(folder).rglob("*.py")):
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _describe(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+
+
+def _read(file: Path, devices: Sequence[Any]) -> Any:
+    """What was kept; None where nothing was, or nothing that can be used."""
+    try:
+        kept = pickle.loads(file.read_bytes())
+        made = serialize_executable.deserialize_and_load(*kept, execution_devices=devices)
+        file.touch()  # the last one used is the last one forgotten
+        return made
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # cut short, or of another world: it is made anew
+        logger.warning("compiling anew: %s: %s", file, error)
+        return None
+
+
+def _write(file: Path, made: Any) -> None:
+    """Keep a program, whole or not at all, and forget those that were used longest ago."""
+    try:
+        kept = pickle.dumps(serialize_executable.serialize(made))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as draft:
+            draft.write(kept)
+        os.replace(draft.name, file)
+        by_age = sorted(file.parent.iterdir(), key=lambda kept: kept.stat().st_mtime)
+        for old in by_age[:-_KEPT]:
+            old.unlink()
+    except Exception as error:  # a full disk, or another process was faster: this start goes on
+        logger.warning("a compiled program was not kept: %s", error)
