@@ -17,7 +17,7 @@ import pickle
 import tempfile
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,10 @@ class Executables:
                     future.set_exception(error)
 
         threading.Thread(target=work, name="compiling").start()
+
+    def wait(self) -> None:
+        """Wait for all that is being compiled."""
+        wait(self._found.values())
 
     def _make(self, call: Call) -> Any:
         file = self._locate(call)

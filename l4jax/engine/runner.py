@@ -28,7 +28,8 @@ from sharding import STRATEGIES, Layout, find_gpu_share, make_mesh, prepare_devi
 TILES = (1, 4)  # image tiles that are encoded in one call
 # What the letters of a product stand for; of those that are summed, the first may be cut.
 _AXES = {
-    **{"T": axes.TOKENS, "D": axes.WIDTH, "F": axes.HIDDEN, "c": axes.GATE_UP},
+    **{"T": axes.TOKENS, "R": axes.ROWS, "D": axes.WIDTH, "V": axes.VOCAB},
+    **{"F": axes.HIDDEN, "c": axes.GATE_UP},
     **{"K": axes.KV_HEADS, "J": axes.QUERIES_KV, "G": axes.QUERIES, "H": axes.HEAD_DIM},
 }
 CPU_POOL_BYTES = 2**28  # where nobody says otherwise: what a laptop can spare
@@ -220,6 +221,10 @@ class Runner:
                 self._run_loop(loop, rows, False)
             self._executables.compile_behind(prepare(True))
         jax.block_until_ready(self.pool)
+
+    def wait_for_compilers(self) -> None:
+        """Wait for what the warm-up left to be compiled while others are served."""
+        self._executables.wait()
 
     def _start_step(self, plan: Plan, is_adjusted: bool) -> "Flight":
         counts = [sum(run.stop - run.start for run in shard) for shard in plan.runs]

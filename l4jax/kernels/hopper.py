@@ -24,6 +24,7 @@ from l4jax.kernels.tiles import Tiles, choose_slots, choose_tiles
 # widens the weights anew.
 _MIXED = 32
 _FEW = 128  # tokens up to which a dense product is bound by reading its weights
+_TALL = 8  # rows to a column of a bfloat16 matrix, as of the head, that is better read by us
 _THREADS = 128  # of the thread block that takes a row
 _LAST = (((1,), (1,)), ((), ()))  # both sides are summed over their last axis
 
@@ -63,7 +64,8 @@ class Hopper:
         tokens = math.prod(x.shape[: len(x_left)])
         rows = math.prod(weight.shape[: len(w_left)])
         x_TU = x.reshape(tokens, -1)
-        if isinstance(weight, Quantized):
+        is_tall = rows >= _TALL * x_TU.shape[1] and tokens <= _FEW
+        if isinstance(weight, Quantized) or is_tall:
             y_TO = self._multiply_dense(x_TU, _reshape(weight, 1, rows))
         else:
             # In two axes each: of more that are summed over XLA writes the whole weight down anew,
@@ -73,9 +75,9 @@ class Hopper:
         order = [(x_left + w_left).index(letter) for letter in out]
         return y_TO.reshape(shape).transpose(order)
 
-    def _multiply_dense(self, x_TU: Array, weight_EOU: Quantized) -> Array:
-        """[T, O] of tokens and one quantized matrix."""
-        tokens, dtype = x_TU.shape[0], weight_EOU.data.dtype
+    def _multiply_dense(self, x_TU: Array, weight_EOU: Weight) -> Array:
+        """[T, O] of tokens and one matrix."""
+        tokens, dtype = x_TU.shape[0], _get_data(weight_EOU).dtype
         plan = self._plan(weight_EOU, tokens)
         if plan is None or tokens > _FEW:
             x_TU, x_scale_T = self._round(x_TU, None, dtype)

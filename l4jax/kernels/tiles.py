@@ -42,7 +42,7 @@ def choose_tiles(
     is_prompt = blocks * slots >= _PROMPT_SLOTS
     height, depth, width, multipliers = (_PROMPT if is_prompt else _DECODE)[bits]
     if rows % height or (slots > _REGISTER_SLOTS and multipliers > 2):
-        height, multipliers = 128, 2
+        height, multipliers = (128, 2) if rows % 128 == 0 else (64, 1)
     if columns % depth:
         depth = _LEAST_COLUMNS[bits]
     if rows % height or columns % depth or slots % 8:

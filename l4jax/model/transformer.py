@@ -14,7 +14,7 @@ from l4jax.cache import Batch, PagePool, Tables, make_pool
 from l4jax.config import Config, TextConfig
 from l4jax.kernels import Kernels
 from l4jax.model.attention import Attention, Positions
-from l4jax.model.layers import GatedMLP, RMSNorm, constrain, declare, project
+from l4jax.model.layers import GatedMLP, RMSNorm, constrain, declare
 from l4jax.model.moe import MixtureOfExperts
 from l4jax.model.vision import VisionTower
 
@@ -100,8 +100,8 @@ class Llama4(nn.Module):
 
     def find_logits(self, x_RD: Array) -> Array:
         """[R, V] float32 logits of hidden states [R, D]."""
-        logits_RV = project("RD,VD->RV", x_RD, self.head_VD).astype(jnp.float32)
-        return constrain(logits_RV, axes.ROWS, axes.VOCAB)
+        logits_RV = self.kernels.multiply("RD,VD->RV", x_RD, self.head_VD)
+        return constrain(logits_RV.astype(jnp.float32), axes.ROWS, axes.VOCAB)
 
 
 def declare_parameters(config: Config, dtype: Any) -> tuple[Parameters, Parameters]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -121,10 +120,9 @@ def test_a_second_engine_starts_without_lowering_and_draws_the_same(tmp_path, mo
     def start():
         return make_engine("scout-8-image", mesh, max_num_batched_tokens=16, max_num_seqs=1)
 
-    start().warm_up()
-    for thread in threading.enumerate():
-        if thread.name == "compiling":
-            thread.join()
+    engine = start()
+    engine.warm_up()
+    engine.runner.wait_for_compilers()
     engine = start()
     programs = engine.runner.programs
     known = {

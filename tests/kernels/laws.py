@@ -32,6 +32,7 @@ class Sizes:
 
     width: int
     hidden: int
+    vocab: int = 2112
     kv_heads: int = 2
     queries: int = 5
     head_dim: int = 128
@@ -119,6 +120,17 @@ def check_products(kernels: Any, form: str, tokens: int, sizes: Sizes) -> None:
         found = jax.jit(kernels.multiply, static_argnums=0)(subscripts, x, weight)
         wanted = formats.multiply(subscripts, *widen((x, weight)))
         assert_close(found, wanted, BOUND[form])
+
+
+def check_head(kernels: Any, tokens: int, sizes: Sizes) -> None:
+    """Logits equal their definition, of every word; twice the same."""
+    rng = np.random.default_rng(4)
+    x_RD = make_tokens(rng, tokens, sizes.width)
+    head_VD = make_weight(rng, "bfloat16", sizes.vocab, sizes.width)
+    run = jax.jit(kernels.multiply, static_argnums=0)
+    first, second = (np.asarray(run("RD,VD->RV", x_RD, head_VD), np.float32) for _ in range(2))
+    assert_close(first, formats.multiply("RD,VD->RV", *widen((x_RD, head_VD))), BOUND["bfloat16"])
+    np.testing.assert_array_equal(first, second)
 
 
 def make_pages(

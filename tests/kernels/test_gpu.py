@@ -9,7 +9,7 @@ from tests.kernels import laws
 pytestmark = pytest.mark.gpu
 
 SMALL = laws.Sizes(width=256, hidden=128)
-SCOUT = laws.Sizes(width=5120, hidden=8192, kv_heads=8, page=128)
+SCOUT = laws.Sizes(width=5120, hidden=8192, vocab=202048, kv_heads=8, page=128)
 SPREAD = {"64 tokens": 64, "a prompt": 1500}
 
 
@@ -40,6 +40,11 @@ def test_experts_of_many_tokens_equal_their_definition(kernels, form, tokens):
 @pytest.mark.parametrize("form", laws.FORMATS)
 def test_products_of_scout_equal_their_definition(kernels, form, tokens):
     laws.check_products(kernels, form, tokens, SCOUT)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 128])
+def test_logits_of_scout_equal_their_definition(kernels, tokens):
+    laws.check_head(kernels, tokens, SCOUT)
 
 
 @pytest.mark.parametrize("context", laws.make_contexts(SCOUT.page))

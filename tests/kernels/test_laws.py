@@ -41,6 +41,11 @@ def test_products_equal_their_definition(kernels, form, tokens):
     laws.check_products(kernels, form, tokens, SIZES)
 
 
+@pytest.mark.parametrize("tokens", [1, 13])
+def test_logits_equal_their_definition(kernels, tokens):
+    laws.check_head(kernels, tokens, SIZES)
+
+
 @pytest.mark.parametrize("context", laws.make_contexts(SIZES.page))
 @pytest.mark.parametrize("form", laws.PAGES)
 def test_attention_equals_its_definition(kernels, form, context):
