@@ -50,8 +50,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_portable_attention_equals_its_definition(name):
     case = make_case(*CASES[name])
-    wanted = np.asarray(reference.attend(**case))
-    found = np.asarray(jax.jit(portable.attend)(**case))
+    wanted = np.asarray(reference.attend_pages(**case))
+    found = np.asarray(jax.jit(portable.attend_pages)(**case))
     assert np.isfinite(wanted).all()
     np.testing.assert_allclose(found, wanted, atol=2e-6)
     assert (found[case["position_T"] < 0] == 0).all()
@@ -59,7 +59,7 @@ def test_portable_attention_equals_its_definition(name):
 
 def test_attention_equals_a_softmax_written_out():
     case = make_case([9, 6], [9, 2], 0)
-    found = np.asarray(reference.attend(**case))
+    found = np.asarray(reference.attend_pages(**case))
     k, v = (
         case[name][case["table_RB"]].swapaxes(1, 2).reshape(2, K, -1, H)
         for name in ("k_PKZH", "v_PKZH")

@@ -432,8 +432,9 @@ def make_kernels(kernels: Kernels, layout: Layout) -> Kernels:
 
     return Kernels(
         normalize=jax.jit(normalize, static_argnums=2),
-        store=jax.jit(local(kernels.store, (pool, pool, kv, kv, table, at, at), (pool, pool))),
-        attend=jax.jit(local(kernels.attend, (q, pool, pool, table, at, at), q)),
+        attend=jax.jit(
+            local(kernels.attend, (q, kv, kv, pool, pool, table, at, at), (q, pool, pool))
+        ),
         run_experts=jax.jit(run_experts),
         mix_experts=jax.jit(mix_experts),
         multiply=jax.jit(multiply, static_argnums=0),

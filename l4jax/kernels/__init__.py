@@ -17,8 +17,7 @@ class Kernels:
     of `formats.multiply`."""
 
     normalize: Callable[..., Array] = reference.normalize
-    store: Callable[..., tuple[Array, Array]] = reference.store
-    attend: Callable[..., Array] = reference.attend
+    attend: Callable[..., tuple[Array, Array, Array]] = reference.attend
     attend_all: Callable[..., Array] = reference.attend_all
     run_experts: Callable[..., Array] = reference.run_experts
     mix_experts: Callable[..., Array] = reference.mix_experts

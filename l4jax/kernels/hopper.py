@@ -267,17 +267,19 @@ class Hopper:
     def attend(
         self,
         q_TKGH: Array,
+        k_TKH: Array,
+        v_TKH: Array,
         k_PKZH: Array,
         v_PKZH: Array,
         table_RB: Array,
         row_T: Array,
         position_T: Array,
-    ) -> Array:
+    ) -> tuple[Array, Array, Array]:
         """`reference.attend`."""
-        where = (table_RB, row_T, position_T)
+        case = (q_TKGH, k_TKH, v_TKH, k_PKZH, v_PKZH, table_RB, row_T, position_T)
         if not pages.is_supported(q_TKGH, k_PKZH):
-            return portable.attend(q_TKGH, k_PKZH, v_PKZH, *where)
-        return pages.attend(q_TKGH, k_PKZH, v_PKZH, *where, sms=self.sms, interpret=self.interpret)
+            return portable.attend(*case)
+        return pages.attend(*case, sms=self.sms, interpret=self.interpret)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,8 @@
 The query heads of a kv head share its keys, so they are rows of one matrix: token by token, the
 heads of a token side by side. A tile is some of these rows, of one row of the step. In a decode
 step each token is a tile of its own, and where those are few the positions are cut as well, each
-part with its own softmax, to be joined afterwards.
+part with its own softmax, to be joined afterwards. Its key and value stand behind its queries in
+the tile, so that one array is all that is written before the pages; nobody reads what they attend.
 
 Pages in e4m3 are widened in shared memory, to float16 and not to bfloat16: the device converts to
 it in one instruction, it holds every e4m3, and queries and softmax lose nothing in it either.
@@ -24,7 +25,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from l4jax.kernels.blocks import count_registers, spread
 from l4jax.kernels.formats import FP8
-from l4jax.kernels.rows import join_rows
+from l4jax.kernels.reference import store
+from l4jax.kernels.rows import join_rows, store_rows
 
 _load: Any = plgpu.load  # whose parameters differ between versions of jax
 
@@ -49,11 +51,13 @@ def is_supported(q_TKGH: Array, k_PKZH: Array) -> bool:
     """Whether `attend` runs these shapes and dtypes."""
     page, head_dim = k_PKZH.shape[2:]
     is_known = q_TKGH.dtype == jnp.bfloat16 and k_PKZH.dtype in (jnp.bfloat16, FP8)
-    return is_known and head_dim == 128 and page in (64, 128) and q_TKGH.shape[2] <= _ROWS
+    return is_known and head_dim == 128 and page in (64, 128) and q_TKGH.shape[2] + 2 <= _ROWS
 
 
 def attend(
     q_TKGH: Array,
+    k_TKH: Array,
+    v_TKH: Array,
     k_PKZH: Array,
     v_PKZH: Array,
     table_RB: Array,
@@ -62,37 +66,53 @@ def attend(
     *,
     sms: int,
     interpret: Any = None,
-) -> Array:
+) -> tuple[Array, Array, Array]:
     """`reference.attend`, on a device with so many multiprocessors."""
     run = functools.partial(_attend_tiles, sms=sms, interpret=interpret)
-    pool = (k_PKZH, v_PKZH, table_RB)
+    where = (table_RB, row_T, position_T)
     tokens, kv_heads, heads, _ = q_TKGH.shape
     if tokens == table_RB.shape[0]:
+        x_TKUH = _join(q_TKGH, k_TKH, v_TKH)
+        k_PKZH, v_PKZH = store_rows(
+            x_TKUH, k_PKZH, v_PKZH, *where, heads=heads, interpret=interpret
+        )
         # As many parts as fill the device, but none of less than a page.
         splits = min(_MOST_SPLITS, 2 * sms // (kv_heads * tokens), table_RB.shape[1])
-        return _attend_each(q_TKGH, pool, row_T, position_T, max(1, splits), run)
+        pool = (k_PKZH, v_PKZH, table_RB)
+        y_TKGH = _attend_each(x_TKUH, pool, row_T, position_T, heads, max(1, splits), run)
+        return y_TKGH, k_PKZH, v_PKZH
+    k_PKZH, v_PKZH = store(k_PKZH, v_PKZH, k_TKH, v_TKH, *where)
     size = 2 * _ROWS
     plan, slot_TG = _cut(row_T, position_T, rows=table_RB.shape[0], heads=heads, size=size)
     q_XKH = q_TKGH.swapaxes(1, 2).reshape(tokens * heads, kv_heads, -1)
     row_IU = jnp.minimum(plan.first_I[:, None] + jnp.arange(size), tokens * heads - 1)
+    pool = (k_PKZH, v_PKZH, table_RB)
     out_IKUH, _ = run(q_XKH[row_IU].swapaxes(1, 2), *pool, plan, heads=heads, splits=1)
     out_TGKH = out_IKUH.swapaxes(1, 2).reshape(-1, kv_heads, q_TKGH.shape[-1])[slot_TG]
-    return jnp.where((position_T >= 0)[:, None, None, None], out_TGKH.swapaxes(1, 2), 0)
+    y_TKGH = jnp.where((position_T >= 0)[:, None, None, None], out_TGKH.swapaxes(1, 2), 0)
+    return y_TKGH, k_PKZH, v_PKZH
+
+
+def _join(q_TKGH: Array, k_TKH: Array, v_TKH: Array) -> Array:
+    """Of each token and kv head the queries, the key and the value, side by side: [T, K, U, H],
+    filled up to whole blocks of 8 rows."""
+    rows = (q_TKGH, k_TKH[:, :, None], v_TKH[:, :, None])
+    x_TKUH = jnp.concatenate(rows, axis=2)
+    return jnp.pad(x_TKUH, ((0, 0), (0, 0), (0, -x_TKUH.shape[2] % 8), (0, 0)))
 
 
 def _attend_each(
-    q_TKGH: Array, pool: Any, row_T: Array, position_T: Array, splits: int, run: Any
+    x_TKUH: Array, pool: Any, row_T: Array, position_T: Array, heads: int, splits: int, run: Any
 ) -> Array:
-    """A tile for each token."""
-    tokens, _, heads, _ = q_TKGH.shape
+    """A tile for each token, of whose rows the first `heads` are queries."""
+    tokens, kv_heads, _, head_dim = x_TKUH.shape
     at_T = jnp.arange(tokens, dtype=jnp.int32)
     plan = TilePlan(row_T, at_T * heads, position_T - at_T, position_T, position_T)
-    q_TKUH = jnp.pad(q_TKGH, ((0, 0), (0, 0), (0, -heads % 8), (0, 0)))
-    out, softmax = run(q_TKUH, *pool, plan, heads=heads, splits=splits)
+    out, softmax = run(x_TKUH, *pool, plan, heads=heads, splits=splits)
     if splits == 1:
         return out[:, :, :heads]
     joined = join_rows(out, *softmax, heads=heads, interpret=run.keywords["interpret"])
-    return joined.reshape(q_TKGH.shape)
+    return joined.reshape(tokens, kv_heads, heads, head_dim)
 
 
 def _cut(

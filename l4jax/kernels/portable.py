@@ -3,15 +3,33 @@
 import jax.numpy as jnp
 from jax import Array, lax
 
+from l4jax.kernels.reference import store
+
 _TOKENS = 64  # of one row, attended together
 _POSITIONS = 256  # of the cache, read together
 
 
 def attend(
+    q_TKGH: Array,
+    k_TKH: Array,
+    v_TKH: Array,
+    k_PKZH: Array,
+    v_PKZH: Array,
+    table_RB: Array,
+    row_T: Array,
+    position_T: Array,
+) -> tuple[Array, Array, Array]:
+    """`reference.attend`."""
+    where = (table_RB, row_T, position_T)
+    k_PKZH, v_PKZH = store(k_PKZH, v_PKZH, k_TKH, v_TKH, *where)
+    return attend_pages(q_TKGH, k_PKZH, v_PKZH, *where), k_PKZH, v_PKZH
+
+
+def attend_pages(
     q_TKGH: Array, k_PKZH: Array, v_PKZH: Array, table_RB: Array, row_T: Array, position_T: Array
 ) -> Array:
-    """`reference.attend`, blocked: a softmax carried over blocks of pages, as many as the longest
-    row has.
+    """`reference.attend_pages`, blocked: a softmax carried over blocks of pages, as many as the
+    longest row has.
 
     The tokens are cut into items: up to 64 neighbors of one row, which read that row's pages once.
     In a decode step every token is an item of its own.

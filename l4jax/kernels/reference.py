@@ -18,6 +18,26 @@ def normalize(x_TD: Array, scale_D: Array, eps: float) -> Array:
     return (x32_TD * jax.lax.rsqrt(mean_square_T1 + eps)).astype(x_TD.dtype) * scale_D
 
 
+def attend(
+    q_TKGH: Array,
+    k_TKH: Array,
+    v_TKH: Array,
+    k_PKZH: Array,
+    v_PKZH: Array,
+    table_RB: Array,
+    row_T: Array,
+    position_T: Array,
+) -> tuple[Array, Array, Array]:
+    """Store this step's keys and values, then attend: see `store` and `attend_pages`.
+
+    Returns:
+        What `attend_pages` returns, and the pool's arrays with the writes done.
+    """
+    where = (table_RB, row_T, position_T)
+    k_PKZH, v_PKZH = store(k_PKZH, v_PKZH, k_TKH, v_TKH, *where)
+    return attend_pages(q_TKGH, k_PKZH, v_PKZH, *where), k_PKZH, v_PKZH
+
+
 def store(
     k_PKZH: Array,
     v_PKZH: Array,
@@ -46,7 +66,7 @@ def store(
     return k_PKZH, v_PKZH
 
 
-def attend(
+def attend_pages(
     q_TKGH: Array, k_PKZH: Array, v_PKZH: Array, table_RB: Array, row_T: Array, position_T: Array
 ) -> Array:
     """Causal attention of each token over the cached positions 0 .. its own of its row.

@@ -88,8 +88,7 @@ class Attention(nn.Module):
             k_scale, v_scale = (scale.astype(x_TD.dtype) for scale in scales)
             k_TKH, v_TKH, q_TKGH = k_TKH / k_scale, v_TKH / v_scale, q_TKGH * k_scale
         where = (positions.table_RB, positions.row_T, positions.position_T)
-        k_PKZH, v_PKZH = self.kernels.store(k_PKZH, v_PKZH, k_TKH, v_TKH, *where)
-        y_TKGH = self.kernels.attend(q_TKGH, k_PKZH, v_PKZH, *where)
+        y_TKGH, k_PKZH, v_PKZH = self.kernels.attend(q_TKGH, k_TKH, v_TKH, k_PKZH, v_PKZH, *where)
         if scales is not None:
             y_TKGH = y_TKGH * scales[1].astype(x_TD.dtype)
         y_TD = self.kernels.multiply("TKGH,DKGH->TD", y_TKGH, out_DKGH)

@@ -1,9 +1,9 @@
 """Kernels for training: whole documents in one step, nothing cached.
 
-The model is that of `l4jax.model`; only what it calls differs. Its pool is the step's own tokens:
-`store` hands on their keys and values, and `attend` attends within the rows that
-`l4jax.train.batches` packs. A table of B columns says that its layers see B blocks of `chunk`
-tokens together; its entries name the run that begins what a run belongs to.
+The model is that of `l4jax.model`; only what it calls differs. `attend` sees the step's own keys
+and values and no pool, within the rows that `l4jax.train.batches` packs. A table of B columns says
+that its layers see B blocks of `chunk` tokens together; its entries name the run that begins what a
+run belongs to.
 """
 
 import dataclasses
@@ -27,7 +27,6 @@ def make_training_kernels(chunk: int, attention: str = "xla") -> Kernels:
         attention: what computes it, "xla" anywhere or "cudnn" on a GPU, in bfloat16 alone.
     """
     return Kernels(
-        store=store,
         attend=functools.partial(attend, chunk=chunk, attention=attention),
         attend_all=functools.partial(_attend_all, attention=attention),
         run_experts=reference.run_experts,
@@ -46,16 +45,9 @@ def make_lean_kernels(chunk: int, attention: str = "xla") -> Kernels:
 
 
 def make_no_pool(config: TextConfig) -> PagePool:
-    """What stands in a pool's place: `store` looks at none of it."""
+    """What stands in a pool's place: `attend` looks at none of it."""
     nothing = tuple(jnp.zeros(()) for _ in range(count_arrays(config)))
     return PagePool(nothing, nothing)
-
-
-def store(
-    k_before: Array, v_before: Array, k_TKH: Array, v_TKH: Array, *where: Array
-) -> tuple[Array, Array]:
-    """The step's own keys and values, in place of those that a pool would hold."""
-    return k_TKH, v_TKH
 
 
 def _attend_all(q_IPNH: Array, k_IPNH: Array, v_IPNH: Array, *, attention: str) -> Array:
@@ -78,13 +70,15 @@ def attend(
     q_TKGH: Array,
     k_TKH: Array,
     v_TKH: Array,
+    k_pool: Array,
+    v_pool: Array,
     table_RB: Array,
     row_T: Array,
     position_T: Array,
     *,
     chunk: int,
     attention: Any = "xla",
-) -> Array:
+) -> tuple[Array, Array, Array]:
     """Causal attention of each token within its own document, or its own chunk of it.
 
     The tokens are cut into spans of B * chunk, those that a row of the batch (a global layer) or a
@@ -93,7 +87,8 @@ def attend(
 
     Args:
         q_TKGH: queries, G heads to each kv head.
-        k_TKH, v_TKH: what `store` returned.
+        k_TKH, v_TKH: keys and values.
+        k_pool, v_pool: of `make_no_pool`, returned as they are.
         table_RB: the first run of each run's document (or the run itself), in every column.
         row_T: int32 run of each token.
         position_T: int32; -1 is padding.
@@ -114,4 +109,4 @@ def attend(
         mask=is_visible_NSs[:, None],
         implementation=attention,
     )
-    return y_NShH.reshape(tokens, kv_heads, queries, head_dim)
+    return y_NShH.reshape(q_TKGH.shape), k_pool, v_pool

@@ -141,25 +141,29 @@ def make_pages(
     sizes: Sizes,
     dtype: Any,
 ) -> dict[str, Any]:
-    """Rows of `lengths` positions on shuffled pages, the last `news` of them this step's; nan
-    where no row has written."""
+    """Rows of `lengths` positions on shuffled pages, and the last `news` of them this step's, not
+    yet stored; nan where no row has written. Of this step's keys and values some are beyond what
+    e4m3 holds."""
     s, rows = sizes, len(lengths)
     width = 1 + max(-(-length // s.page) for length in lengths)
     table_RB = rng.permutation(rows * width + 3)[: rows * width].reshape(rows, width)
     shape = (rows * width + 3, s.kv_heads, s.page, s.head_dim)
     k_PKZH, v_PKZH = (np.full(shape, np.nan, np.float32) for _ in "kv")
-    for row, length in enumerate(lengths):
+    for row, (length, new) in enumerate(zip(lengths, news, strict=True)):
         for pages in (k_PKZH, v_PKZH):
             for block, page in enumerate(table_RB[row]):
-                live = max(0, min(s.page, length - block * s.page))
+                live = max(0, min(s.page, length - new - block * s.page))
                 size = (s.kv_heads, live, s.head_dim)
                 pages[page, :, :live] = rng.standard_normal(size, np.float32)
     runs = [np.arange(length - new, length) for length, new in zip(lengths, news, strict=True)]
     row_T = np.concatenate([np.full(new, row) for row, new in enumerate(news)])
     position_T = np.concatenate(runs)
     tokens = len(row_T) + padding
+    k_TKH, v_TKH = (make_tokens(rng, tokens, s.kv_heads, s.head_dim) for _ in "kv")
     return {
         "q_TKGH": make_tokens(rng, tokens, s.kv_heads, s.queries, s.head_dim),
+        "k_TKH": k_TKH.at[0, :, 0].set(1000),
+        "v_TKH": v_TKH.at[0, :, 1].set(-1000),
         "k_PKZH": jnp.asarray(k_PKZH, dtype),
         "v_PKZH": jnp.asarray(v_PKZH, dtype),
         "table_RB": jnp.asarray(table_RB, jnp.int32),
@@ -182,12 +186,21 @@ def make_contexts(page: int) -> dict[str, tuple[list[int], list[int], int]]:
 
 
 def check_attention(kernels: Any, form: str, context: str, sizes: Sizes) -> None:
-    """Attention equals its definition on a poisoned pool, and gives zeros to padding."""
+    """A step's keys and values are stored where the definition stores them, in a poisoned pool of
+    which nothing else changes; attention equals its definition, and gives zeros to padding."""
     rows = make_contexts(sizes.page)[context]
     case = make_pages(np.random.default_rng(2), *rows, sizes, PAGES[form])
-    first, second = (np.asarray(jax.jit(kernels.attend)(**case), np.float32) for _ in range(2))
+    (first, *pool), (second, *_) = (jax.jit(kernels.attend)(**case) for _ in range(2))
+    q_TKGH, where = case["q_TKGH"], [case[name] for name in ("table_RB", "row_T", "position_T")]
+    stored = reference.store(
+        *(case[name] for name in ("k_PKZH", "v_PKZH", "k_TKH", "v_TKH")), *where
+    )
+    for pages, wanted in zip(pool, stored, strict=True):
+        assert pages.dtype == wanted.dtype
+        np.testing.assert_array_equal(*(np.asarray(x).view(np.uint8) for x in (pages, wanted)))
+    first, second = (np.asarray(y, np.float32) for y in (first, second))
     is_real_T = np.asarray(case["position_T"]) >= 0
     assert (first[~is_real_T] == 0).all()
-    wanted = np.asarray(reference.attend(**widen(case)))
+    wanted = np.asarray(reference.attend_pages(*widen((q_TKGH, *stored, *where))))
     assert_close(first[is_real_T], wanted[is_real_T], BOUND["bfloat16"])
     np.testing.assert_array_equal(first, second)
