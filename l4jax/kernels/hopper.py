@@ -24,7 +24,7 @@ from l4jax.kernels.tiles import Tiles, choose_slots, choose_tiles
 # widens the weights anew.
 _MIXED = 32
 _FEW = 128  # tokens up to which a dense product is bound by reading its weights
-_THREADS = 128  # of the thread block that takes a row
+_THREADS = 128  # of a warpgroup: what a row is a multiple of
 _LAST = (((1,), (1,)), ((), ()))  # both sides are summed over their last axis
 
 

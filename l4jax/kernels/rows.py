@@ -3,12 +3,12 @@
 A row is read once, stays in registers, and is written once. Plain XLA makes two or three launches
 of the same, and in a decode step of one token a launch costs more than what it does.
 
-So few rows leave the device empty, and what costs is waiting. Hence several warpgroups share a
-row, a part each, and where nothing is joined over the row a part is a thread block of its own. Of
-a part each warp has a line: in memory a row is [parts, 4, elements].
+So few rows leave the device empty, and what costs is waiting. Hence a row is cut into shares: each
+has a warpgroup of its own in the row's thread block or, where nothing is joined over the row, even
+a thread block of its own. Of a share each warp has a line.
 
-Letters here: S slots, O what the product before gave, U what the one behind it joins, W the warps
-of a warpgroup, L elements of a line.
+Letters here: S slots, O what the product before gave, U what the one behind it joins, W warps of a
+warpgroup, L elements of a line.
 """
 
 import functools
@@ -27,7 +27,7 @@ from l4jax.kernels.formats import FP8, FP8_MAX
 _load: Any = plgpu.load  # whose parameters differ between versions of jax
 
 _WARPS = 4  # of a warpgroup
-_MOST_PARTS = 5  # of a row: each warp reads what every other one found
+_MOST_SHARES = 5  # of a row: each warp reads what every other one found
 _VECTOR = 8  # elements that a thread reads at once: of bfloat16 16 bytes, and none reads more
 
 
@@ -37,12 +37,12 @@ def normalize_rows(x_TU: Array, scale_U: Array, *, eps: float, interpret: Any = 
     rows, width = x_TU.shape
 
     def norm_body(x: Any, scale: Any, out: Any, **meeting: Any) -> None:
-        row, part = lax.axis_index("row"), lax.axis_index("part")
-        found, weight = _read(x.at[row, part]), _read(scale.at[part])
-        total = _join(jnp.sum(found * found, axis=1), jnp.add, part, **meeting)
+        row, share = lax.axis_index("row"), lax.axis_index("share")
+        found, weight = _read(x.at[row, share]), _read(scale.at[share])
+        total = _join(jnp.sum(found * found, axis=1), jnp.add, share, **meeting)
         # Rounded before the weight as behind it, as the definition is.
         normed = (found * lax.rsqrt(total * (1 / width) + eps)).astype(jnp.bfloat16)
-        out[row, part] = (normed.astype(jnp.float32) * weight).astype(out.dtype)
+        out[row, share] = (normed.astype(jnp.float32) * weight).astype(out.dtype)
 
     cut = _cut(width)
     operands = x_TU.reshape(rows, *cut), scale_U.reshape(cut)
@@ -65,15 +65,15 @@ def round_rows(
 
     def round_body(x: Any, token: Any, *refs: Any, **meeting: Any) -> None:
         *gate, out, scale = refs
-        row, part = lax.axis_index("row"), lax.axis_index("part")
+        row, share = lax.axis_index("row"), lax.axis_index("share")
         mine = token[row]
-        found = _read(x.at[mine, part])
+        found = _read(x.at[mine, share])
         if gate:
             # The gate and what it scales are bfloat16 in the model.
             factor = jnp.where(row < plain, 1.0, gate[0][mine])
             factor = factor.astype(jnp.bfloat16).astype(jnp.float32)
             found = (found * factor).astype(jnp.bfloat16).astype(jnp.float32)
-        _write_rounded(found, out, scale, row, part, **meeting)
+        _write_rounded(found, out, scale, row, share, **meeting)
 
     operands = x_TU.reshape(tokens, *_cut(width)), token_S, *gates
     return _launch(
@@ -103,37 +103,36 @@ def activate_rows(
     """
     parts, slots, outs = parts_PSO.shape
     half = outs // 2
-    scales = [scale for scale in (scale_S, scale_O) if scale is not None]
+    cut = _cut(half)
+    scales = [] if scale_S is None else [scale_S]
+    if scale_O is not None:
+        scales.append(scale_O.reshape(2, *cut))
 
     def activate_body(x: Any, *refs: Any, **meeting: Any) -> None:
-        row, part = lax.axis_index("row"), lax.axis_index("part")
+        row, share = lax.axis_index("row"), lax.axis_index("share")
         factors, to = list(refs[: len(scales)]), refs[len(scales) :]
         of_slot = factors.pop(0)[row] if scale_S is not None else None
-        # All that is read is under way before any of it is needed.
-        found = [[_read(x.at[p, row, which, part]) for p in range(parts)] for which in range(2)]
-        weights = [_read(factors[0].at[which, part]) for which in range(2)] if factors else None
 
-        def add(which: int) -> Array:
-            total = functools.reduce(jnp.add, found[which])
+        def read(which: int) -> Array:
+            total = _read(x.at[0, row, which, share])
+            for at in range(1, parts):
+                total += _read(x.at[at, row, which, share])
             if of_slot is not None:
                 total *= of_slot
-            return total if weights is None else total * weights[which]
+            return total * _read(factors[0].at[which, share]) if factors else total
 
-        gate, up = add(0), add(1)
+        gate, up = read(0), read(1)  # both under way before any of it is needed
         # Rounded once to bfloat16, as the product of other kernels is.
         hidden = (gate * (1 / (1 + jnp.exp(-gate))) * up).astype(jnp.bfloat16)
         if is_rounded:
-            _write_rounded(hidden.astype(jnp.float32), to[0], to[1], row, part, **meeting)
+            _write_rounded(hidden.astype(jnp.float32), to[0], to[1], row, share, **meeting)
         else:
-            to[0][row, part] = hidden
+            to[0][row, share] = hidden
 
-    cut = _cut(half)
-    operands = [parts_PSO.reshape(parts, slots, 2, *cut)]
-    operands += [] if scale_S is None else [scale_S]
-    operands += [] if scale_O is None else [scale_O.reshape(2, *cut)]
     return _launch(
         activate_body,
-        *operands,
+        parts_PSO.reshape(parts, slots, 2, *cut),
+        *scales,
         rows=slots,
         width=half,
         is_joined=is_rounded,
@@ -160,7 +159,7 @@ def join_rows(
     count, tokens, kv_heads, _, head_dim = parts.shape
 
     def join_body(part: Any, peak: Any, total: Any, out: Any) -> None:
-        row, mine = lax.axis_index("row"), lax.axis_index("part")
+        row, mine = lax.axis_index("row"), lax.axis_index("share")
         head, at = lax.rem(row, heads), lax.div(row, heads)
         here = lax.div(at, kv_heads), lax.rem(at, kv_heads), head
         found = [_read(part.at[p, *here, mine]) for p in range(count)]
@@ -179,15 +178,15 @@ def join_rows(
 
 
 def _cut(width: int) -> tuple[int, int, int]:
-    """How a row lies: parts, the lines of each, and the elements of these. As many parts as leave
+    """The shares of a row, the lines of a share and the elements of a line. As many shares as leave
     each thread something to read at full width."""
     full = _WARPS * 32 * _VECTOR
-    parts = max((n for n in range(2, _MOST_PARTS + 1) if width % (n * full) == 0), default=1)
-    return parts, _WARPS, width // (parts * _WARPS)
+    shares = max((n for n in range(2, _MOST_SHARES + 1) if width % (n * full) == 0), default=1)
+    return shares, _WARPS, width // (shares * _WARPS)
 
 
 def _read(ref: Any) -> Array:
-    """A part of a row, [W, L] in float32."""
+    """A share of a row, [W, L] in float32."""
     vector = math.gcd(ref.shape[-1] // 32, _VECTOR)
     layout = plgpu.Layout.TILED(
         plgpu.Tiling(((_WARPS, 32 * vector), (vector,))),
@@ -198,30 +197,33 @@ def _read(ref: Any) -> Array:
     return _load(ref, layout=layout, optimized=False).astype(jnp.float32)
 
 
-def _join(found_W: Array, join: Any, part: Any, *, found_smem: Any, met: Any) -> Any:
-    """What each warp found in its line, joined over the row; once in a kernel. No sum may go over
-    warps otherwise: those of Pallas would meet in memory that all warpgroups have in common."""
-    found_smem[part] = found_W
+def _join(found_W: Array, join: Any, share: Any, *, found_smem: Any, met: Any) -> Any:
+    """What each warp found in its line, joined over the row; once in a kernel.
+
+    Nothing else may be joined over warps: Pallas would do it in shared memory that it gives to all
+    warpgroups alike.
+    """
+    found_smem[share] = found_W
     plgpu.barrier_arrive(met)
     plgpu.barrier_wait(met)
-    parts, warps = found_smem.shape
-    found = [found_smem[at, warp] for at in range(parts) for warp in range(warps)]
-    while len(found) > 1:  # in pairs, as a chain would wait for each
+    shares, warps = found_smem.shape
+    found = [found_smem[at, warp] for at in range(shares) for warp in range(warps)]
+    while len(found) > 1:  # in pairs: in a chain each would wait for the one before
         pairs = itertools.zip_longest(found[::2], found[1::2])
         found = [one if other is None else join(one, other) for one, other in pairs]
     return found[0]
 
 
-def _write_rounded(x_WL: Array, out: Any, scale: Any, row: Any, part: Any, **meeting: Any) -> None:
-    largest = _join(jnp.max(jnp.abs(x_WL), axis=1), jnp.maximum, part, **meeting)
-    # A division by each element would take longer than all else. So small that its reciprocal is
-    # infinite no scale may be.
+def _write_rounded(x_WL: Array, out: Any, scale: Any, row: Any, share: Any, **meeting: Any) -> None:
+    largest = _join(jnp.max(jnp.abs(x_WL), axis=1), jnp.maximum, share, **meeting)
+    # Divided once and not for each element, which takes longer than all else here; so no scale may
+    # be too small for its reciprocal.
     factor = jnp.maximum(largest * (1 / FP8_MAX), jnp.finfo(jnp.float32).tiny)
     factor = jnp.where(largest > 0, factor, 1.0)
-    # Nothing is to be clipped: what is a little more than the largest is rounded to it.
-    out[row, part] = (x_WL * (1 / factor)).astype(FP8)
+    # Nothing is clipped: what came out a little above the largest e4m3 is rounded to it.
+    out[row, share] = (x_WL * (1 / factor)).astype(FP8)
 
-    @pl.when(part == 0)
+    @pl.when(share == 0)
     def _() -> None:
         scale[row] = factor
 
@@ -235,19 +237,19 @@ def _launch(
     is_rounded: bool = False,
     interpret: Any,
 ) -> Any:
-    """The body on each part of each row. What is joined over a row has warpgroups for its parts,
-    and where to meet."""
+    """The body on each share of each row. What is joined over a row has warpgroups for its shares,
+    and where these meet."""
     cut = _cut(width)
     out_types = [jax.ShapeDtypeStruct((rows, *cut), FP8 if is_rounded else jnp.bfloat16)]
     if is_rounded:
         out_types.append(jax.ShapeDtypeStruct((rows,), jnp.float32))
-    shares: Any = dict(grid=(rows, cut[0]), grid_names=("row", "part"))
+    launch: Any = dict(grid=(rows, cut[0]), grid_names=("row", "share"))
     if is_joined:
-        shares = dict(
+        launch = dict(
             grid=(rows,),
             grid_names=("row",),
             num_threads=cut[0],
-            thread_name="part",
+            thread_name="share",
             scratch_types=dict(
                 found_smem=plgpu.SMEM(cut[:2], jnp.float32),
                 met=plgpu.Barrier(num_arrivals=cut[0]),
@@ -262,7 +264,7 @@ def _launch(
             unsafe_no_auto_barriers=True,
         ),
         interpret=interpret,
-        **shares,
+        **launch,
     )
     found, *scales = kernel(*operands)
     found = found.reshape(rows, width)
