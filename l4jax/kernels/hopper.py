@@ -25,7 +25,7 @@ from l4jax.kernels.tiles import Tiles, choose_slots, choose_tiles
 _MIXED = 32
 _FEW = 128  # tokens up to which a dense product is bound by reading its weights
 _TALL = 8  # rows to a column of a bfloat16 matrix, as of the head, that is better read by us
-_THREADS = 128  # of the thread block that takes a row
+_THREADS = 128  # of a warpgroup: what a row is a multiple of
 _LAST = (((1,), (1,)), ((), ()))  # both sides are summed over their last axis
 
 

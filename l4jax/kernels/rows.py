@@ -3,10 +3,17 @@
 A row is read once, stays in registers, and is written once. Plain XLA makes two or three launches
 of the same, and in a decode step of one token a launch costs more than what it does.
 
-Letters here: S slots, O what the product before gave, U what the one behind it joins.
+So few rows leave the device empty, and what costs is waiting. Hence a row is cut into shares: each
+has a warpgroup of its own in the row's thread block or, where nothing is joined over the row, even
+a thread block of its own. Of a share each warp has a line.
+
+Letters here: S slots, O what the product before gave, U what the one behind it joins, W warps of a
+warpgroup, L elements of a line.
 """
 
 import functools
+import itertools
+import math
 from typing import Any
 
 import jax
@@ -17,21 +24,29 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from l4jax.kernels.formats import FP8, FP8_MAX, narrow
 
+_load: Any = plgpu.load  # whose parameters differ between versions of jax
+
+_WARPS = 4  # of a warpgroup
+_MOST_SHARES = 5  # of a row: each warp reads what every other one found
+_VECTOR = 8  # elements that a thread reads at once: of bfloat16 16 bytes, and none reads more
+
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
 def normalize_rows(x_TU: Array, scale_U: Array, *, eps: float, interpret: Any = None) -> Array:
     """`reference.normalize` of bfloat16."""
+    rows, width = x_TU.shape
 
-    def norm_body(x: Any, scale: Any, out: Any) -> None:
-        row = lax.axis_index("row")
-        found = x[row].astype(jnp.float32)
-        mean_square = jnp.sum(found * found) / found.shape[0]
+    def norm_body(x: Any, scale: Any, out: Any, **meeting: Any) -> None:
+        row, share = lax.axis_index("row"), lax.axis_index("share")
+        found, weight = _read(x.at[row, share]), _read(scale.at[share])
+        total = _join(jnp.sum(found * found, axis=1), jnp.add, share, **meeting)
         # Rounded before the weight as behind it, as the definition is.
-        normed = (found * lax.rsqrt(mean_square + eps)).astype(jnp.bfloat16)
-        out[row] = (normed.astype(jnp.float32) * scale[...].astype(jnp.float32)).astype(out.dtype)
+        normed = (found * lax.rsqrt(total * (1 / width) + eps)).astype(jnp.bfloat16)
+        out[row, share] = (normed.astype(jnp.float32) * weight).astype(out.dtype)
 
-    sizes = {"rows": x_TU.shape[0], "width": x_TU.shape[1]}
-    return _launch(norm_body, x_TU, scale_U, **sizes, is_rounded=False, interpret=interpret)
+    cut = _cut(width)
+    operands = x_TU.reshape(rows, *cut), scale_U.reshape(cut)
+    return _launch(norm_body, *operands, rows=rows, width=width, interpret=interpret)
 
 
 @functools.partial(jax.jit, static_argnames=("plain", "interpret"))
@@ -46,21 +61,24 @@ def round_rows(
     """`formats.quantize_tokens` of the token of each slot, times its gate where there are any: e4m3
     [S, U] and float32 scales [S]. The first `plain` slots take their tokens as they are."""
     gates = () if gate_T is None else (gate_T,)
+    tokens, width = x_TU.shape
 
-    def round_body(x: Any, token: Any, *refs: Any) -> None:
+    def round_body(x: Any, token: Any, *refs: Any, **meeting: Any) -> None:
         *gate, out, scale = refs
-        row = lax.axis_index("row")
+        row, share = lax.axis_index("row"), lax.axis_index("share")
         mine = token[row]
-        found = x[mine].astype(jnp.float32)
+        found = _read(x.at[mine, share])
         if gate:
             # The gate and what it scales are bfloat16 in the model.
             factor = jnp.where(row < plain, 1.0, gate[0][mine])
             factor = factor.astype(jnp.bfloat16).astype(jnp.float32)
             found = (found * factor).astype(jnp.bfloat16).astype(jnp.float32)
-        _write_rounded(found, out, scale, row)
+        _write_rounded(found, out, scale, row, share, **meeting)
 
-    sizes = {"rows": token_S.shape[0], "width": x_TU.shape[1]}
-    return _launch(round_body, x_TU, token_S, *gates, **sizes, is_rounded=True, interpret=interpret)
+    operands = x_TU.reshape(tokens, *_cut(width)), token_S, *gates
+    return _launch(
+        round_body, *operands, rows=len(token_S), width=width, is_rounded=True, interpret=interpret
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("is_rounded", "interpret"))
@@ -85,33 +103,41 @@ def activate_rows(
     """
     parts, slots, outs = parts_PSO.shape
     half = outs // 2
-    scales = [scale for scale in (scale_S, scale_O) if scale is not None]
+    cut = _cut(half)
+    scales = [] if scale_S is None else [scale_S]
+    if scale_O is not None:
+        scales.append(scale_O.reshape(2, *cut))
 
-    def activate_body(x: Any, *refs: Any) -> None:
-        row = lax.axis_index("row")
+    def activate_body(x: Any, *refs: Any, **meeting: Any) -> None:
+        row, share = lax.axis_index("row"), lax.axis_index("share")
         factors, to = list(refs[: len(scales)]), refs[len(scales) :]
         of_slot = factors.pop(0)[row] if scale_S is not None else None
 
-        def read(at: int) -> Array:
-            here = pl.ds(at * half, half)
-            total = x[0, row, here].astype(jnp.float32)
-            for part in range(1, parts):
-                total += x[part, row, here].astype(jnp.float32)
+        def read(which: int) -> Array:
+            total = _read(x.at[0, row, which, share])
+            for at in range(1, parts):
+                total += _read(x.at[at, row, which, share])
             if of_slot is not None:
                 total *= of_slot
-            return total * factors[0][here] if factors else total
+            return total * _read(factors[0].at[which, share]) if factors else total
 
-        gate = read(0)
+        gate, up = read(0), read(1)  # both under way before any of it is needed
         # Rounded once to bfloat16, as the product of other kernels is.
-        found = (gate / (1 + jnp.exp(-gate)) * read(1)).astype(jnp.bfloat16)
+        hidden = (gate * (1 / (1 + jnp.exp(-gate))) * up).astype(jnp.bfloat16)
         if is_rounded:
-            _write_rounded(found.astype(jnp.float32), to[0], to[1], row)
+            _write_rounded(hidden.astype(jnp.float32), to[0], to[1], row, share, **meeting)
         else:
-            to[0][row] = found
+            to[0][row, share] = hidden
 
-    sizes = {"rows": slots, "width": half}
     return _launch(
-        activate_body, parts_PSO, *scales, **sizes, is_rounded=is_rounded, interpret=interpret
+        activate_body,
+        parts_PSO.reshape(parts, slots, 2, *cut),
+        *scales,
+        rows=slots,
+        width=half,
+        is_joined=is_rounded,
+        is_rounded=is_rounded,
+        interpret=interpret,
     )
 
 
@@ -177,41 +203,113 @@ def join_rows(
     count, tokens, kv_heads, _, head_dim = parts.shape
 
     def join_body(part: Any, peak: Any, total: Any, out: Any) -> None:
-        row = lax.axis_index("row")
+        row, mine = lax.axis_index("row"), lax.axis_index("share")
         head, at = lax.rem(row, heads), lax.div(row, heads)
         here = lax.div(at, kv_heads), lax.rem(at, kv_heads), head
-        found = [peak[p, *here] for p in range(count)]
-        top = functools.reduce(jnp.maximum, found)
-        weights = [jnp.exp2(x - top) for x in found]
+        found = [_read(part.at[p, *here, mine]) for p in range(count)]
+        highest = [peak[p, *here] for p in range(count)]
+        top = functools.reduce(jnp.maximum, highest)
+        weights = [jnp.exp2(x - top) for x in highest]
         whole = sum(w * total[p, *here] for p, w in enumerate(weights))
-        joined = sum(w * part[p, *here] for p, w in enumerate(weights))
-        out[row] = (joined / jnp.maximum(whole, 1e-30)).astype(jnp.bfloat16)
+        joined = sum(w * x for w, x in zip(weights, found, strict=True))
+        out[row, mine] = (joined / jnp.maximum(whole, 1e-30)).astype(jnp.bfloat16)
 
-    sizes = {"rows": tokens * kv_heads * heads, "width": head_dim}
-    return _launch(join_body, parts, peaks, totals, **sizes, is_rounded=False, interpret=interpret)
+    rows = tokens * kv_heads * heads
+    operands = parts.reshape(*parts.shape[:-1], *_cut(head_dim)), peaks, totals
+    return _launch(
+        join_body, *operands, rows=rows, width=head_dim, is_joined=False, interpret=interpret
+    )
 
 
-def _write_rounded(x_U: Array, out: Any, scale: Any, row: Any) -> None:
-    largest = jnp.max(jnp.abs(x_U))
-    factor = jnp.where(largest > 0, largest / FP8_MAX, 1.0)
-    out[row] = jnp.clip(x_U / factor, -FP8_MAX, FP8_MAX).astype(FP8)
-    scale[row] = factor
+def _cut(width: int) -> tuple[int, int, int]:
+    """The shares of a row, the lines of a share and the elements of a line. As many shares as leave
+    each thread something to read at full width."""
+    full = _WARPS * 32 * _VECTOR
+    shares = max((n for n in range(2, _MOST_SHARES + 1) if width % (n * full) == 0), default=1)
+    return shares, _WARPS, width // (shares * _WARPS)
+
+
+def _read(ref: Any) -> Array:
+    """A share of a row, [W, L] in float32."""
+    vector = math.gcd(ref.shape[-1] // 32, _VECTOR)
+    layout = plgpu.Layout.TILED(
+        plgpu.Tiling(((_WARPS, 32 * vector), (vector,))),
+        warp_dims=(-3,),
+        lane_dims=(-2,),
+        vector_dim=-1,
+    )
+    return _load(ref, layout=layout, optimized=False).astype(jnp.float32)
+
+
+def _join(found_W: Array, join: Any, share: Any, *, found_smem: Any, met: Any) -> Any:
+    """What each warp found in its line, joined over the row; once in a kernel.
+
+    Nothing else may be joined over warps: Pallas would do it in shared memory that it gives to all
+    warpgroups alike.
+    """
+    found_smem[share] = found_W
+    plgpu.barrier_arrive(met)
+    plgpu.barrier_wait(met)
+    shares, warps = found_smem.shape
+    found = [found_smem[at, warp] for at in range(shares) for warp in range(warps)]
+    while len(found) > 1:  # in pairs: in a chain each would wait for the one before
+        pairs = itertools.zip_longest(found[::2], found[1::2])
+        found = [one if other is None else join(one, other) for one, other in pairs]
+    return found[0]
+
+
+def _write_rounded(x_WL: Array, out: Any, scale: Any, row: Any, share: Any, **meeting: Any) -> None:
+    largest = _join(jnp.max(jnp.abs(x_WL), axis=1), jnp.maximum, share, **meeting)
+    # Divided once and not for each element, which takes longer than all else here; so no scale may
+    # be too small for its reciprocal.
+    factor = jnp.maximum(largest * (1 / FP8_MAX), jnp.finfo(jnp.float32).tiny)
+    factor = jnp.where(largest > 0, factor, 1.0)
+    # Nothing is clipped: what came out a little above the largest e4m3 is rounded to it.
+    out[row, share] = (x_WL * (1 / factor)).astype(FP8)
+
+    @pl.when(share == 0)
+    def _() -> None:
+        scale[row] = factor
 
 
 def _launch(
-    body: Any, *operands: Array, rows: int, width: int, is_rounded: bool, interpret: Any
+    body: Any,
+    *operands: Array,
+    rows: int,
+    width: int,
+    is_joined: bool = True,
+    is_rounded: bool = False,
+    interpret: Any,
 ) -> Any:
-    rounded = [jax.ShapeDtypeStruct((rows, width), FP8), jax.ShapeDtypeStruct((rows,), jnp.float32)]
-    wide = [jax.ShapeDtypeStruct((rows, width), jnp.bfloat16)]
+    """The body on each share of each row. What is joined over a row has warpgroups for its shares,
+    and where these meet."""
+    cut = _cut(width)
+    out_types = [jax.ShapeDtypeStruct((rows, *cut), FP8 if is_rounded else jnp.bfloat16)]
+    if is_rounded:
+        out_types.append(jax.ShapeDtypeStruct((rows,), jnp.float32))
+    launch: Any = dict(grid=(rows, cut[0]), grid_names=("row", "share"))
+    if is_joined:
+        launch = dict(
+            grid=(rows,),
+            grid_names=("row",),
+            num_threads=cut[0],
+            thread_name="share",
+            scratch_types=dict(
+                found_smem=plgpu.SMEM(cut[:2], jnp.float32),
+                met=plgpu.Barrier(num_arrivals=cut[0]),
+            ),
+        )
     kernel = plgpu.kernel(
         body,
-        out_type=rounded if is_rounded else wide,
-        grid=(rows,),
-        grid_names=("row",),
+        out_type=out_types,
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            unsafe_no_auto_barriers=True,
         ),
         interpret=interpret,
+        **launch,
     )
-    found = kernel(*operands)
-    return tuple(found) if is_rounded else found[0]
+    found, *scales = kernel(*operands)
+    found = found.reshape(rows, width)
+    return (found, *scales) if is_rounded else found

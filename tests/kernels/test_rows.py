@@ -1,0 +1,67 @@
+"""Rows as wide as those that several warpgroups share, and as small ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l4jax.kernels import formats, reference, rows
+from tests.kernels import laws
+
+if jax.__version_info__ < (0, 12):
+    pytest.skip("jax interprets the kernels from 0.12 on", allow_module_level=True)
+
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+INTERPRET = plgpu.InterpretGPUParams()
+WIDTHS = [128, 2048, 5120]
+
+
+def make_rows(*shape):
+    """Large and small ones, of which the last is zero."""
+    rng = np.random.default_rng(5)
+    x = laws.make_tokens(rng, *shape) * 10.0 ** rng.integers(-3, 3, (*shape[:-1], 1))
+    return x.astype(jnp.bfloat16).at[..., -1, :].set(0)
+
+
+def assert_rounded(found, wide_SU):
+    """As the definition rounds: what lies between two values may go the other way."""
+    wanted, wanted_S = formats.quantize_tokens(wide_SU, (1,))
+    data, scale_S = found
+    np.testing.assert_allclose(scale_S, wanted_S, rtol=1e-6)
+    laws.assert_close(data.astype(jnp.float32), wanted.astype(jnp.float32), laws.BOUND["fp8"])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_norm_of_a_wide_row_equals_its_definition(width):
+    x_TU, scale_U = make_rows(3, width), make_rows(2, width)[0]
+    found = rows.normalize_rows(x_TU, scale_U, eps=1e-5, interpret=INTERPRET)
+    laws.assert_close(found, reference.normalize(x_TU, scale_U, 1e-5), laws.BOUND["bfloat16"])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_tokens_of_slots_are_rounded_as_their_definition(width):
+    x_TU, token_S = make_rows(3, width), jnp.asarray([1, 0, 2, 1], jnp.int32)
+    found = rows.round_rows(x_TU, token_S, interpret=INTERPRET)
+    assert_rounded(found, x_TU[token_S])
+
+
+@pytest.mark.parametrize("largest", [1e-37, 1e-36, 1e-30, 1e38])
+def test_no_reciprocal_of_a_scale_is_infinite(largest):
+    x_TU = jnp.full((1, 128), largest, jnp.bfloat16)
+    (data,), (scale,) = rows.round_rows(x_TU, jnp.zeros(1, jnp.int32), interpret=INTERPRET)
+    np.testing.assert_allclose(data.astype(jnp.float32) * scale, x_TU[0], rtol=0.07)
+
+
+@pytest.mark.parametrize("is_rounded", [False, True])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_wide_rows_are_activated_as_their_definition(width, is_rounded):
+    parts_PSO, scale_S = make_rows(2, 3, 2 * width), jnp.asarray([0.5, 2.0, 3.0])
+    found = rows.activate_rows(parts_PSO, scale_S, is_rounded=is_rounded, interpret=INTERPRET)
+    sum_SO = parts_PSO.astype(jnp.float32).sum(0) * scale_S[:, None]
+    gate_SU, up_SU = jnp.split(sum_SO, 2, axis=1)
+    wanted = (jax.nn.silu(gate_SU) * up_SU).astype(jnp.bfloat16)
+    if is_rounded:
+        assert_rounded(found, wanted)
+    else:
+        laws.assert_close(found, wanted, laws.BOUND["bfloat16"])
