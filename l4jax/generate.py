@@ -53,9 +53,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, help="the same seed gives the same answer")
     add(
         "--kernels",
-        default="portable",
+        default="auto",
         choices=["portable", "hopper", "auto"],
-        help="hopper: faster, on an H100 or an H200; auto: where it runs (default: portable)",
+        help="hopper: faster, on an H100 or an H200 (default: auto, hopper where it runs)",
     )
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="(default: auto)")
     add(

@@ -150,7 +150,7 @@ class LLM:
         chat_template: str | None = None,
         seed: int = 0,
         load_format: str = "auto",
-        kernels: str = "portable",
+        kernels: str = "auto",
         revision: str | None = None,
         quiet: bool = False,
     ):

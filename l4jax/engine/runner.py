@@ -62,7 +62,7 @@ class Runner:
         mesh: str | int,
         dtype: Any,
         strategy: str = "tensor",
-        kernels: str = "portable",
+        kernels: str = "auto",
     ):
         """Make the mesh; refuse one that the model cannot be cut for (`sharding.MeshError`), and
         kernels that the devices cannot run (ValueError).

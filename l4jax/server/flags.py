@@ -71,9 +71,9 @@ def _add_devices(parser: argparse.ArgumentParser) -> None:
     add("--mesh", help="8, 2x4 or data=2,model=4 (default: 1)")
     add(
         "--kernels",
-        default="portable",
+        default="auto",
         choices=["portable", "hopper", "auto"],
-        help="hopper: faster, on an H100 or an H200; auto: where it runs (default: portable)",
+        help="hopper: faster, on an H100 or an H200 (default: auto, hopper where it runs)",
     )
     add(
         "--tensor-parallel-size", "-tp", type=int, metavar="N", help="devices that share each layer"
