@@ -27,6 +27,9 @@ _COMPILER_OPTIONS = {
     # of the rest the library's first choice is within 3 % of the best.
     "xla_gpu_autotune_level": 0,
     "xla_gpu_enable_triton_gemm": False,  # of which the untried choice is the worst
+    # A kernel of ours that takes a slice would be wrapped together with that, and the wrapping
+    # forgets that the kernel writes in place: a whole array of pages beside it, or wrong ones.
+    "xla_gpu_enable_dynamic_slice_fusion": False,
 }
 jit = functools.partial(jax.jit, compiler_options=_COMPILER_OPTIONS)
 _SCORED_TOGETHER = 64  # tokens of a step whose logits are in memory at once

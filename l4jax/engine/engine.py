@@ -174,6 +174,11 @@ class Engine:
         """Compile everything now, so that nothing is compiled while requests wait."""
         self.runner.warm_up(progress=progress)
 
+    @property
+    def is_compiling(self) -> bool:
+        """Whether something is still being compiled, after the warm-up."""
+        return self.runner.is_compiling
+
     def stats(self) -> Stats:
         """How the engine stands."""
         pages, counts = self.scheduler.pages, self._counts

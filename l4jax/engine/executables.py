@@ -16,6 +16,7 @@ import os
 import pickle
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
@@ -108,6 +109,11 @@ class Executables:
 
         threading.Thread(target=work, name="compiling").start()
 
+    @property
+    def is_compiling(self) -> bool:
+        """Whether something is being compiled."""
+        return not all(future.done() for future in self._found.values())
+
     def wait(self) -> None:
         """Wait for all that is being compiled."""
         wait(self._found.values())
@@ -163,13 +169,19 @@ def _read(file: Path, devices: Sequence[Any]) -> Any:
     try:
         kept = pickle.loads(file.read_bytes())
         made = serialize_executable.deserialize_and_load(*kept, execution_devices=devices)
-        file.touch()  # the last one used is the last one forgotten
+        _mark_used(file)
         return made
     except FileNotFoundError:
         return None
     except Exception as error:  # cut short, or of another world: it is made anew
         logger.warning("compiling anew: %s: %s", file, error)
         return None
+
+
+def _mark_used(file: Path) -> None:
+    """The last one used is the last one forgotten. (By itself a file's clock ticks every 4 ms.)"""
+    now = time.time_ns()
+    os.utime(file, ns=(now, now))
 
 
 def _write(file: Path, made: Any) -> None:
@@ -179,6 +191,7 @@ def _write(file: Path, made: Any) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as draft:
             draft.write(kept)
+        _mark_used(Path(draft.name))
         os.replace(draft.name, file)
         by_age = sorted(file.parent.iterdir(), key=lambda kept: kept.stat().st_mtime)
         for old in by_age[:-_KEPT]:

@@ -222,6 +222,11 @@ class Runner:
             self._executables.compile_behind(prepare(True))
         jax.block_until_ready(self.pool)
 
+    @property
+    def is_compiling(self) -> bool:
+        """Whether programs that the warm-up left are still being compiled."""
+        return self._executables.is_compiling
+
     def wait_for_compilers(self) -> None:
         """Wait for what the warm-up left to be compiled while others are served."""
         self._executables.wait()

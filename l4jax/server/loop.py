@@ -172,6 +172,11 @@ class EngineLoop:
         """Whether the thread has not ended yet."""
         return self._thread.is_alive()
 
+    @property
+    def is_compiling(self) -> bool:
+        """Whether something is compiled beside the thread."""
+        return self._engine.is_compiling
+
     # On the event loop.
 
     def start(self) -> None:

@@ -71,7 +71,7 @@ def serve(service: Service) -> int:
     except SystemExit:  # uvicorn has logged that it cannot listen
         return 1
     logger.info("stopped")
-    if service.loop.is_running:
+    if service.loop.is_running or service.loop.is_compiling:
         # It compiles, perhaps for minutes, and Python cannot end while it does.
         sys.stderr.flush()
         os._exit(0)

@@ -47,11 +47,41 @@ def test_the_fast_kernels_score_as_the_portable_ones_do(quantization):
     assert np.sqrt(np.mean((fast - portable) ** 2)) < 0.05 * np.std(portable)
 
 
+def test_answers_of_the_fast_kernels_score_as_the_portable_ones_score_them():
+    """What several rows drew step after step, each behind what it had stored: the other kernels
+    find the same log-probabilities where they read prompt and answer at once."""
+    engine = make_small("hopper", None)
+    params = SamplingParams(temperature=0.0, max_tokens=150, logprobs=0, ignore_eos=True)
+    prompts = {engine.add(ids, params): ids for ids in make_prompts()}
+    drawn: dict[int, list] = {request: [] for request in prompts}
+    answers: dict[int, list[int]] = {request: [] for request in prompts}
+    while engine.has_work:
+        for update in engine.step():
+            answers[update.request_id] += update.token_ids
+            drawn[update.request_id] += [x.chosen for x in update.logprobs or ()]
+    whole = [ids + answers[request] for request, ids in prompts.items()]
+    scored = find_scores(make_small("portable", None), whole)
+    fast = np.concatenate([drawn[request] for request in prompts])
+    found = zip(scored, prompts.values(), strict=True)
+    portable = np.concatenate([scores[len(ids) - 1 :] for scores, ids in found])
+    assert len(fast) == len(portable) == 150 * len(LENGTHS)
+    assert np.sqrt(np.mean((fast - portable) ** 2)) < 0.05 * np.std(np.concatenate(scored))
+
+
 def score(kernels: str, quantization: str | None) -> np.ndarray:
     """The log-probabilities of random prompts' tokens, as an engine with these kernels has them."""
+    return np.concatenate(find_scores(make_small(kernels, quantization), make_prompts()))
+
+
+def make_prompts() -> list[list[int]]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, SMALL_SCOUT.text.vocab, length).tolist() for length in LENGTHS]
+
+
+def make_small(kernels: str, quantization: str | None) -> Engine:
     runner = Runner(SMALL_SCOUT, "1", "bfloat16", kernels=kernels)
     runner.initialize(0, quantization=quantization)
-    engine = Engine(
+    return Engine(
         runner,
         Capacity(
             max_model_len=1024,
@@ -60,12 +90,12 @@ def score(kernels: str, quantization: str | None) -> np.ndarray:
             kv_cache_memory_bytes=2**30,
         ),
     )
-    rng = np.random.default_rng(1)
+
+
+def find_scores(engine: Engine, prompts: list[list[int]]) -> list[np.ndarray]:
+    """The log-probabilities of the tokens of each prompt but the first."""
     params = SamplingParams(temperature=0.0, max_tokens=8, prompt_logprobs=0, ignore_eos=True)
-    ids = [
-        engine.add(rng.integers(0, SMALL_SCOUT.text.vocab, length).tolist(), params)
-        for length in LENGTHS
-    ]
+    ids = [engine.add(prompt, params) for prompt in prompts]
     scored = {}
     while engine.has_work:
         for update in engine.step():
@@ -73,4 +103,4 @@ def score(kernels: str, quantization: str | None) -> np.ndarray:
             if update.prompt_logprobs is not None:
                 scored[update.request_id] = [x.chosen for x in update.prompt_logprobs if x]
     assert_all_free(engine)
-    return np.concatenate([scored[request] for request in ids])
+    return [np.array(scored[request]) for request in ids]

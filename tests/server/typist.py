@@ -38,6 +38,8 @@ class TypistEngine:
         self._left: dict[int, int] = {}
         self._deadlines: dict[int, float] = {}
 
+    is_compiling = False
+
     @property
     def has_work(self) -> bool:
         return bool(self._left)
