@@ -28,7 +28,7 @@ _COMPILER_OPTIONS = {
     "xla_gpu_autotune_level": 0,
     "xla_gpu_enable_triton_gemm": False,  # of which the untried choice is the worst
     # A kernel of ours that takes a slice would be wrapped together with that, and the wrapping
-    # forgets that the kernel writes in place: a whole array of pages beside it, or wrong ones.
+    # forgets that the kernel writes in place: it asks for a whole array of pages beside it.
     "xla_gpu_enable_dynamic_slice_fusion": False,
 }
 jit = functools.partial(jax.jit, compiler_options=_COMPILER_OPTIONS)

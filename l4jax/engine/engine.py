@@ -171,7 +171,8 @@ class Engine:
         return updates + self._take(landing)
 
     def warm_up(self, *, progress: bool = False) -> None:
-        """Compile everything now, so that nothing is compiled while requests wait."""
+        """Compile what every request needs now, so that none waits for it; what adjusted ones need
+        is compiled while others are served."""
         self.runner.warm_up(progress=progress)
 
     @property

@@ -1,28 +1,14 @@
 """Accelerations in plain XLA, for every device: they cost what the real context costs."""
 
+import functools
+
 import jax.numpy as jnp
 from jax import Array, lax
 
-from l4jax.kernels.reference import store
+from l4jax.kernels import reference
 
 _TOKENS = 64  # of one row, attended together
 _POSITIONS = 256  # of the cache, read together
-
-
-def attend(
-    q_TKGH: Array,
-    k_TKH: Array,
-    v_TKH: Array,
-    k_PKZH: Array,
-    v_PKZH: Array,
-    table_RB: Array,
-    row_T: Array,
-    position_T: Array,
-) -> tuple[Array, Array, Array]:
-    """`reference.attend`."""
-    where = (table_RB, row_T, position_T)
-    k_PKZH, v_PKZH = store(k_PKZH, v_PKZH, k_TKH, v_TKH, *where)
-    return attend_pages(q_TKGH, k_PKZH, v_PKZH, *where), k_PKZH, v_PKZH
 
 
 def attend_pages(
@@ -80,6 +66,9 @@ def attend_pages(
     out_IUKGH = sum_IUKGH / jnp.maximum(total_IUKG, 1e-30)[..., None]
     place_T = jnp.arange(tokens) - token_IU[item_T, 0]
     return out_IUKGH[item_T, place_T].astype(q_TKGH.dtype)
+
+
+attend = functools.partial(reference.attend, read=attend_pages)
 
 
 def _cut(row_T: Array, rows: int, block: int) -> tuple[Array, Array, Array]:

@@ -3,6 +3,8 @@
 Every acceleration is tested against these. They spend memory and arithmetic freely.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -11,31 +13,15 @@ from l4jax.kernels.formats import Weight, multiply, narrow
 
 
 def normalize(x_TD: Array, scale_D: Array, eps: float) -> Array:
-    """RMSNorm: each token divided by its root mean square in float32, back in the dtype of x, then
-    times a weight per channel."""
-    x32_TD = x_TD.astype(jnp.float32)
-    mean_square_T1 = jnp.mean(x32_TD * x32_TD, axis=-1, keepdims=True)
-    return (x32_TD * jax.lax.rsqrt(mean_square_T1 + eps)).astype(x_TD.dtype) * scale_D
+    """RMSNorm: `norm`, then times a weight per channel."""
+    return norm(x_TD, eps) * scale_D
 
 
-def attend(
-    q_TKGH: Array,
-    k_TKH: Array,
-    v_TKH: Array,
-    k_PKZH: Array,
-    v_PKZH: Array,
-    table_RB: Array,
-    row_T: Array,
-    position_T: Array,
-) -> tuple[Array, Array, Array]:
-    """Store this step's keys and values, then attend: see `store` and `attend_pages`.
-
-    Returns:
-        What `attend_pages` returns, and the pool's arrays with the writes done.
-    """
-    where = (table_RB, row_T, position_T)
-    k_PKZH, v_PKZH = store(k_PKZH, v_PKZH, k_TKH, v_TKH, *where)
-    return attend_pages(q_TKGH, k_PKZH, v_PKZH, *where), k_PKZH, v_PKZH
+def norm(x_D: Array, eps: float) -> Array:
+    """Divide the last axis by its root mean square, in float32; back in the dtype of x."""
+    x32_D = x_D.astype(jnp.float32)
+    mean_square = jnp.mean(x32_D * x32_D, axis=-1, keepdims=True)
+    return (x32_D * jax.lax.rsqrt(mean_square + eps)).astype(x_D.dtype)
 
 
 def store(
@@ -102,6 +88,31 @@ def _gather(pages_PKZH: Array, table_TB: Array) -> Array:
     tokens, width = table_TB.shape
     found_TKBZH = pages_PKZH[table_TB].swapaxes(1, 2)
     return found_TKBZH.reshape(tokens, kv_heads, width * page, head_dim)
+
+
+def attend(
+    q_TKGH: Array,
+    k_TKH: Array,
+    v_TKH: Array,
+    k_PKZH: Array,
+    v_PKZH: Array,
+    table_RB: Array,
+    row_T: Array,
+    position_T: Array,
+    *,
+    read: Callable[..., Array] = attend_pages,
+) -> tuple[Array, Array, Array]:
+    """Store this step's keys and values, then attend: see `store` and `attend_pages`.
+
+    Args:
+        read: what attends, with the signature of `attend_pages`; the others are for these two.
+
+    Returns:
+        What `attend_pages` returns, and the pool's arrays with the writes done.
+    """
+    where = (table_RB, row_T, position_T)
+    k_PKZH, v_PKZH = store(k_PKZH, v_PKZH, k_TKH, v_TKH, *where)
+    return read(q_TKGH, k_PKZH, v_PKZH, *where), k_PKZH, v_PKZH
 
 
 def attend_all(q_IPNH: Array, k_IPNH: Array, v_IPNH: Array) -> Array:

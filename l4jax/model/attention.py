@@ -17,7 +17,8 @@ from l4jax import axes
 from l4jax.cache import Batch
 from l4jax.config import TextConfig
 from l4jax.kernels import Kernels
-from l4jax.model.layers import constrain, declare, norm
+from l4jax.kernels.reference import norm
+from l4jax.model.layers import constrain, declare
 from l4jax.model.rope import find_angles, rotate, scale_frequencies
 
 

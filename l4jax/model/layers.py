@@ -32,15 +32,8 @@ def constrain(x: Array, *names: str) -> Array:
     return with_logical_constraint(x, names, fallback=RulesFallback.RAISE_ERROR)
 
 
-def norm(x_D: Array, eps: float) -> Array:
-    """Divide the last axis by its root mean square, in float32; back in the dtype of x."""
-    x32_D = x_D.astype(jnp.float32)
-    mean_square = jnp.mean(x32_D * x32_D, axis=-1, keepdims=True)
-    return (x32_D * jax.lax.rsqrt(mean_square + eps)).astype(x_D.dtype)
-
-
 class RMSNorm(nn.Module):
-    """`norm`, then a weight per channel."""
+    """Each token divided by its root mean square, then times a weight per channel."""
 
     eps: float
     kernels: Kernels = Kernels()

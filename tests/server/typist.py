@@ -27,6 +27,8 @@ class TypistEngine:
         threads: names of the threads that called.
     """
 
+    is_compiling = False
+
     def __init__(self, requests: int = 2):
         self.limits = SimpleNamespace(requests=requests, shards=1, max_length=512)
         self.pace, self.failure = threading.Event(), None
@@ -37,8 +39,6 @@ class TypistEngine:
         self._ids = itertools.count()
         self._left: dict[int, int] = {}
         self._deadlines: dict[int, float] = {}
-
-    is_compiling = False
 
     @property
     def has_work(self) -> bool:
