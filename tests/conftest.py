@@ -1,8 +1,11 @@
-"""The ground that all tests stand on: eight CPU devices, no network, no cache of programs."""
+"""The ground that all tests stand on: eight CPU devices, no network, and no program that an earlier
+run has compiled.
+"""
 
 import gc
 import importlib.util
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -10,8 +13,10 @@ import pytest
 # Set before jax starts, and in the environment so that the processes that tests start have it too.
 os.environ.setdefault("NPROC", "16")  # XLA's threads: with as few as cores, collectives deadlock
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# A law that counts compilations must not depend on what an earlier run left behind.
+# What an earlier run left behind must not decide: processes keep no programs, and this one keeps
+# them, for as long as it lasts, in a folder of its own. (One module's are another's: a fifth less.)
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+PROGRAMS = tempfile.TemporaryDirectory(prefix="l4jax-programs-")
 
 DEVICES = 8
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -33,7 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if not _wants_gpu(config):
         jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    jax.config.update("jax_enable_compilation_cache", False)
+    # (On a GPU the engine would keep its own beside them.)
+    jax.config.update("jax_enable_compilation_cache", not _wants_gpu(config))
+    jax.config.update("jax_compilation_cache_dir", PROGRAMS.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -6,10 +6,21 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from l4jax.engine import executables, runner
 from l4jax.engine.executables import Call, Executables
 from tests.engine.engines import GREEDY, make_engine, run_all
+
+
+@pytest.fixture(autouse=True)
+def _jax_keeps_nothing():
+    """What a CPU's program was read from cannot be written again."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 class Traced:
