@@ -10,7 +10,7 @@ from typing import Any
 EXAMPLES = """examples:
   python -m l4jax.bench
   python -m l4jax.bench --config scout --quantization fp8 --plot decode.png
-  python -m l4jax.bench --config scout --layers 24 --decode 1x256 1x32768 --prefill
+  python -m l4jax.bench --config scout --layers 24 --decode 1x256 1x32768 1xmax --prefill
   python -m l4jax.bench --config scout --quantization int4 --requests 512 --decode --prefill
 """
 
@@ -39,7 +39,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=_read_pair,
         metavar="ROWSxTOKENS",
         default=[(rows, 256) for rows in (1, 8, 32, 128)],
-        help="rows, and tokens before each (default: 1x256 8x256 32x256 128x256); none: no decode",
+        help="rows, and tokens before each, or max: as many as fit (default: 1x256 8x256 32x256 "
+        "128x256); none: no decode",
     )
     add("--steps", type=int, default=64, metavar="N", help="of decode (default: 64)")
     add("--prefill", default=[2048, 8192], help="lengths of prompts; none: no prefill", **numbers)
@@ -48,7 +49,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--input-len", default=[256, 768], help="tokens of their prompts", **span)
     add("--output-len", default=[128, 384], help="tokens of their answers", **span)
     add("--max-num-seqs", type=int, default=256, metavar="N", help="that run together")
-    add("--max-num-batched-tokens", type=int, default=8192, metavar="N", help="of an engine's step")
+    add("--max-num-batched-tokens", type=int, default=2048, metavar="N", help="of an engine's step")
     add("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="of the engine")
     add("--seed", type=int, default=0)
     add("--json", type=Path, metavar="FILE", help="write the figures")
@@ -57,11 +58,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _read_pair(text: str) -> tuple[int, int]:
+def _read_pair(text: str) -> tuple[int, int | None]:
     rows, _, tokens = text.partition("x")
-    if not (rows.isdigit() and tokens.isdigit() and int(rows)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 8x256, rows x tokens before each")
-    return int(rows), int(tokens)
+    if not (rows.isdigit() and (tokens.isdigit() or tokens == "max") and int(rows)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not like 8x256 or 8xmax, rows x tokens before each"
+        )
+    return int(rows), None if tokens == "max" else int(tokens)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,9 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from l4jax import bench, config
+from l4jax import bench, cache, config
+from l4jax.benchmark import measure
 from l4jax.benchmark.cost import Format, count_hit, count_step
 from l4jax.config import MAVERICK, SCOUT, TINY
+from l4jax.engine import runner
+from l4jax.engine.capacity import Capacity, plan_limits
 
 FP8, INT4, BF16 = Format("fp8", True), Format("int4", False), Format(None, False)
 
@@ -84,7 +87,36 @@ def test_figures_are_printed_written_and_drawn(tmp_path, capsys, monkeypatch):
     assert files["png"].read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("pair", ["8", "x256", "0x256", "8x256x1"])
+@pytest.mark.parametrize("rows, pages, longest", [(1, 13, 320), (3, 13, 32), (3, 10000, 500)])
+def test_max_is_the_longest_context_that_the_memory_holds(monkeypatch, rows, pages, longest):
+    short = TINY.replace_text(max_positions=500)
+    monkeypatch.setattr(
+        runner, "CPU_POOL_BYTES", pages * cache.count_page_bytes(TINY.text, 32, np.float32)
+    )
+    made = measure.Bench(short, dtype="float32")
+    assert made.measure_decode(rows, None, 2).context == longest - 2
+    if rows == 1:
+        assert made.runner.limits.max_length == longest  # what the planner says
+    if longest < 500:
+        with pytest.raises(ValueError, match=r"fit|give"):
+            made.measure_decode(rows, longest - 1, 2)
+
+
+def test_with_a_page_more_the_longest_request_would_not_fit():
+    groups, chunk, page = 3, 64, 16
+    asked = Capacity(max_model_len=2, max_num_seqs=1, block_size=page)
+    chunked = TINY.replace_text(chunk=chunk)
+    limits = plan_limits(chunked, asked, 1, 1, 10**6)
+
+    def count(length: int) -> int:
+        return length // page + groups * min(length, chunk) // page
+
+    for pages in range(60):
+        longest = measure.find_longest(limits, pages)
+        assert count(longest) <= pages < count(longest + page)
+
+
+@pytest.mark.parametrize("pair", ["8", "x256", "0x256", "8x256x1", "8xmin"])
 def test_a_pair_that_is_none_is_refused(pair, capsys):
     with pytest.raises(SystemExit):
         bench.parse(["--decode", pair])

@@ -22,6 +22,7 @@ from l4jax.engine.capacity import Capacity
 from l4jax.engine.engine import Engine
 from l4jax.engine.request import SamplingParams
 from l4jax.engine.runner import Runner
+from l4jax.engine.scheduler import Limits
 from l4jax.model import Llama4
 
 _REPEATS = 3  # of each figure, of which the median counts
@@ -88,10 +89,14 @@ class Bench:
         size = 1 if kv_cache_dtype != "auto" else jnp.dtype(dtype).itemsize
         self.format = Format(quantization, quantization == "fp8", size)
 
-    def measure_decode(self, batch: int, context: int, steps: int) -> Figure:
-        """A decode step of `batch` rows, each behind `context` tokens: the mean of `steps` steps
-        that the device runs by itself, greedily."""
-        tables = self._reserve(batch, context + steps, tokens=batch)
+    def measure_decode(self, batch: int, context: int | None, steps: int) -> Figure:
+        """A decode step of `batch` rows, each behind `context` tokens or, where that is None, as
+        many as fit: the mean of `steps` steps that the device runs by itself, greedily."""
+        wanted = None if context is None else context + steps
+        tables, length = self._reserve(batch, wanted, tokens=batch)
+        context = length - steps
+        if context < 0:
+            raise ValueError(f"--steps {steps}: of {batch} rows no more than {length} tokens fit.")
         at_R = np.arange(batch, dtype=np.int32)
         start = cache.Batch(at_R, np.full(batch, context, np.int32), at_R, tables)
         run = self._compile(_decode, start, model=self.runner.model, steps=steps)
@@ -105,7 +110,7 @@ class Bench:
         size = min(length, _PROMPT_STEP, chunk)
         if length % size:
             raise ValueError(f"--prefill {length}: a length beyond {size} is a multiple of it.")
-        tables = self._reserve(1, length, tokens=size)
+        tables, _ = self._reserve(1, length, tokens=size)
         rng = np.random.default_rng(self.seed)
         token = rng.integers(0, self.config.text.vocab, length).astype(np.int32)
         parts = [
@@ -181,8 +186,9 @@ class Bench:
                 bar.update(sum(update.finish_reason is not None for update in updates))
         return came
 
-    def _reserve(self, rows: int, length: int, *, tokens: int) -> cache.Tables:
-        """A pool of noise for so many rows of a length, and their tables."""
+    def _reserve(self, rows: int, length: int | None, *, tokens: int) -> tuple[cache.Tables, int]:
+        """A pool of noise for so many rows of a length, or of the longest that fits; their tables,
+        and that length."""
         capacity = Capacity(
             max_model_len=length,
             max_num_seqs=rows,
@@ -191,18 +197,21 @@ class Bench:
             gpu_memory_utilization=0.92,
         )
         limits = self.runner.reserve(capacity)
+        if length is None:
+            length = min(find_longest(limits, limits.pages // rows), limits.max_length)
         whole = -(-length // limits.page)
         local = -(-min(length, limits.chunk) // limits.page)
         each = whole + limits.local_groups * local
         if limits.pages < rows * each:
             raise ValueError(
-                f"--batch {rows} with {length} tokens each needs {rows * each} pages, and "
+                f"{rows} rows with {length} tokens each need {rows * each} pages, and "
                 f"{limits.pages} fit: take fewer rows or less context."
             )
         ids_RB = np.arange(rows * each, dtype=np.int32).reshape(rows, each)
         locals_RGB = ids_RB[:, whole:].reshape(rows, limits.local_groups, local)
         self.runner.pool = _fill(self.runner.pool, self.seed)
-        return cache.Tables(ids_RB[:, :whole], np.ascontiguousarray(locals_RGB.swapaxes(0, 1)))
+        local_GRB = np.ascontiguousarray(locals_RGB.swapaxes(0, 1))
+        return cache.Tables(ids_RB[:, :whole], local_GRB), length
 
     def _compile(self, program: Any, batch: cache.Batch, **static: Any) -> Callable[..., Any]:
         with self.runner.layout.active(), self._clock("compile"):
@@ -230,6 +239,13 @@ class Bench:
         seconds = time.perf_counter() - started
         self.phases[phase] += seconds
         tqdm.write(f"{phase} {seconds:.1f} s", file=sys.stderr)
+
+
+def find_longest(limits: Limits, pages: int) -> int:
+    """Positions of the longest request that so many pages hold, whole ones."""
+    groups, chunk = limits.local_groups, limits.chunk // limits.page
+    beyond = pages - groups * chunk  # where a chunk is full, only the global layers take more
+    return (beyond if beyond >= chunk else pages // (1 + groups)) * limits.page
 
 
 @functools.partial(decode.jit, static_argnames=("model", "steps"), donate_argnames="pool")

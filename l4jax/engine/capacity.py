@@ -9,6 +9,8 @@ from l4jax.engine.lookup import Speculation
 from l4jax.engine.scheduler import Limits
 
 TILES_PER_IMAGE = 17  # 16 tiles and the whole image, at most
+_COARSE = 64  # requests, from which on there are loops between those in fours ..
+_FINE = 32  # .. every so many rows
 
 
 class CapacityError(ValueError):
@@ -144,10 +146,15 @@ def find_free_bytes(capacity: Capacity, *, limit: int, in_use: int, share: float
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """The shapes that are compiled, per data shard: (tokens, rows) of steps, and rows of loops."""
+    """The shapes that are compiled, per data shard: (tokens, rows) of steps, and rows of loops.
+
+    `between` are loops that many rows waste less in, and that can do without: they are compiled
+    while others are served.
+    """
 
     steps: tuple[tuple[int, int], ...]
     loops: tuple[int, ...]
+    between: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, limits: Limits) -> "Buckets":
@@ -163,7 +170,12 @@ class Buckets:
         steps = [
             (t, min(limits.requests + t // limits.chunk + 1, limits.rows)) for t in tokens[:-1]
         ]
-        return cls((*steps, (tokens[-1], limits.rows)), tuple(loops))
+        between = range(_FINE, limits.requests, _FINE) if limits.requests > _COARSE else ()
+        return cls(
+            (*steps, (tokens[-1], limits.rows)),
+            tuple(loops),
+            tuple(rows for rows in between if rows not in loops),
+        )
 
     def list_steps(self, is_adjusted: bool = False) -> tuple[tuple[int, int], ...]:
         """The step shapes; for adjusted rows about every other, as they are rarer and each takes
@@ -179,9 +191,13 @@ class Buckets:
         """The smallest step shape that holds as many tokens and rows."""
         return next((t, r) for t, r in self.list_steps(is_adjusted) if t >= tokens and r >= rows)
 
-    def fit_loop(self, rows: int, is_adjusted: bool = False) -> int:
-        """The smallest loop shape that holds as many rows."""
-        return next(r for r in self.list_loops(is_adjusted) if r >= rows)
+    def fit_loop(
+        self, rows: int, is_adjusted: bool = False, *, has: Callable[[int], bool] | None = None
+    ) -> int:
+        """The smallest loop shape that holds as many rows; of those between, one that is there, as
+        `has` says."""
+        extra = () if is_adjusted or has is None else filter(has, self.between)
+        return min(r for r in (*self.list_loops(is_adjusted), *extra) if r >= rows)
 
 
 def _thin(shapes: tuple) -> tuple:

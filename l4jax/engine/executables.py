@@ -30,6 +30,7 @@ from jax.experimental import serialize_executable
 logger = logging.getLogger(__name__)
 
 _COMPILERS = 16  # at once
+_CORES_EACH = 4  # for one that compiles while others are served
 _KEPT = 100  # programs on disk, of which a model on a mesh has about 20
 
 
@@ -93,12 +94,14 @@ class Executables:
         self._found |= futures
 
     def compile_behind(self, calls: Mapping[Hashable, Call]) -> None:
-        """Compile programs one after the other, while others run."""
+        """Compile programs in this order, while others run; a few at a time where there are cores
+        to spare."""
         todo = [(Future(), call.describe()) for call in calls.values()]
         self._found |= zip(calls, (future for future, _ in todo), strict=True)
+        left = iter(todo)  # of all threads
 
         def work() -> None:
-            for future, call in todo:
+            for future, call in left:
                 if not threading.main_thread().is_alive():  # the process is ending
                     future.cancel()
                     continue
@@ -107,7 +110,15 @@ class Executables:
                 except Exception as error:  # who wants the program is told
                     future.set_exception(error)
 
-        threading.Thread(target=work, name="compiling").start()
+        for _ in range(max(1, (os.cpu_count() or 1) // _CORES_EACH)):
+            threading.Thread(target=work, name="compiling").start()
+
+    def has(self, key: Hashable) -> bool:
+        """Whether a program is there, and none waits for it."""
+        future = self._found.get(key)
+        if future is None or not future.done() or future.cancelled():
+            return False
+        return future.exception() is None
 
     @property
     def is_compiling(self) -> bool:

@@ -193,7 +193,8 @@ class Runner:
 
     def warm_up(self, *, progress: bool = False) -> None:
         """Compile everything that a plan may need, several programs at a time, and run each on
-        padding. What adjusted rows need, who are rarer, is compiled while others are served.
+        padding. What spares many rows some padding, and what adjusted rows need, who are rarer, is
+        compiled while others are served.
         """
         empty: list[list[Run]] = [[] for _ in range(self.limits.shards)]
         step, loop = Plan(empty, False), Plan(empty, True)
@@ -219,7 +220,8 @@ class Runner:
                 self._run_step(step, shape, False)
             for rows in self.buckets.list_loops():
                 self._run_loop(loop, rows, False)
-            self._executables.compile_behind(prepare(True))
+            finer = dict(self._prepare_loop(loop, rows, False) for rows in self.buckets.between)
+            self._executables.compile_behind(finer | prepare(True))
         jax.block_until_ready(self.pool)
 
     @property
@@ -239,7 +241,11 @@ class Runner:
         return Flight(plan, shape, sampled, scored if any(wants) else None)
 
     def _start_loop(self, plan: Plan, is_adjusted: bool) -> "Flight":
-        rows = self.buckets.fit_loop(max(map(len, plan.runs)), is_adjusted)
+        rows = self.buckets.fit_loop(
+            max(map(len, plan.runs)),
+            is_adjusted,
+            has=lambda rows: self._executables.has(_name_loop(rows, False)),
+        )
         return Flight(plan, (rows, rows), self._run_loop(plan, rows, is_adjusted))
 
     def _prepare_step(
@@ -280,7 +286,7 @@ class Runner:
         )
         steps, logprobs = self.limits.loop_steps, MAX_LOGPROBS if is_adjusted else None
         static = {"model": self.model, "steps": steps, "logprobs": logprobs}
-        return ("loop", rows, is_adjusted), Call(self.programs.decode_loop, arguments, static)
+        return _name_loop(rows, is_adjusted), Call(self.programs.decode_loop, arguments, static)
 
     def _run_loop(self, plan: Plan, rows: int, is_adjusted: bool) -> Any:
         found = self._executables.run(*self._prepare_loop(plan, rows, is_adjusted))
@@ -362,6 +368,10 @@ class Runner:
         limit, in_use = stats["bytes_limit"], stats["bytes_in_use"]
         free = find_free_bytes(capacity, limit=limit, in_use=in_use, share=share)
         return free * self.layout.count(axes.KV_HEADS)
+
+
+def _name_loop(rows: int, is_adjusted: bool) -> Hashable:
+    return "loop", rows, is_adjusted
 
 
 def name_kernels(name: str, device: Any) -> str:

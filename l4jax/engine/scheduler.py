@@ -2,9 +2,10 @@
 
 Those who wait, wait in order of arrival, and are admitted when the pages of their prompt are free.
 A step takes the next token of every request that decodes, then prompt chunks, up to a budget of
-tokens. When no prompt is left to run, requests decode many steps at once. Pages are taken as
-tokens come; when there are none left, the youngest request gives up its own, waits, and is computed
-again later: its tokens so far are kept, so nothing is lost but time. The oldest always goes on.
+tokens. When no prompt is left to run, requests decode many steps at once; fewer while somebody
+waits, whose turn comes when one of them ends. Pages are taken as tokens come; when there are none
+left, the youngest request gives up its own, waits, and is computed again later: its tokens so far
+are kept, so nothing is lost but time. The oldest always goes on.
 
 A plan counts on the plans before it: it is made before their tokens are known. Whatever the device
 runs later, it runs in that order, so pages may change hands as soon as a plan is made.
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from l4jax.engine.pages import Freelist, Pages
 from l4jax.engine.request import Request
 
+_HURRY = 4  # a loop is so many times shorter while somebody waits
 WHOLE = -1  # the group of the global layers, in the names of pages
 
 
@@ -278,7 +280,8 @@ class Scheduler:
         steps = 1 + len(drafts)
         if is_loop:
             left = limits.chunk - at % limits.chunk
-            steps = min(limits.loop_steps, left, request.max_length - at - 1)
+            most = limits.loop_steps if not self.waiting else -(-limits.loop_steps // _HURRY)
+            steps = min(most, left, request.max_length - at - 1)
             if self._count_missing(request, at, at + steps) > self.pages[request.shard].free:
                 steps = 1
         if self._grow(request, at, at + steps, runs):

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 
 from l4jax import decode
+from l4jax.engine import capacity
 from l4jax.engine.capacity import Buckets
 from l4jax.engine.lookup import PromptLookup, Speculation
 from l4jax.engine.request import Request, SamplingParams
-from l4jax.engine.runner import Flight
+from l4jax.engine.runner import Flight, Runner
 from l4jax.text.image import Tiles
 from tests import weights
 from tests.engine.engines import GREEDY, assert_all_free, find_tiles, make_engine, run_all
+from tests.engine.simulated import make_limits
 
 NAME = "scout-8-text"
 
@@ -236,3 +238,43 @@ def test_adjusted_rows_have_about_every_other_shape_and_always_one_that_fits():
     assert buckets.fit(17, 9, True) == (256, 9) and buckets.fit(17, 9) == (64, 9)
     assert buckets.fit_loop(5, True) == 64 and buckets.fit_loop(5) == 16
     assert Buckets(((16, 2),), (1,)).list_steps(True) == ((16, 2),)
+
+
+def test_many_rows_waste_less_than_a_few_once_the_loops_between_are_there():
+    limits = make_limits(requests=256, rows=257, tokens=2048)
+    buckets = Buckets.of(limits)
+    assert buckets.loops == (1, 4, 16, 64, 256) and not set(buckets.between) & set(buckets.loops)
+    for rows in range(17, 257):
+        assert 0 <= buckets.fit_loop(rows, has=lambda _: True) - rows < 32
+        there = buckets.fit_loop(rows, has=lambda found: found == 128)
+        assert there == (128 if 64 < rows <= 128 else buckets.fit_loop(rows))
+        assert buckets.fit_loop(rows, True, has=lambda _: True) in (64, 256)  # those are others
+    assert not Buckets.of(make_limits(requests=64, rows=65, tokens=2048)).between
+
+
+@pytest.mark.slow
+def test_a_loop_between_is_run_once_it_is_compiled_and_draws_the_same(monkeypatch):
+    monkeypatch.setattr(capacity, "_COARSE", 1)
+    monkeypatch.setattr(capacity, "_FINE", 2)
+    golden = weights.read_golden(NAME)
+    shapes = []
+    run_loop = Runner._run_loop
+
+    def spy(self, plan, rows, is_adjusted):
+        shapes.append(rows)
+        return run_loop(self, plan, rows, is_adjusted)
+
+    monkeypatch.setattr(Runner, "_run_loop", spy)
+
+    def run(engine):
+        shapes.clear()
+        ids = [engine.add(golden.ids.tolist(), GREEDY.replace(max_tokens=9)) for _ in range(2)]
+        found = run_all(engine)
+        assert [found[each] for each in ids] == [golden.greedy_tokens.tolist()[:9]] * 2
+        return set(shapes)
+
+    engine = make_engine(NAME, max_num_batched_tokens=16)
+    assert run(engine) == {4}  # nothing is compiled beforehand, nor behind
+    engine.warm_up()
+    engine.runner.wait_for_compilers()
+    assert run(engine) == {2}

@@ -306,6 +306,17 @@ def test_a_stop_id_ends_a_request_though_the_next_plan_is_under_way():
     assert drain(engine)[1] == again[:end]
 
 
+def test_loops_are_short_while_somebody_waits():
+    engine = make_engine(make_limits(requests=1, loop_steps=8, chunk=64))
+    for _ in range(2):
+        engine.add([1, 2], make_params(20))
+    drain(engine)
+    loops = [plan.runs[0][0] for plan in engine.runner.plans if plan.is_loop]
+    draws = [[run.draws for run in loops if run.request.id == who] for who in (0, 1)]
+    assert max(draws[0]) == 2 and max(draws[1]) == 8
+    assert [sum(counts) for counts in draws] == [19, 19]  # the first is drawn with the prompt
+
+
 def test_a_loop_stands_alone():
     engine = make_engine(make_limits())
     engine.add([1, 2], make_params(12))
