@@ -11,7 +11,7 @@ from l4jax.benchmark import measure
 from l4jax.benchmark.cost import Format, count_hit, count_step
 from l4jax.config import MAVERICK, SCOUT, TINY
 from l4jax.engine import runner
-from l4jax.engine.capacity import Capacity, plan_limits
+from l4jax.engine.capacity import Capacity, find_longest, plan_limits
 
 FP8, INT4, BF16 = Format("fp8", True), Format("int4", False), Format(None, False)
 
@@ -104,7 +104,7 @@ def test_max_is_the_longest_context_that_the_memory_holds(monkeypatch, rows, pag
 
 def test_with_a_page_more_the_longest_request_would_not_fit():
     groups, chunk, page = 3, 64, 16
-    asked = Capacity(max_model_len=2, max_num_seqs=1, block_size=page)
+    asked = Capacity(max_model_len=10000, max_num_seqs=1, block_size=page)
     chunked = TINY.replace_text(chunk=chunk)
     limits = plan_limits(chunked, asked, 1, 1, 10**6)
 
@@ -112,7 +112,7 @@ def test_with_a_page_more_the_longest_request_would_not_fit():
         return length // page + groups * min(length, chunk) // page
 
     for pages in range(60):
-        longest = measure.find_longest(limits, pages)
+        longest = find_longest(limits.count_pages, pages, limits.max_length)
         assert count(longest) <= pages < count(longest + page)
 
 

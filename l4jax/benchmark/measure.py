@@ -18,11 +18,10 @@ from tqdm import tqdm
 from l4jax import cache, decode
 from l4jax.benchmark.cost import Cost, Format, count_step
 from l4jax.config import Config
-from l4jax.engine.capacity import Capacity
+from l4jax.engine.capacity import Capacity, find_longest
 from l4jax.engine.engine import Engine
 from l4jax.engine.request import SamplingParams
 from l4jax.engine.runner import Runner
-from l4jax.engine.scheduler import Limits
 from l4jax.model import Llama4
 
 _REPEATS = 3  # of each figure, of which the median counts
@@ -198,10 +197,10 @@ class Bench:
         )
         limits = self.runner.reserve(capacity)
         if length is None:
-            length = min(find_longest(limits, limits.pages // rows), limits.max_length)
+            length = find_longest(limits.count_pages, limits.pages // rows, limits.max_length)
         whole = -(-length // limits.page)
         local = -(-min(length, limits.chunk) // limits.page)
-        each = whole + limits.local_groups * local
+        each = limits.count_pages(length)
         if limits.pages < rows * each:
             raise ValueError(
                 f"{rows} rows with {length} tokens each need {rows * each} pages, and "
@@ -239,13 +238,6 @@ class Bench:
         seconds = time.perf_counter() - started
         self.phases[phase] += seconds
         tqdm.write(f"{phase} {seconds:.1f} s", file=sys.stderr)
-
-
-def find_longest(limits: Limits, pages: int) -> int:
-    """Positions of the longest request that so many pages hold, whole ones."""
-    groups, chunk = limits.local_groups, limits.chunk // limits.page
-    beyond = pages - groups * chunk  # where a chunk is full, only the global layers take more
-    return (beyond if beyond >= chunk else pages // (1 + groups)) * limits.page
 
 
 @functools.partial(decode.jit, static_argnames=("model", "steps"), donate_argnames="pool")

@@ -108,7 +108,7 @@ def plan_limits(
     # A prompt that crosses boundaries in one step holds the local pages of all its chunks there.
     spare = tokens // chunk * local_groups * (chunk // page)
     pages = min(count_pages(wanted) * requests + spare, memory // page_bytes)
-    fits = _find_longest(count_pages, pages, wanted)
+    fits = find_longest(count_pages, pages, wanted)
     if fits < (asked or 2):
         raise CapacityError(
             f"max_model_len {wanted} needs {count_pages(wanted) * page_bytes / 2**30:.2f} GiB "
@@ -205,7 +205,7 @@ def _thin(shapes: tuple) -> tuple:
     return shapes[:1] + shapes[1:][::-2][::-1]
 
 
-def _find_longest(count_pages: Callable[[int], int], pages: int, wanted: int) -> int:
+def find_longest(count_pages: Callable[[int], int], pages: int, wanted: int) -> int:
     """The longest request, up to `wanted`, whose pages fit; by bisection."""
     low, high = 0, wanted
     while low < high:

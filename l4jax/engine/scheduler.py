@@ -40,6 +40,11 @@ class Limits:
     max_length: int
     drafts: int = 0  # tokens that a row may guess in a step
 
+    def count_pages(self, length: int) -> int:
+        """Pages that a request of this length, prompt and output, owns at most."""
+        local = -(-min(length, self.chunk) // self.page)
+        return -(-length // self.page) + self.local_groups * local
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -105,12 +110,6 @@ class Scheduler:
     def must_know(self) -> bool:
         """Whether all tokens drawn so far have to be known before the next plan."""
         return self._guess is not None or any(request.is_host_driven for request in self.running)
-
-    def count_pages(self, length: int) -> int:
-        """Pages that a request of this length, prompt and output, owns at most."""
-        limits = self.limits
-        local = -(-min(length, limits.chunk) // limits.page)
-        return -(-length // limits.page) + limits.local_groups * local
 
     def add(self, request: Request) -> None:
         """Let a request wait for its turn."""
@@ -201,7 +200,7 @@ class Scheduler:
         pages = self.pages[shard]
 
         def count(its: Request) -> int:
-            return self.count_pages(min(its.length + 1, its.max_length))
+            return self.limits.count_pages(min(its.length + 1, its.max_length))
 
         promised = sum(
             max(0, count(other) - self._count_owned(other))

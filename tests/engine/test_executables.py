@@ -16,10 +16,11 @@ from tests.engine.engines import GREEDY, make_engine, run_all
 @pytest.fixture(autouse=True)
 def _jax_keeps_nothing():
     """What a CPU's program was read from cannot be written again."""
+    was_kept = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     yield
-    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_enable_compilation_cache", was_kept)
     compilation_cache.reset_cache()
 
 

@@ -34,7 +34,7 @@ TEXTS = [[random.Random(seed).randrange(VOCAB) for _ in range(40)] for seed in r
 
 def find_longest(engine) -> int:
     """The longest request that a shard's pages hold."""
-    pages, count = engine.limits.pages, engine.scheduler.count_pages
+    pages, count = engine.limits.pages, engine.limits.count_pages
     return max(n for n in range(1, 65) if count(n) <= pages)
 
 
