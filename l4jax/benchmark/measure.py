@@ -268,12 +268,13 @@ def _prefill(
 
 @functools.partial(jax.jit, donate_argnames="pool")
 def _fill(pool: cache.PagePool, seed: Any) -> cache.PagePool:
-    """Noise in place of zeros, which some devices multiply faster."""
+    """Noise in place of zeros, which some devices multiply faster; added, so that it takes their
+    place and no other."""
     key = jax.random.key(seed, impl="rbg")
 
     def draw(at: int, pages: jax.Array) -> jax.Array:
         noise = jax.random.normal(jax.random.fold_in(key, at), pages.shape, jnp.bfloat16)
-        return noise.astype(pages.dtype)
+        return (pages.astype(noise.dtype) + noise).astype(pages.dtype)
 
     return dataclasses.replace(
         pool,

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.util
 import logging
+import math
 import os
 import pickle
 import tempfile
@@ -195,6 +196,13 @@ def _mark_used(file: Path) -> None:
     os.utime(file, ns=(now, now))
 
 
+def _find_last_use(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:  # a draft that has its name by now, or what another one has forgotten
+        return math.inf
+
+
 def _write(file: Path, made: Any) -> None:
     """Keep a program, whole or not at all, and forget those that were used longest ago."""
     try:
@@ -204,8 +212,7 @@ def _write(file: Path, made: Any) -> None:
             draft.write(kept)
         _mark_used(Path(draft.name))
         os.replace(draft.name, file)
-        by_age = sorted(file.parent.iterdir(), key=lambda kept: kept.stat().st_mtime)
-        for old in by_age[:-_KEPT]:
-            old.unlink()
+        for old in sorted(file.parent.iterdir(), key=_find_last_use)[:-_KEPT]:
+            old.unlink(missing_ok=True)
     except Exception as error:  # a full disk, or another process was faster: this start goes on
         logger.warning("a compiled program was not kept: %s", error)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from l4jax.kernels import formats, pages, portable, reference
+from l4jax.kernels import choices, formats, pages, portable, reference
 from l4jax.kernels.blocks import GROUP, multiply_blocks
 from l4jax.kernels.formats import FP8, Quantized, Weight
 from l4jax.kernels.routing import Slots, assign_slots, count_blocks
@@ -82,7 +82,7 @@ class Hopper:
         if plan is None or tokens > _FEW:
             x_TU, x_scale_T = self._round(x_TU, None, dtype)
             return _multiply_by_xla(x_TU, x_scale_T, weight_EOU)
-        where = assign_slots(jnp.zeros(tokens, jnp.int32), 1, plan.slots)
+        where = self._assign(jnp.zeros(tokens, jnp.int32), 1, plan.slots)
         x_SU, x_scale_S = self._round(x_TU, where.token_S, dtype)
         parts_PSO = self._multiply_slots(x_SU, (weight_EOU,), where, plan)
         y_TO = parts_PSO[:, :tokens].astype(jnp.float32).sum(axis=0)
@@ -90,20 +90,38 @@ class Hopper:
             y_TO = y_TO * x_scale_S[:tokens, None]
         return y_TO.astype(x_TU.dtype)
 
+    def route(self, x_TD: Array, router_ED: Weight) -> tuple[Array, Array]:
+        """`reference.route`, of few tokens in one launch."""
+        if not choices.can_choose(x_TD, router_ED):
+            return reference.route(x_TD, router_ED)
+        return choices.choose_experts(x_TD, router_ED, is_interpreted=self.interpret is not None)
+
     def run_experts(
         self, x_TD: Array, expert_T: Array, gate_up_EcFD: Weight, down_EDF: Weight
     ) -> Array:
         """`reference.run_experts`, of the experts that some token wants, each read once where its
         tokens fit into a block."""
+        return self._run_experts(x_TD, expert_T, None, gate_up_EcFD, down_EDF)
+
+    def _run_experts(
+        self,
+        x_TD: Array,
+        expert_T: Array,
+        gate_T: Array | None,
+        gate_up_EcFD: Weight,
+        down_EDF: Weight,
+    ) -> Array:
+        """The same of tokens that are yet to be scaled by their gates, where they have any."""
         tokens, (experts, _, hidden, _) = x_TD.shape[0], gate_up_EcFD.shape
         up_EOD = _reshape(gate_up_EcFD, experts, 2 * hidden)
         up_plan, down_plan = self._plan(up_EOD, tokens), self._plan(down_EDF, tokens)
         if up_plan is None or down_plan is None or x_TD.dtype != jnp.bfloat16:
+            x_TD = x_TD if gate_T is None else x_TD * gate_T[:, None].astype(x_TD.dtype)
             return reference.run_experts(x_TD, expert_T, gate_up_EcFD, down_EDF)
-        if experts == 1 and tokens > _FEW:
+        if experts == 1 and tokens > _FEW and gate_T is None:
             return self._run_one_expert(x_TD, up_EOD, down_EDF)
-        where = assign_slots(expert_T, experts, up_plan.slots)
-        take = self._run_slots(x_TD, where, (up_EOD,), (down_EDF,), (up_plan, down_plan))
+        where = self._assign(expert_T, experts, up_plan.slots)
+        take = self._run_slots(x_TD, where, (up_EOD,), (down_EDF,), (up_plan, down_plan), gate_T)
         return take(where.slot_T).astype(x_TD.dtype)
 
     def mix_experts(
@@ -132,21 +150,13 @@ class Hopper:
             or tokens > (up_plan.slots if jnp.dtype(jnp.int4) in formats_found else _MIXED)
             or x_TD.dtype != jnp.bfloat16
         ):
-            scaled_TD = x_TD * gate_T[:, None].astype(x_TD.dtype)
             alone_T = jnp.zeros_like(expert_T)
-            return self.run_experts(x_TD, alone_T, *shared) + self.run_experts(
-                scaled_TD, expert_T, gate_up_EcFD, down_EDF
+            return self.run_experts(x_TD, alone_T, *shared) + self._run_experts(
+                x_TD, expert_T, gate_T, gate_up_EcFD, down_EDF
             )
         slots = up_plan.slots
-        mine = assign_slots(expert_T, experts, slots)
         blocks = -(-tokens // slots)
-        at_S = jnp.minimum(jnp.arange(blocks * slots, dtype=jnp.int32), tokens - 1)
-        where = Slots(
-            blocks * slots + mine.slot_T,
-            jnp.concatenate([at_S, mine.token_S]),
-            mine.expert_I,
-            mine.count + blocks,
-        )
+        where = self._assign(expert_T, experts, slots, leading=blocks)
         plans = (up_plan, down_plan)
         take = self._run_slots(x_TD, where, ups, downs, plans, gate_T, leading=blocks)
         return (take(jnp.arange(tokens)) + take(where.slot_T)).astype(x_TD.dtype)
@@ -203,6 +213,20 @@ class Hopper:
             interpret=self.interpret,
         )
         return _multiply_by_xla(hidden_TF, scale_T, down_EDF)
+
+    def _assign(self, expert_T: Array, experts: int, slots: int, leading: int = 0) -> Slots:
+        """`assign_slots`, of few tokens in one launch."""
+        if experts > 1 and 1 < len(expert_T) <= choices.MOST_TOKENS:
+            return choices.assign_slots(
+                expert_T,
+                experts=experts,
+                slots=slots,
+                leading=leading,
+                is_interpreted=self.interpret is not None,
+            )
+        where = assign_slots(expert_T, experts, slots, leading)
+        # Written down: XLA would work them out anew for each element that is read by them.
+        return lax.optimization_barrier(where) if experts > 1 else where
 
     def _plan(self, weight_EOU: Weight, tokens: int, *, has_shared: bool = False) -> "Plan | None":
         """How to multiply tokens by the matrices of experts, and by one that all share; None where

@@ -17,7 +17,7 @@ class Slots:
 
     slot_T: Array  # int32: of each token
     token_S: Array  # int32: of each slot; an empty one names some token, whose result nobody takes
-    expert_I: Array  # int32: of each block
+    expert_I: Array  # int32: of each block behind the leading ones
     count: Array  # int32 [1]: blocks that hold tokens
 
 
@@ -26,8 +26,20 @@ def count_blocks(tokens: int, experts: int, slots: int) -> int:
     return min(tokens, (tokens + min(tokens, experts) * (slots - 1)) // slots)
 
 
-def assign_slots(expert_T: Array, experts: int, slots: int) -> Slots:
-    """Give each token a slot in a block of its expert, in order of experts and then of tokens."""
+def assign_slots(expert_T: Array, experts: int, slots: int, leading: int = 0) -> Slots:
+    """Give each token a slot in a block of its expert, in order of experts and then of tokens.
+
+    Args:
+        expert_T: int32, what each token wants.
+        experts: how many there are.
+        slots: of a block.
+        leading: blocks before those, of all tokens in order: for an expert that all share.
+    """
+    if leading:
+        mine, tokens, before = assign_slots(expert_T, experts, slots), len(expert_T), leading * slots
+        at_S = jnp.minimum(jnp.arange(before, dtype=jnp.int32), tokens - 1)
+        token_S = jnp.concatenate([at_S, mine.token_S])
+        return Slots(before + mine.slot_T, token_S, mine.expert_I, mine.count + leading)
     (tokens,) = expert_T.shape
     blocks = count_blocks(tokens, experts, slots)
     if tokens == 1:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l4jax.kernels import formats, reference
+from l4jax.kernels import choices, formats, reference, routing
 
 # How far a result may be from its definition in float32, relative to the definition's norm. fp8
 # rounds activations to three bits: one that lies between two values may go the other way.
@@ -94,6 +94,35 @@ def check_norm(kernels: Any, tokens: int, sizes: Sizes) -> None:
         BOUND["bfloat16"],
     )
     np.testing.assert_array_equal(first, second)
+
+
+def check_router(kernels: Any, tokens: int, sizes: Sizes) -> None:
+    """Each token is given the expert and the gate of its definition, or one that scores the same
+    but for how the scores are summed; the first of equals; the same twice."""
+    rng = np.random.default_rng(6)
+    x_TD = make_tokens(rng, tokens, sizes.width)
+    router_ED = make_tokens(rng, 16, sizes.width) * 0.1
+    router_ED = router_ED.at[7].set(router_ED[3])
+    run = jax.jit(kernels.route)
+    (expert_T, gate_T), again = (jax.tree.map(np.asarray, run(x_TD, router_ED)) for _ in range(2))
+    score_TE = np.asarray(define(functools.partial(formats.multiply, "TD,ED->TE"), x_TD, router_ED))
+    score_T = score_TE[np.arange(tokens), expert_T]
+    assert expert_T.dtype == np.int32 and not (expert_T == 7).any()
+    np.testing.assert_allclose(score_T, score_TE.max(axis=1), rtol=BOUND["bfloat16"])
+    np.testing.assert_allclose(gate_T, 1 / (1 + np.exp(-score_T)), rtol=BOUND["bfloat16"])
+    for one, other in zip((expert_T, gate_T), again, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def check_slots(tokens: int, *, experts: int, leading: int, is_interpreted: bool = False) -> None:
+    """Slots are assigned in one launch as they are by definition."""
+    expert_T = np.random.default_rng(tokens).integers(0, min(experts, 1 + tokens), tokens)
+    case: Any = {"experts": experts, "slots": 8, "leading": leading}
+    expert_T = jnp.asarray(expert_T, jnp.int32)
+    found = choices.assign_slots(expert_T, **case, is_interpreted=is_interpreted)
+    wanted = jax.jit(functools.partial(routing.assign_slots, **case))(expert_T)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def check_experts(kernels: Any, form: str, choice: list[int], sizes: Sizes) -> None:
