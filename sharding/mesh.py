@@ -73,7 +73,7 @@ def prepare_devices(text: str | int) -> str | None:
         threads = max(int(os.environ.get("NPROC", "0")), os.cpu_count() or 1, 2 * wanted)
         os.environ["NPROC"] = str(threads)
         # Of a GPU jax takes three quarters unless told otherwise: Scout in fp8 is as much.
-        os.environ.setdefault(_GPU_SHARE, "0.95")
+        os.environ.setdefault(_GPU_SHARE, "0.97")
         # This counts where the CPU is the backend; an accelerator's devices stay as they are.
         made = getattr(jax.config, "jax_num_cpu_devices", 1)
         jax.config.update("jax_num_cpu_devices", max(made, wanted))

@@ -4,11 +4,13 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from l4jax.config import Config
+from l4jax.config import Config, TextConfig
 from l4jax.engine.lookup import Speculation
 from l4jax.engine.scheduler import Limits
 
 TILES_PER_IMAGE = 17  # 16 tiles and the whole image, at most
+_LOGITS_AT_ONCE = 10  # arrays that sampling holds, of which sorting takes most
+_HIDDENS_AT_ONCE = 6  # arrays as wide as gate and up of an expert, 2 bytes each
 _COARSE = 64  # requests, from which on there are loops between those in fours ..
 _FINE = 32  # .. every so many rows
 
@@ -131,17 +133,28 @@ def plan_limits(
     )
 
 
-def find_free_bytes(capacity: Capacity, *, limit: int, in_use: int, share: float = 1.0) -> int:
+def find_free_bytes(
+    capacity: Capacity, *, limit: int, in_use: int, programs: int = 0, share: float = 1.0
+) -> int:
     """Bytes of one accelerator that the page pool may take.
 
     Args:
         capacity: says which share of the accelerator weights and pool may take, as in vLLM.
         limit: bytes that this process may take.
         in_use: of them, by now.
+        programs: of them, to be left for what programs take while they run.
         share: of the accelerator's memory that `limit` is.
     """
-    allowed = min(capacity.gpu_memory_utilization * limit / share, limit)
+    allowed = min(capacity.gpu_memory_utilization * limit / share, limit - programs)
     return max(0, int(allowed) - in_use)
+
+
+def count_program_bytes(text: TextConfig, rows: int, tokens: int) -> int:
+    """Bytes of a device that a step of so many of its rows and tokens takes beside weights and
+    pages, or somewhat more: for sampling, and for the tokens between two products."""
+    logits = 4 * rows * text.vocab
+    hidden = 2 * tokens * 2 * text.expert_width
+    return _LOGITS_AT_ONCE * logits + _HIDDENS_AT_ONCE * hidden
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,14 @@ import numpy as np
 from l4jax import axes, cache, checkpoint, decode, sampling
 from l4jax.config import Config
 from l4jax.engine import arrays, calibrate
-from l4jax.engine.capacity import Buckets, Capacity, choose_page, find_free_bytes, plan_limits
+from l4jax.engine.capacity import (
+    Buckets,
+    Capacity,
+    choose_page,
+    count_program_bytes,
+    find_free_bytes,
+    plan_limits,
+)
 from l4jax.engine.executables import Call, Executables
 from l4jax.engine.request import MAX_LOGPROBS
 from l4jax.engine.scheduler import Limits, Plan, Run
@@ -366,8 +373,19 @@ class Runner:
         if not stats or "bytes_limit" not in stats:
             return CPU_POOL_BYTES
         share = find_gpu_share() if device.platform == "gpu" else 1.0
-        limit, in_use = stats["bytes_limit"], stats["bytes_in_use"]
-        free = find_free_bytes(capacity, limit=limit, in_use=in_use, share=share)
+        shards = self.layout.count(axes.ROWS)
+        programs = count_program_bytes(
+            self.config.text,
+            rows=-(-capacity.max_num_seqs // shards),
+            tokens=-(-capacity.max_num_batched_tokens // shards),
+        )
+        free = find_free_bytes(
+            capacity,
+            limit=stats["bytes_limit"],
+            in_use=stats["bytes_in_use"],
+            programs=programs,
+            share=share,
+        )
         return free * self.layout.count(axes.KV_HEADS)
 
 

@@ -123,8 +123,8 @@ def attend_all(q_IPNH: Array, k_IPNH: Array, v_IPNH: Array) -> Array:
 
 
 def route(x_TD: Array, router_ED: Weight) -> tuple[Array, Array]:
-    """The best-scored expert of each token, int32 [T]; and its gate, the sigmoid of the score, which
-    is rounded to the dtype of x before, float32 [T]."""
+    """The best-scored expert of each token, int32 [T], and its gate, float32 [T]: the sigmoid of
+    the score, which is of the dtype of x."""
     score_TE = multiply("TD,ED->TE", x_TD, router_ED)
     expert_T = jnp.argmax(score_TE, axis=-1).astype(jnp.int32)
     # The sigmoid of the largest, taken before the maximum: one launch for both.

@@ -36,7 +36,11 @@ def assign_slots(expert_T: Array, experts: int, slots: int, leading: int = 0) ->
         leading: blocks before those, of all tokens in order: for an expert that all share.
     """
     if leading:
-        mine, tokens, before = assign_slots(expert_T, experts, slots), len(expert_T), leading * slots
+        mine, tokens, before = (
+            assign_slots(expert_T, experts, slots),
+            len(expert_T),
+            leading * slots,
+        )
         at_S = jnp.minimum(jnp.arange(before, dtype=jnp.int32), tokens - 1)
         token_S = jnp.concatenate([at_S, mine.token_S])
         return Slots(before + mine.slot_T, token_S, mine.expert_I, mine.count + leading)

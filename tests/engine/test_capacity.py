@@ -2,19 +2,27 @@
 
 import pytest
 
-from l4jax.engine.capacity import Capacity, find_free_bytes
+from l4jax.config import SCOUT
+from l4jax.engine.capacity import Capacity, count_program_bytes, find_free_bytes
 
 
 @pytest.mark.parametrize(
-    ("utilization", "share", "in_use", "free"),
+    ("utilization", "share", "in_use", "free"),  # of which programs take 30
     [
         (0.9, 0.95, 400, 500),  # of the 1000 bytes that the device has, not of jax's 950
         (0.9, 1.0, 400, 455),  # where jax has the whole device
-        (0.97, 0.95, 400, 550),  # no more than jax has
+        (0.97, 0.95, 400, 520),  # no more than programs leave of what jax has
         (0.5, 0.95, 400, 100),
         (0.5, 0.95, 600, 0),
     ],
 )
 def test_utilization_is_a_share_of_the_whole_accelerator(utilization, share, in_use, free):
     capacity = Capacity(gpu_memory_utilization=utilization)
-    assert find_free_bytes(capacity, limit=950, in_use=in_use, share=share) == free
+    assert find_free_bytes(capacity, limit=950, in_use=in_use, programs=30, share=share) == free
+
+
+def test_programs_are_left_what_sampling_and_prompts_take():
+    """Of Scout the compiler said, in MiB: 1,783 for 256 rows of 2048 tokens; 678 for a prompt of
+    8192."""
+    assert count_program_bytes(SCOUT.text, rows=256, tokens=2048) > 1783 * 2**20
+    assert count_program_bytes(SCOUT.text, rows=1, tokens=8192) > 678 * 2**20
