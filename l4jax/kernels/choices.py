@@ -3,8 +3,8 @@
 Plain XLA makes some ten of what is a few additions for each token, and in a decode step a launch
 costs more than what it does. These are for so few tokens; prompts are left to XLA.
 
-Letters here: T tokens, E experts, D width, I blocks, S slots of all of them; P a power of two that
-holds so many, which Triton wants of every array.
+Letters here: T tokens, E experts, D width; W and L as in `rows`; P tokens, filled up to what a
+warpgroup reads at once.
 """
 
 import functools
@@ -14,107 +14,161 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from l4jax.kernels.routing import Slots, count_blocks
+from l4jax.kernels.rows import cut_row, read_share
 
-MOST_TOKENS = 256  # of which all slots fit into the registers of one thread block
-_LEAST_COLUMNS, _MOST_COLUMNS = 128, 1024  # of a row that are read at once
+_load: Any = plgpu.load  # whose parameters differ between versions of jax
 
-
-@functools.partial(jax.jit, static_argnames="is_interpreted")
-def choose_experts(
-    x_TD: Array, router_ED: Array, *, is_interpreted: bool = False
-) -> tuple[Array, Array]:
-    """`reference.route`, of shapes that `can_choose`."""
-    (tokens, width), experts = x_TD.shape, router_ED.shape[0]
-    columns = _find_columns(width)
-
-    def choose_body(x: Any, router: Any, expert: Any, gate: Any) -> None:
-        token, at_E = pl.program_id(0), jnp.arange(experts)
-        score_E = jnp.zeros(experts, jnp.float32)
-        for first in range(0, width, columns):
-            here = pl.ds(first, columns)
-            found = plt.load(x.at[token, here]).astype(jnp.float32)
-            score_E += jnp.sum(plt.load(router.at[:, here]).astype(jnp.float32) * found, axis=1)
-        score_E = score_E.astype(jnp.bfloat16).astype(jnp.float32)  # as the product is rounded
-        highest = jnp.max(score_E)
-        # The first of equals; of a token that is not a number some expert.
-        first = jnp.min(jnp.where(score_E == highest, at_E, experts - 1))
-        expert[token] = first.astype(jnp.int32)
-        gate[token] = 1 / (1 + jnp.exp(-highest))
-
-    one_each = [jax.ShapeDtypeStruct((tokens,), dtype) for dtype in (jnp.int32, jnp.float32)]
-    return _launch(choose_body, one_each, (tokens,), is_interpreted)(x_TD, router_ED)
+_MOST_TOKENS = 256
+_MOST_EXPERTS = 32
+_THREADS = 128  # of a warpgroup
+_COPIED = 4  # int32 that are copied at once, no fewer
 
 
 def can_choose(x_TD: Array, router_ED: Any) -> bool:
     """Whether `choose_experts` is for these."""
-    (tokens, width), experts = x_TD.shape, router_ED.shape[0]
     is_wide = isinstance(router_ED, Array) and router_ED.dtype == x_TD.dtype == jnp.bfloat16
-    return (
-        is_wide
-        and tokens <= MOST_TOKENS
-        and experts == pl.next_power_of_2(experts)
-        and _find_columns(width) >= _LEAST_COLUMNS
+    (tokens, width), experts = x_TD.shape, router_ED.shape[0]
+    return is_wide and tokens <= _MOST_TOKENS and experts <= _MOST_EXPERTS and width % _THREADS == 0
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def choose_experts(x_TD: Array, router_ED: Array, *, interpret: Any = None) -> tuple[Array, Array]:
+    """`reference.route`, of what `can_choose` says."""
+    (tokens, width), experts = x_TD.shape, router_ED.shape[0]
+    cut = shares, warps, _ = cut_row(width)
+
+    def choose_body(
+        x: Any, router: Any, expert: Any, gate: Any, *, found_smem: Any, met: Any
+    ) -> None:
+        row, share = lax.axis_index("row"), lax.axis_index("share")
+        found_WL = read_share(x.at[row, share])
+        for at in range(experts):
+            product_WL = found_WL * read_share(router.at[at, share])
+            found_smem[share, at] = jnp.sum(product_WL, axis=1)
+        plgpu.barrier_arrive(met)
+        plgpu.barrier_wait(met)
+        best, highest = jnp.int32(0), jnp.float32(-jnp.inf)
+        for at in range(experts):
+            parts = [found_smem[s, at, w] for s in range(shares) for w in range(warps)]
+            score = functools.reduce(jnp.add, parts)
+            score = score.astype(jnp.bfloat16).astype(jnp.float32)  # as the product is rounded
+            best = jnp.where(score > highest, at, best)
+            highest = jnp.maximum(score, highest)
+
+        @pl.when(share == 0)
+        def _() -> None:
+            expert[row] = best
+            gate[row] = 1 / (1 + jnp.exp(-highest))
+
+    kernel = plgpu.kernel(
+        choose_body,
+        out_type=[jax.ShapeDtypeStruct((tokens,), d) for d in (jnp.int32, jnp.float32)],
+        grid=(tokens,),
+        grid_names=("row",),
+        num_threads=shares,
+        thread_name="share",
+        scratch_types=dict(
+            found_smem=plgpu.SMEM((shares, experts, warps), jnp.float32),
+            met=plgpu.Barrier(num_arrivals=shares),
+        ),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            unsafe_no_auto_barriers=True,
+        ),
+        interpret=interpret,
     )
+    expert_T, gate_T = kernel(x_TD.reshape(tokens, *cut), router_ED.reshape(experts, *cut))
+    return expert_T, gate_T
 
 
-@functools.partial(jax.jit, static_argnames=("experts", "slots", "leading", "is_interpreted"))
+def can_assign(tokens: int, experts: int) -> bool:
+    """Whether `assign_slots` is for these."""
+    return 1 < tokens <= _MOST_TOKENS and tokens % _COPIED == 0 and 1 < experts <= _MOST_EXPERTS
+
+
+@functools.partial(jax.jit, static_argnames=("experts", "slots", "leading", "interpret"))
 def assign_slots(
-    expert_T: Array, *, experts: int, slots: int, leading: int, is_interpreted: bool = False
+    expert_T: Array, *, experts: int, slots: int, leading: int, interpret: Any = None
 ) -> Slots:
-    """`routing.assign_slots`, of no more than `MOST_TOKENS`."""
+    """`routing.assign_slots`, of what `can_assign` says: a thread block for each token."""
     (tokens,) = expert_T.shape
     blocks, before = count_blocks(tokens, experts, slots), leading * slots
-    many_T, many_E, many_I, many_S = map(
-        pl.next_power_of_2, (tokens, experts, blocks, blocks * slots)
-    )
+    many = -(-tokens // _THREADS) * _THREADS
+    layout = plgpu.Layout.WG_STRIDED((many,), many // _THREADS)
 
-    def assign_body(expert: Any, slot: Any, token: Any, owner: Any, count: Any) -> None:
-        at_P, expert_P = jnp.arange(many_T), jnp.arange(many_E)
-        token_P = jnp.minimum(at_P, tokens - 1)  # the last one again and again, which counts once
-        is_mine_PE = plt.load(expert.at[token_P])[:, None] == expert_P[None]
-        one_PE = (is_mine_PE & (at_P < tokens)[:, None]).astype(jnp.int32)
-        count_E = jnp.sum(one_PE, axis=0)
-        blocks_E = lax.div(count_E + (slots - 1), jnp.int32(slots))
-        end_E = jnp.cumsum(blocks_E)
-        start_E = before + (end_E - blocks_E) * slots
-        # The tokens of its expert before each, behind where this one's slots begin.
-        before_PE = jnp.cumsum(one_PE, axis=0) - 1 + start_E[None]
-        slot_P = jnp.sum(jnp.where(is_mine_PE, before_PE, 0), axis=1)
-        plt.store(slot.at[token_P], slot_P)
-        plt.store(token.at[slot_P], token_P)
-        # The other slots name a token, too.
-        at_P = before + jnp.arange(many_S)
-        within_PE = at_P[:, None] - start_E[None]
-        is_taken_PE = (within_PE >= 0) & (within_PE < count_E[None])
-        is_taken_P = jnp.sum(is_taken_PE.astype(jnp.int32), axis=1) > 0
-        is_empty_P = (at_P < before + blocks * slots) & ~is_taken_P
-        plt.store(token.at[at_P], jnp.zeros(many_S, jnp.int32), mask=is_empty_P)
-        if before:
-            at_P = jnp.minimum(jnp.arange(pl.next_power_of_2(before)), before - 1)
-            plt.store(token.at[at_P], jnp.minimum(at_P, tokens - 1))
-        at_P = jnp.arange(many_I)
-        owner_P = jnp.sum((end_E[None] <= at_P[:, None]).astype(jnp.int32), axis=1)
-        plt.store(owner.at[at_P], jnp.minimum(owner_P, experts - 1), mask=at_P < blocks)
-        count[0] = leading + jnp.sum(blocks_E)
+    def assign_body(
+        expert: Any,
+        slot: Any,
+        token: Any,
+        owner: Any,
+        count: Any,
+        *,
+        expert_smem: Any,
+        full: Any,
+    ) -> None:
+        mine = lax.axis_index("token")
+        plgpu.copy_gmem_to_smem(expert, expert_smem.at[pl.ds(0, tokens)], full)
+        plgpu.barrier_wait(full)
+        expert_P = _load(expert_smem, layout=layout, optimized=False)
+        at_P = plgpu.broadcasted_iota(jnp.int32, (many,), 0, layout=layout)
+
+        def count_where(is_so_P: Array) -> Array:
+            return jnp.sum(jnp.where(is_so_P, 1, 0))
+
+        wanted = expert_smem[mine]
+        rank = count_where((expert_P == wanted) & (at_P < mine))
+        # Blocks of the experts before this token's, and of all.
+        first, used, of_mine = jnp.int32(0), jnp.int32(0), jnp.int32(0)
+        for at in range(experts):
+            found = count_where((expert_P == at) & (at_P < tokens))
+            needed = lax.div(found + (slots - 1), jnp.int32(slots))
+            first = jnp.where(at < wanted, first + needed, first)
+            of_mine = jnp.where(at == wanted, found, of_mine)
+            used += needed
+        start = before + first * slots
+        slot[mine] = start + rank
+        token[start + rank] = mine
+
+        @pl.when(lax.rem(rank, slots) == 0)
+        def _() -> None:
+            owner[first + lax.div(rank, slots)] = wanted
+
+        @pl.when(rank == of_mine - 1)  # what its expert's last token leaves
+        def _() -> None:
+            @pl.loop(of_mine, lax.div(of_mine + (slots - 1), slots) * slots)
+            def _(at: Array) -> None:
+                token[start + at] = 0
+
+        @pl.when(used + mine < blocks)  # a block that nobody uses
+        def _() -> None:
+            owner[used + mine] = experts - 1
+
+            @pl.loop(0, slots)
+            def _(at: Array) -> None:
+                token[before + (used + mine) * slots + at] = 0
+
+        for at in range(0, before, tokens):
+
+            @pl.when(at + mine < before)
+            def _(at: int = at) -> None:
+                token[at + mine] = jnp.minimum(at + mine, tokens - 1)
+
+        @pl.when(mine == 0)
+        def _() -> None:
+            count[0] = leading + used
 
     sizes = (tokens, before + blocks * slots, blocks, 1)
-    out_types = [jax.ShapeDtypeStruct((size,), jnp.int32) for size in sizes]
-    return Slots(*_launch(assign_body, out_types, (), is_interpreted)(expert_T))
-
-
-def _find_columns(width: int) -> int:
-    """The largest power of two that divides a row, and no more than is read at once."""
-    return min(width & -width, _MOST_COLUMNS)
-
-
-def _launch(body: Any, out_types: Any, grid: tuple[int, ...], is_interpreted: bool) -> Any:
-    return pl.pallas_call(
-        body,
-        out_shape=out_types,
-        grid=grid,
-        compiler_params=plt.CompilerParams(num_warps=8),
-        interpret=is_interpreted,
+    kernel = plgpu.kernel(
+        assign_body,
+        out_type=[jax.ShapeDtypeStruct((size,), jnp.int32) for size in sizes],
+        grid=(tokens,),
+        grid_names=("token",),
+        scratch_types=dict(expert_smem=plgpu.SMEM((many,), jnp.int32), full=plgpu.Barrier()),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=interpret,
     )
+    return Slots(*kernel(expert_T))

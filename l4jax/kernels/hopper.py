@@ -94,7 +94,7 @@ class Hopper:
         """`reference.route`, of few tokens in one launch."""
         if not choices.can_choose(x_TD, router_ED):
             return reference.route(x_TD, router_ED)
-        return choices.choose_experts(x_TD, router_ED, is_interpreted=self.interpret is not None)
+        return choices.choose_experts(x_TD, router_ED, interpret=self.interpret)
 
     def run_experts(
         self, x_TD: Array, expert_T: Array, gate_up_EcFD: Weight, down_EDF: Weight
@@ -216,13 +216,13 @@ class Hopper:
 
     def _assign(self, expert_T: Array, experts: int, slots: int, leading: int = 0) -> Slots:
         """`assign_slots`, of few tokens in one launch."""
-        if experts > 1 and 1 < len(expert_T) <= choices.MOST_TOKENS:
+        if choices.can_assign(len(expert_T), experts):
             return choices.assign_slots(
                 expert_T,
                 experts=experts,
                 slots=slots,
                 leading=leading,
-                is_interpreted=self.interpret is not None,
+                interpret=self.interpret,
             )
         where = assign_slots(expert_T, experts, slots, leading)
         # Written down: XLA would work them out anew for each element that is read by them.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l4jax.kernels import choices, formats, reference, routing
+from l4jax.kernels import formats, reference, routing
 
 # How far a result may be from its definition in float32, relative to the definition's norm. fp8
 # rounds activations to three bits: one that lies between two values may go the other way.
@@ -114,12 +114,14 @@ def check_router(kernels: Any, tokens: int, sizes: Sizes) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-def check_slots(tokens: int, *, experts: int, leading: int, is_interpreted: bool = False) -> None:
+def check_slots(
+    assign: Any, tokens: int, *, experts: int, leading: int, interpret: Any = None
+) -> None:
     """Slots are assigned in one launch as they are by definition."""
     expert_T = np.random.default_rng(tokens).integers(0, min(experts, 1 + tokens), tokens)
     case: Any = {"experts": experts, "slots": 8, "leading": leading}
     expert_T = jnp.asarray(expert_T, jnp.int32)
-    found = choices.assign_slots(expert_T, **case, is_interpreted=is_interpreted)
+    found = assign(expert_T, **case, interpret=interpret)
     wanted = jax.jit(functools.partial(routing.assign_slots, **case))(expert_T)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(one, other)

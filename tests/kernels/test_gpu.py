@@ -29,9 +29,11 @@ def test_the_router_of_scout_equals_its_definition(kernels, tokens):
 
 
 @pytest.mark.parametrize("leading", [0, 3])
-@pytest.mark.parametrize("tokens", [2, 9, 128, 256])
+@pytest.mark.parametrize("tokens", [4, 8, 128, 256])
 def test_in_one_launch_tokens_go_where_the_definition_puts_them(tokens, leading):
-    laws.check_slots(tokens, experts=16, leading=leading)
+    from l4jax.kernels.choices import assign_slots  # needs what only jax for a GPU brings
+
+    laws.check_slots(assign_slots, tokens, experts=16, leading=leading)
 
 
 @pytest.mark.parametrize("choice", laws.CHOICES)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l4jax.kernels import formats, reference, rows
+from l4jax.kernels import choices, formats, reference, rows
 from tests.kernels import laws
 
 if jax.__version_info__ < (0, 12):
@@ -65,3 +65,11 @@ def test_wide_rows_are_activated_as_their_definition(width, is_rounded):
         assert_rounded(found, wanted)
     else:
         laws.assert_close(found, wanted, laws.BOUND["bfloat16"])
+
+
+@pytest.mark.parametrize("leading", [0, 3])
+@pytest.mark.parametrize("experts", [5, 16])
+@pytest.mark.parametrize("tokens", [4, 20, 136])
+def test_in_one_launch_tokens_go_where_the_definition_puts_them(tokens, experts, leading):
+    case = {"experts": experts, "leading": leading, "interpret": INTERPRET}
+    laws.check_slots(choices.assign_slots, tokens, **case)
