@@ -422,7 +422,6 @@ def choose_kernels(name: str, device: Any) -> Kernels:
     return Kernels(
         normalize=hopper.normalize,
         attend=hopper.attend,
-        route=hopper.route,
         run_experts=hopper.run_experts,
         mix_experts=hopper.mix_experts,
         multiply=hopper.multiply,
@@ -443,10 +442,6 @@ def make_kernels(kernels: Kernels, layout: Layout) -> Kernels:
 
     def normalize(x_TD: Any, scale_D: Any, eps: float) -> jax.Array:
         return local(lambda *both: kernels.normalize(*both, eps), (x, x[1:]), x)(x_TD, scale_D)
-
-    def route(x_TD: Any, router_ED: Any) -> tuple[jax.Array, jax.Array]:
-        ins = (x, name_axes(router_ED, (axes.EXPERTS, axes.WIDTH)))
-        return local(kernels.route, ins, (at, at))(x_TD, router_ED)
 
     def run_experts(x_TD: Any, expert_T: Any, gate_up_EcFD: Any, down_EDF: Any) -> jax.Array:
         ins = (x, at, name_axes(gate_up_EcFD, gate_up), name_axes(down_EDF, down))
@@ -474,7 +469,6 @@ def make_kernels(kernels: Kernels, layout: Layout) -> Kernels:
         attend=jax.jit(
             local(kernels.attend, (q, kv, kv, pool, pool, table, at, at), (q, pool, pool))
         ),
-        route=jax.jit(route),
         run_experts=jax.jit(run_experts),
         mix_experts=jax.jit(mix_experts),
         multiply=jax.jit(multiply, static_argnums=0),

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from l4jax.kernels import choices, formats, pages, portable, reference
+from l4jax.kernels import formats, pages, portable, reference
 from l4jax.kernels.blocks import GROUP, multiply_blocks
 from l4jax.kernels.formats import FP8, Quantized, Weight
 from l4jax.kernels.routing import Slots, assign_slots, count_blocks
 from l4jax.kernels.rows import activate_rows, normalize_rows, round_rows
+from l4jax.kernels.slots import assign_at_once, can_assign
 from l4jax.kernels.tiles import Tiles, choose_slots, choose_tiles
 
 # Tokens up to which the shared expert runs beside the others; in int4 one block, since each block
@@ -89,12 +90,6 @@ class Hopper:
         if x_scale_S is not None:
             y_TO = y_TO * x_scale_S[:tokens, None]
         return y_TO.astype(x_TU.dtype)
-
-    def route(self, x_TD: Array, router_ED: Weight) -> tuple[Array, Array]:
-        """`reference.route`, of few tokens in one launch."""
-        if not choices.can_choose(x_TD, router_ED):
-            return reference.route(x_TD, router_ED)
-        return choices.choose_experts(x_TD, router_ED, interpret=self.interpret)
 
     def run_experts(
         self, x_TD: Array, expert_T: Array, gate_up_EcFD: Weight, down_EDF: Weight
@@ -216,8 +211,8 @@ class Hopper:
 
     def _assign(self, expert_T: Array, experts: int, slots: int, leading: int = 0) -> Slots:
         """`assign_slots`, of few tokens in one launch."""
-        if choices.can_assign(len(expert_T), experts):
-            return choices.assign_slots(
+        if can_assign(len(expert_T), experts):
+            return assign_at_once(
                 expert_T,
                 experts=experts,
                 slots=slots,

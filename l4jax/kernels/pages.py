@@ -32,6 +32,7 @@ _load: Any = plgpu.load  # whose parameters differ between versions of jax
 
 _ROWS = 64  # query rows of a warpgroup
 _MOST_SPLITS = 32
+_PIECE = 32  # positions of a page that are copied or left out together
 _NEVER = -1e30  # below every score, and finite: what sees nothing gives 0 / tiny and not nan
 
 
@@ -224,6 +225,8 @@ def _attend_tiles(
                 def _page(step: Array) -> None:
                     at = carry + step
                     stage, found = lax.rem(at, stages), table[mine, start + step]
+                    held = stored[tile] + 1 - (start + step) * page
+                    wanted = jnp.minimum(lax.div(held + (_PIECE - 1), _PIECE), page // _PIECE)
                     for pool, smem, full, free in (
                         (k, k_smem, k_full, k_free),
                         (v, v_smem, v_full, v_free),
@@ -233,9 +236,14 @@ def _attend_tiles(
                         def _(free: Any = free) -> None:
                             plgpu.barrier_wait(free.at[stage])
 
-                        plgpu.copy_gmem_to_smem(
-                            pool.at[found, head], smem.at[stage], full.at[stage]
-                        )
+                        # Of a row's last page no more than the pieces that hold something.
+                        for pieces in range(1, page // _PIECE + 1):
+                            here = pl.ds(0, pieces * _PIECE)
+                            ends = pool.at[found, head, here], smem.at[stage, here]
+
+                            @pl.when(wanted == pieces)
+                            def _(ends: Any = ends, full: Any = full) -> None:
+                                plgpu.copy_gmem_to_smem(*ends, full.at[stage])
 
                 return carry + count
 

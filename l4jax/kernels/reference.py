@@ -122,15 +122,6 @@ def attend_all(q_IPNH: Array, k_IPNH: Array, v_IPNH: Array) -> Array:
     return jnp.einsum("INPQ,IQNH->IPNH", weight_INPQ.astype(q_IPNH.dtype), v_IPNH)
 
 
-def route(x_TD: Array, router_ED: Weight) -> tuple[Array, Array]:
-    """The best-scored expert of each token, int32 [T], and its gate, float32 [T]: the sigmoid of
-    the score, which is of the dtype of x."""
-    score_TE = multiply("TD,ED->TE", x_TD, router_ED)
-    expert_T = jnp.argmax(score_TE, axis=-1).astype(jnp.int32)
-    # The sigmoid of the largest, taken before the maximum: one launch for both.
-    return expert_T, jax.nn.sigmoid(score_TE.astype(jnp.float32)).max(axis=-1)
-
-
 def run_experts(x_TD: Array, expert_T: Array, gate_up_EcFD: Weight, down_EDF: Weight) -> Array:
     """Each token through its own expert: `down @ (silu(gate @ x) * (up @ x))`.
 

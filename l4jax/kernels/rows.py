@@ -38,13 +38,13 @@ def normalize_rows(x_TU: Array, scale_U: Array, *, eps: float, interpret: Any = 
 
     def norm_body(x: Any, scale: Any, out: Any, **meeting: Any) -> None:
         row, share = lax.axis_index("row"), lax.axis_index("share")
-        found, weight = read_share(x.at[row, share]), read_share(scale.at[share])
+        found, weight = _read(x.at[row, share]), _read(scale.at[share])
         total = _join(jnp.sum(found * found, axis=1), jnp.add, share, **meeting)
         # Rounded before the weight as behind it, as the definition is.
         normed = (found * lax.rsqrt(total * (1 / width) + eps)).astype(jnp.bfloat16)
         out[row, share] = (normed.astype(jnp.float32) * weight).astype(out.dtype)
 
-    cut = cut_row(width)
+    cut = _cut(width)
     operands = x_TU.reshape(rows, *cut), scale_U.reshape(cut)
     return _launch(norm_body, *operands, rows=rows, width=width, interpret=interpret)
 
@@ -67,7 +67,7 @@ def round_rows(
         *gate, out, scale = refs
         row, share = lax.axis_index("row"), lax.axis_index("share")
         mine = token[row]
-        found = read_share(x.at[mine, share])
+        found = _read(x.at[mine, share])
         if gate:
             # The gate and what it scales are bfloat16 in the model.
             factor = jnp.where(row < plain, 1.0, gate[0][mine])
@@ -75,7 +75,7 @@ def round_rows(
             found = (found * factor).astype(jnp.bfloat16).astype(jnp.float32)
         _write_rounded(found, out, scale, row, share, **meeting)
 
-    operands = x_TU.reshape(tokens, *cut_row(width)), token_S, *gates
+    operands = x_TU.reshape(tokens, *_cut(width)), token_S, *gates
     return _launch(
         round_body, *operands, rows=len(token_S), width=width, is_rounded=True, interpret=interpret
     )
@@ -103,7 +103,7 @@ def activate_rows(
     """
     parts, slots, outs = parts_PSO.shape
     half = outs // 2
-    cut = cut_row(half)
+    cut = _cut(half)
     scales = [] if scale_S is None else [scale_S]
     if scale_O is not None:
         scales.append(scale_O.reshape(2, *cut))
@@ -114,12 +114,12 @@ def activate_rows(
         of_slot = factors.pop(0)[row] if scale_S is not None else None
 
         def read(which: int) -> Array:
-            total = read_share(x.at[0, row, which, share])
+            total = _read(x.at[0, row, which, share])
             for at in range(1, parts):
-                total += read_share(x.at[at, row, which, share])
+                total += _read(x.at[at, row, which, share])
             if of_slot is not None:
                 total *= of_slot
-            return total * read_share(factors[0].at[which, share]) if factors else total
+            return total * _read(factors[0].at[which, share]) if factors else total
 
         gate, up = read(0), read(1)  # both under way before any of it is needed
         # Rounded once to bfloat16, as the product of other kernels is.
@@ -206,7 +206,7 @@ def join_rows(
         row, mine = lax.axis_index("row"), lax.axis_index("share")
         head, at = lax.rem(row, heads), lax.div(row, heads)
         here = lax.div(at, kv_heads), lax.rem(at, kv_heads), head
-        found = [read_share(part.at[p, *here, mine]) for p in range(count)]
+        found = [_read(part.at[p, *here, mine]) for p in range(count)]
         highest = [peak[p, *here] for p in range(count)]
         top = functools.reduce(jnp.maximum, highest)
         weights = [jnp.exp2(x - top) for x in highest]
@@ -215,13 +215,13 @@ def join_rows(
         out[row, mine] = (joined / jnp.maximum(whole, 1e-30)).astype(jnp.bfloat16)
 
     rows = tokens * kv_heads * heads
-    operands = parts.reshape(*parts.shape[:-1], *cut_row(head_dim)), peaks, totals
+    operands = parts.reshape(*parts.shape[:-1], *_cut(head_dim)), peaks, totals
     return _launch(
         join_body, *operands, rows=rows, width=head_dim, is_joined=False, interpret=interpret
     )
 
 
-def cut_row(width: int) -> tuple[int, int, int]:
+def _cut(width: int) -> tuple[int, int, int]:
     """The shares of a row, the lines of a share and the elements of a line. As many shares as leave
     each thread something to read at full width."""
     full = _WARPS * 32 * _VECTOR
@@ -229,7 +229,7 @@ def cut_row(width: int) -> tuple[int, int, int]:
     return shares, _WARPS, width // (shares * _WARPS)
 
 
-def read_share(ref: Any) -> Array:
+def _read(ref: Any) -> Array:
     """A share of a row, [W, L] in float32."""
     vector = math.gcd(ref.shape[-1] // 32, _VECTOR)
     layout = plgpu.Layout.TILED(
@@ -283,7 +283,7 @@ def _launch(
 ) -> Any:
     """The body on each share of each row. What is joined over a row has warpgroups for its shares,
     and where these meet."""
-    cut = cut_row(width)
+    cut = _cut(width)
     out_types = [jax.ShapeDtypeStruct((rows, *cut), FP8 if is_rounded else jnp.bfloat16)]
     if is_rounded:
         out_types.append(jax.ShapeDtypeStruct((rows,), jnp.float32))

@@ -96,24 +96,6 @@ def check_norm(kernels: Any, tokens: int, sizes: Sizes) -> None:
     np.testing.assert_array_equal(first, second)
 
 
-def check_router(kernels: Any, tokens: int, sizes: Sizes) -> None:
-    """Each token is given the expert and the gate of its definition, or one that scores the same
-    but for how the scores are summed; the first of equals; the same twice."""
-    rng = np.random.default_rng(6)
-    x_TD = make_tokens(rng, tokens, sizes.width)
-    router_ED = make_tokens(rng, 16, sizes.width) * 0.1
-    router_ED = router_ED.at[7].set(router_ED[3])
-    run = jax.jit(kernels.route)
-    (expert_T, gate_T), again = (jax.tree.map(np.asarray, run(x_TD, router_ED)) for _ in range(2))
-    score_TE = np.asarray(define(functools.partial(formats.multiply, "TD,ED->TE"), x_TD, router_ED))
-    score_T = score_TE[np.arange(tokens), expert_T]
-    assert expert_T.dtype == np.int32 and not (expert_T == 7).any()
-    np.testing.assert_allclose(score_T, score_TE.max(axis=1), rtol=BOUND["bfloat16"])
-    np.testing.assert_allclose(gate_T, 1 / (1 + np.exp(-score_T)), rtol=BOUND["bfloat16"])
-    for one, other in zip((expert_T, gate_T), again, strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
 def check_slots(
     assign: Any, tokens: int, *, experts: int, leading: int, interpret: Any = None
 ) -> None:

@@ -29,11 +29,6 @@ def test_a_norm_equals_its_definition(kernels, tokens):
     laws.check_norm(kernels, tokens, SIZES)
 
 
-@pytest.mark.parametrize("tokens", [1, 13])
-def test_a_router_equals_its_definition(kernels, tokens):
-    laws.check_router(kernels, tokens, SIZES)
-
-
 @pytest.mark.parametrize("choice", laws.CHOICES)
 @pytest.mark.parametrize("form", laws.FORMATS)
 def test_experts_equal_their_definition(kernels, form, choice):

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l4jax.kernels import choices, formats, reference, rows
+from l4jax.kernels import formats, reference, rows
+from l4jax.kernels.slots import assign_at_once
 from tests.kernels import laws
 
 if jax.__version_info__ < (0, 12):
@@ -72,4 +73,4 @@ def test_wide_rows_are_activated_as_their_definition(width, is_rounded):
 @pytest.mark.parametrize("tokens", [4, 20, 136])
 def test_in_one_launch_tokens_go_where_the_definition_puts_them(tokens, experts, leading):
     case = {"experts": experts, "leading": leading, "interpret": INTERPRET}
-    laws.check_slots(choices.assign_slots, tokens, **case)
+    laws.check_slots(assign_at_once, tokens, **case)

@@ -1,10 +1,9 @@
-"""Which expert each token wants and the slot that it takes there: a launch each.
+"""The slot that each token takes in a block of its expert, in one launch.
 
-Plain XLA makes some ten of what is a few additions for each token, and in a decode step a launch
-costs more than what it does. These are for so few tokens; prompts are left to XLA.
+Plain XLA makes nine of what is a few additions for each token, and in a decode step a launch costs
+more than what it does. This is for so few tokens; prompts are left to XLA.
 
-Letters here: T tokens, E experts, D width; W and L as in `rows`; P tokens, filled up to what a
-warpgroup reads at once.
+Letters here: T tokens; P the same, filled up to what a warpgroup reads at once.
 """
 
 import functools
@@ -17,7 +16,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from l4jax.kernels.routing import Slots, count_blocks
-from l4jax.kernels.rows import cut_row, read_share
 
 _load: Any = plgpu.load  # whose parameters differ between versions of jax
 
@@ -27,71 +25,13 @@ _THREADS = 128  # of a warpgroup
 _COPIED = 4  # int32 that are copied at once, no fewer
 
 
-def can_choose(x_TD: Array, router_ED: Any) -> bool:
-    """Whether `choose_experts` is for these."""
-    is_wide = isinstance(router_ED, Array) and router_ED.dtype == x_TD.dtype == jnp.bfloat16
-    (tokens, width), experts = x_TD.shape, router_ED.shape[0]
-    return is_wide and tokens <= _MOST_TOKENS and experts <= _MOST_EXPERTS and width % _THREADS == 0
-
-
-@functools.partial(jax.jit, static_argnames="interpret")
-def choose_experts(x_TD: Array, router_ED: Array, *, interpret: Any = None) -> tuple[Array, Array]:
-    """`reference.route`, of what `can_choose` says."""
-    (tokens, width), experts = x_TD.shape, router_ED.shape[0]
-    cut = shares, warps, _ = cut_row(width)
-
-    def choose_body(
-        x: Any, router: Any, expert: Any, gate: Any, *, found_smem: Any, met: Any
-    ) -> None:
-        row, share = lax.axis_index("row"), lax.axis_index("share")
-        found_WL = read_share(x.at[row, share])
-        for at in range(experts):
-            product_WL = found_WL * read_share(router.at[at, share])
-            found_smem[share, at] = jnp.sum(product_WL, axis=1)
-        plgpu.barrier_arrive(met)
-        plgpu.barrier_wait(met)
-        best, highest = jnp.int32(0), jnp.float32(-jnp.inf)
-        for at in range(experts):
-            parts = [found_smem[s, at, w] for s in range(shares) for w in range(warps)]
-            score = functools.reduce(jnp.add, parts)
-            score = score.astype(jnp.bfloat16).astype(jnp.float32)  # as the product is rounded
-            best = jnp.where(score > highest, at, best)
-            highest = jnp.maximum(score, highest)
-
-        @pl.when(share == 0)
-        def _() -> None:
-            expert[row] = best
-            gate[row] = 1 / (1 + jnp.exp(-highest))
-
-    kernel = plgpu.kernel(
-        choose_body,
-        out_type=[jax.ShapeDtypeStruct((tokens,), d) for d in (jnp.int32, jnp.float32)],
-        grid=(tokens,),
-        grid_names=("row",),
-        num_threads=shares,
-        thread_name="share",
-        scratch_types=dict(
-            found_smem=plgpu.SMEM((shares, experts, warps), jnp.float32),
-            met=plgpu.Barrier(num_arrivals=shares),
-        ),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-            unsafe_no_auto_barriers=True,
-        ),
-        interpret=interpret,
-    )
-    expert_T, gate_T = kernel(x_TD.reshape(tokens, *cut), router_ED.reshape(experts, *cut))
-    return expert_T, gate_T
-
-
 def can_assign(tokens: int, experts: int) -> bool:
     """Whether `assign_slots` is for these."""
     return 1 < tokens <= _MOST_TOKENS and tokens % _COPIED == 0 and 1 < experts <= _MOST_EXPERTS
 
 
 @functools.partial(jax.jit, static_argnames=("experts", "slots", "leading", "interpret"))
-def assign_slots(
+def assign_at_once(
     expert_T: Array, *, experts: int, slots: int, leading: int, interpret: Any = None
 ) -> Slots:
     """`routing.assign_slots`, of what `can_assign` says: a thread block for each token."""
