@@ -239,11 +239,13 @@ def _attend_tiles(
                         # Of a row's last page no more than the pieces that hold something.
                         for pieces in range(1, page // _PIECE + 1):
                             here = pl.ds(0, pieces * _PIECE)
-                            ends = pool.at[found, head, here], smem.at[stage, here]
+                            source, target = pool.at[found, head, here], smem.at[stage, here]
 
                             @pl.when(wanted == pieces)
-                            def _(ends: Any = ends, full: Any = full) -> None:
-                                plgpu.copy_gmem_to_smem(*ends, full.at[stage])
+                            def _(
+                                source: Any = source, target: Any = target, full: Any = full
+                            ) -> None:
+                                plgpu.copy_gmem_to_smem(source, target, full.at[stage])
 
                 return carry + count
 
