@@ -28,7 +28,7 @@ from l4jax.engine.executables import Call, Executables
 from l4jax.engine.request import MAX_LOGPROBS
 from l4jax.engine.scheduler import Limits, Plan, Run
 from l4jax.kernels import PORTABLE, Kernels
-from l4jax.kernels.formats import FP8, name_axes
+from l4jax.kernels.formats import FP8, name_axes, widen_scales
 from l4jax.model import Llama4, VisionTower, declare_parameters
 from sharding import STRATEGIES, Layout, find_gpu_share, make_mesh, prepare_devices
 
@@ -99,7 +99,7 @@ class Runner:
         """Read the weights, each device its own part; quantized on the way to "fp8" or "int4".
 
         Attention is quantized by default in fp8, and not in int4. An adapter, in a folder as PEFT
-        writes it, is merged before.
+        writes it, is merged before. For kernels that want float32 scales these are made so once.
         """
         self.params = checkpoint.load(
             folder,
@@ -110,6 +110,8 @@ class Runner:
             lora=checkpoint.read_adapter(lora, self.config) if lora else None,
             progress=progress,
         )
+        if self.kernels == "hopper":
+            self.params = widen_scales(self.params)
         self.kv_scales = checkpoint.load_kv_scales(folder, self.config)
 
     def initialize(

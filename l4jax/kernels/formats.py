@@ -195,6 +195,23 @@ def quantize_int4(weight: Array, group: int, scale_dtype: Any = jnp.float32) -> 
     return Quantized(steps.reshape(weight.shape).astype(jnp.int4), scale)
 
 
+def widen_scales(tree: Any) -> Any:
+    """The same weights, of any formats, with scales in float32: a kernel that wants them so would
+    have them widened anew in each step."""
+
+    def widen(leaf: Any) -> Any:
+        if not isinstance(leaf, Quantized) or leaf.scale.dtype == jnp.float32:
+            return leaf
+        return Quantized(leaf.data, _widen(leaf.scale))
+
+    return jax.tree.map(widen, tree, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+
+
+@jax.jit
+def _widen(x: Array) -> Array:
+    return x.astype(jnp.float32)
+
+
 def _find_scale(largest: Array, top: float, dtype: Any) -> Array:
     """float32 largest / top, rounded to a dtype; 1 where that is too small to divide by."""
     # Times a reciprocal, here and where weights meet their scales: XLA makes that of a division by

@@ -33,6 +33,7 @@ FORMS = get_args(quantized.Form)
 WIDE = ("nvfp4", "modelopt-nvfp4")
 NARROW = {form: {"float8_e4m3fn"} for form in FORMS} | {"w4a16": {"int4"}}
 NARROW |= {form: set() for form in WIDE}
+BFLOAT16 = ("fp8-dynamic", "maverick-fp8", "w4a16")  # are the scales of these
 
 
 def place(_names):
@@ -108,6 +109,23 @@ def test_each_device_holds_its_part_of_data_and_scales(stored, mesh):
         if isinstance(weight, Quantized):
             local = weight.data.sharding.shard_shape(weight.data.shape)
             assert np.prod(local) * parts == weight.data.size, path
+
+
+def test_for_fast_kernels_scales_are_wide_and_mean_the_same(stored):
+    """Where the others leave them as they are stored."""
+    form, folder, config, wanted = stored
+    runner = Runner(config, "8", "float32")
+    runner.load(folder, progress=False)
+    plain = flatten(runner.params)
+    runner.kernels = "hopper"  # which no CPU runs
+    runner.load(folder, progress=False)
+    narrow = [path for path, weight in plain.items() if isinstance(weight, Quantized)]
+    assert any(plain[path].scale.dtype == jnp.bfloat16 for path in narrow) == (form in BFLOAT16)
+    for path, weight in flatten(runner.params).items():
+        np.testing.assert_array_equal(dequantize(weight, jnp.float32), wanted[path], err_msg=path)
+        if path in narrow:
+            assert weight.scale.dtype == jnp.float32, path
+            assert weight.scale.sharding == plain[path].scale.sharding, path
 
 
 def test_logits_are_those_of_the_dequantized_weights(stored, monkeypatch):
