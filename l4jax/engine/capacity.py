@@ -134,7 +134,7 @@ def plan_limits(
 
 
 def find_free_bytes(
-    capacity: Capacity, *, limit: int, in_use: int, programs: int = 0, share: float = 1.0
+    capacity: Capacity, *, limit: int, in_use: int, programs: int, share: float = 1.0
 ) -> int:
     """Bytes of one accelerator that the page pool may take.
 

@@ -26,7 +26,7 @@ _COPIED = 4  # int32 that are copied at once, no fewer
 
 
 def can_assign(tokens: int, experts: int) -> bool:
-    """Whether `assign_slots` is for these."""
+    """Whether `assign_at_once` is for these."""
     return 1 < tokens <= _MOST_TOKENS and tokens % _COPIED == 0 and 1 < experts <= _MOST_EXPERTS
 
 
