@@ -81,10 +81,10 @@ class Hopper:
         tokens, dtype = x_TU.shape[0], _get_data(weight_EOU).dtype
         plan = self._plan(weight_EOU, tokens)
         if plan is None or tokens > _FEW:
-            x_TU, x_scale_T = self._round(x_TU, None, dtype)
+            x_TU, x_scale_T = self._round(x_TU, dtype, tokens)
             return _multiply_by_xla(x_TU, x_scale_T, weight_EOU)
         where = self._assign(jnp.zeros(tokens, jnp.int32), 1, plan.slots)
-        x_SU, x_scale_S = self._round(x_TU, where.token_S, dtype)
+        x_SU, x_scale_S = self._round(x_TU, dtype, plan.blocks * plan.slots)
         parts_PSO = self._multiply_slots(x_SU, (weight_EOU,), where, plan)
         y_TO = parts_PSO[:, :tokens].astype(jnp.float32).sum(axis=0)
         if x_scale_S is not None:
@@ -175,10 +175,16 @@ class Hopper:
         """
         dtype = _get_data(ups[0]).dtype
         plain = leading * plans[0].slots
-        x_SD, x_scale_S = self._round(x_TD, where.token_S, dtype, gate_T, plain)
+        x_SD, x_scale_S = self._place(x_TD, where, dtype, gate_T, plain)
         parts_PSO = self._multiply_slots(x_SD, ups, where, plans[0], leading)
         hidden = activate_rows(
-            parts_PSO, x_scale_S, is_rounded=dtype == FP8, interpret=self.interpret
+            parts_PSO,
+            x_scale_S,
+            None,
+            where.slot_T,
+            leading=plain,
+            is_rounded=dtype == FP8,
+            interpret=self.interpret,
         )
         hidden_SF, hidden_scale_S = hidden if dtype == FP8 else (hidden, None)
         parts_PSD = self._multiply_slots(hidden_SF, downs, where, plans[1], leading)
@@ -196,7 +202,7 @@ class Hopper:
             y_TO = _multiply_by_xla(x_TD, None, up_EOD)
             hidden_TF = activate_rows(y_TO[None], is_rounded=False, interpret=self.interpret)
             return _multiply_by_xla(hidden_TF, None, down_EDF)
-        x_TD, x_scale_T = self._round(x_TD, None, dtype)
+        x_TD, x_scale_T = self._round(x_TD, dtype, len(x_TD))
         y_TO = lax.dot_general(
             x_TD, _get_data(up_EOD)[0], _LAST, preferred_element_type=jnp.bfloat16
         )
@@ -240,23 +246,27 @@ class Hopper:
         )
         return None if tiles is None else Plan(slots, blocks, tiles)
 
-    def _round(
-        self,
-        x_TU: Array,
-        token_S: Array | None,
-        dtype: Any,
-        gate_T: Array | None = None,
-        plain: int = 0,
-    ) -> tuple[Array, Array | None]:
-        """The tokens of slots, or of each token, as weights of a dtype want them, and the scales of
-        fp8. Where there are gates, times these, but for the first `plain` slots."""
+    def _round(self, x_TU: Array, dtype: Any, slots: int) -> tuple[Array, Array | None]:
+        """Tokens in the first of so many slots as weights of a dtype want them, and the scales of
+        fp8. What stands in the others nobody takes."""
         if dtype == FP8:
-            token_S = jnp.arange(x_TU.shape[0], dtype=jnp.int32) if token_S is None else token_S
-            return round_rows(x_TU, token_S, gate_T, plain=plain, interpret=self.interpret)
-        x_SU = x_TU if token_S is None else x_TU[token_S]
+            return round_rows(x_TU, slots=slots, interpret=self.interpret)
+        return jnp.pad(x_TU, ((0, slots - len(x_TU)), (0, 0))), None
+
+    def _place(
+        self, x_TU: Array, where: Slots, dtype: Any, gate_T: Array | None, plain: int
+    ) -> tuple[Array, Array | None]:
+        """The same of tokens in their slots and, if `plain` is not 0, in the first ones. Where
+        there are gates, times these, but for the first `plain` slots."""
+        if dtype == FP8:
+            slots = len(where.token_S)
+            return round_rows(
+                x_TU, where.slot_T, gate_T, slots=slots, leading=plain, interpret=self.interpret
+            )
+        x_SU = x_TU[where.token_S]
         if gate_T is None:
             return x_SU, None
-        gate_S = jnp.where(jnp.arange(len(x_SU)) < plain, 1, gate_T[token_S])
+        gate_S = jnp.where(jnp.arange(len(x_SU)) < plain, 1, gate_T[where.token_S])
         return x_SU * gate_S[:, None].astype(x_SU.dtype), None
 
     def _multiply_slots(

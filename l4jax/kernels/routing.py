@@ -5,6 +5,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 _COMPARED = 1024  # tokens up to which each is compared with each: fewer launches than a prefix sum
@@ -50,10 +51,11 @@ def assign_slots(expert_T: Array, experts: int, slots: int, leading: int = 0) ->
         none = jnp.zeros(1, jnp.int32)
         return Slots(none, jnp.zeros(slots, jnp.int32), expert_T, none + 1)
     if experts == 1:  # nothing depends on the tokens: constants, and no launch
-        at_S = jnp.arange(blocks * slots, dtype=jnp.int32)
-        full = jnp.full(1, -(-tokens // slots), jnp.int32)
-        none = jnp.zeros(blocks, jnp.int32)
-        return Slots(at_S[:tokens], jnp.minimum(at_S, tokens - 1), none, full)
+        at_S = np.arange(blocks * slots, dtype=np.int32)
+        token_S = np.minimum(at_S, tokens - 1)
+        full = np.full(1, -(-tokens // slots), np.int32)
+        parts = (at_S[:tokens], token_S, np.zeros(blocks, np.int32), full)
+        return Slots(*map(jnp.asarray, parts))
     is_mine_TE = expert_T[:, None] == jnp.arange(experts)
     if tokens <= _COMPARED:
         at_T = jnp.arange(tokens)

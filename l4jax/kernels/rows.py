@@ -46,47 +46,69 @@ def normalize_rows(x_TU: Array, scale_U: Array, *, eps: float, interpret: Any = 
 
     cut = _cut(width)
     operands = x_TU.reshape(rows, *cut), scale_U.reshape(cut)
-    return _launch(norm_body, *operands, rows=rows, width=width, interpret=interpret)
+    return _launch(norm_body, *operands, rows=rows, out=(rows, *cut), interpret=interpret)
 
 
-@functools.partial(jax.jit, static_argnames=("plain", "interpret"))
+@functools.partial(jax.jit, static_argnames=("slots", "leading", "interpret"))
 def round_rows(
     x_TU: Array,
-    token_S: Array,
+    slot_T: Array | None = None,
     gate_T: Array | None = None,
     *,
-    plain: int = 0,
+    slots: int,
+    leading: int = 0,
     interpret: Any = None,
 ) -> tuple[Array, Array]:
-    """`formats.quantize_tokens` of the token of each slot, times its gate where there are any: e4m3
-    [S, U] and float32 scales [S]. The first `plain` slots take their tokens as they are."""
-    gates = () if gate_T is None else (gate_T,)
+    """`formats.quantize_tokens`, of each token in its slot.
+
+    Args:
+        x_TU: the tokens.
+        slot_T: int32 slot of each, where these are not the first ones in order.
+        gate_T: float32, what each is multiplied by first.
+        slots: how many there are; what stands in one that no token has is undefined.
+        leading: if not 0, each token also stands in the first slots, in order, and not multiplied.
+        interpret: as for the other kernels.
+
+    Returns:
+        e4m3 [S, U], and float32 scales [S].
+    """
     tokens, width = x_TU.shape
+    rows = tokens * (2 if leading else 1)
+    cut = _cut(width)
+    places = [x for x in (slot_T, gate_T) if x is not None]
 
-    def round_body(x: Any, token: Any, *refs: Any, **meeting: Any) -> None:
-        *gate, out, scale = refs
+    def round_body(x: Any, *refs: Any, **meeting: Any) -> None:
+        *found, out, scale = refs
+        slot_of = found.pop(0) if slot_T is not None else None
         row, share = lax.axis_index("row"), lax.axis_index("share")
-        mine = token[row]
-        found = _read(x.at[mine, share])
-        if gate:
+        token, slot = _place(row, tokens, slot_of, leading)
+        x_WL = _read(x.at[token, share])
+        if found:
             # The gate and what it scales are bfloat16 in the model.
-            factor = jnp.where(row < plain, 1.0, gate[0][mine])
+            factor = jnp.where(row < rows - tokens, 1.0, found[0][token])
             factor = factor.astype(jnp.bfloat16).astype(jnp.float32)
-            found = (found * factor).astype(jnp.bfloat16).astype(jnp.float32)
-        _write_rounded(found, out, scale, row, share, **meeting)
+            x_WL = (x_WL * factor).astype(jnp.bfloat16).astype(jnp.float32)
+        _write_rounded(x_WL, out, scale, slot, share, **meeting)
 
-    operands = x_TU.reshape(tokens, *_cut(width)), token_S, *gates
     return _launch(
-        round_body, *operands, rows=len(token_S), width=width, is_rounded=True, interpret=interpret
+        round_body,
+        x_TU.reshape(tokens, *cut),
+        *places,
+        rows=rows,
+        out=(slots, *cut),
+        is_rounded=True,
+        interpret=interpret,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("is_rounded", "interpret"))
+@functools.partial(jax.jit, static_argnames=("leading", "is_rounded", "interpret"))
 def activate_rows(
     parts_PSO: Array,
     scale_S: Array | None = None,
     scale_O: Array | None = None,
+    slot_T: Array | None = None,
     *,
+    leading: int = 0,
     is_rounded: bool,
     interpret: Any = None,
 ) -> Any:
@@ -95,50 +117,66 @@ def activate_rows(
     Args:
         parts_PSO: the parts, to be added up.
         scale_S, scale_O: float32, what the sums are multiplied by, where they are.
+        slot_T: int32, the slots that hold tokens; without it all do.
+        leading: if not 0, so do as many of the first ones.
         is_rounded: to e4m3, with a scale for each slot.
         interpret: as for the other kernels.
 
     Returns:
-        bfloat16 [S, U]; or e4m3 and float32 [S].
+        bfloat16 [S, U]; or e4m3 and float32 [S]. Of slots without a token it is undefined.
     """
     parts, slots, outs = parts_PSO.shape
     half = outs // 2
     cut = _cut(half)
+    tokens = slots if slot_T is None else len(slot_T)
+    of_slots = [] if slot_T is None else [slot_T]
     scales = [] if scale_S is None else [scale_S]
     if scale_O is not None:
         scales.append(scale_O.reshape(2, *cut))
 
     def activate_body(x: Any, *refs: Any, **meeting: Any) -> None:
         row, share = lax.axis_index("row"), lax.axis_index("share")
-        factors, to = list(refs[: len(scales)]), refs[len(scales) :]
-        of_slot = factors.pop(0)[row] if scale_S is not None else None
+        found, to = list(refs[: len(of_slots + scales)]), refs[len(of_slots + scales) :]
+        _, slot = _place(row, tokens, found.pop(0) if of_slots else None, leading)
+        of_slot = found.pop(0)[slot] if scale_S is not None else None
 
         def read(which: int) -> Array:
-            total = _read(x.at[0, row, which, share])
+            total = _read(x.at[0, slot, which, share])
             for at in range(1, parts):
-                total += _read(x.at[at, row, which, share])
+                total += _read(x.at[at, slot, which, share])
             if of_slot is not None:
                 total *= of_slot
-            return total * _read(factors[0].at[which, share]) if factors else total
+            return total * _read(found[0].at[which, share]) if found else total
 
         gate, up = read(0), read(1)  # both under way before any of it is needed
         # Rounded once to bfloat16, as the product of other kernels is.
         hidden = (gate * (1 / (1 + jnp.exp(-gate))) * up).astype(jnp.bfloat16)
         if is_rounded:
-            _write_rounded(hidden.astype(jnp.float32), to[0], to[1], row, share, **meeting)
+            _write_rounded(hidden.astype(jnp.float32), to[0], to[1], slot, share, **meeting)
         else:
-            to[0][row, share] = hidden
+            to[0][slot, share] = hidden
 
     return _launch(
         activate_body,
         parts_PSO.reshape(parts, slots, 2, *cut),
+        *of_slots,
         *scales,
-        rows=slots,
-        width=half,
+        rows=tokens * (2 if leading else 1),
+        out=(slots, *cut),
         is_joined=is_rounded,
         is_rounded=is_rounded,
         interpret=interpret,
     )
+
+
+def _place(row: Any, tokens: int, slot_T: Any, leading: int) -> tuple[Any, Any]:
+    """The token of a row of work and its slot; with leading slots the first rows stand there."""
+    if slot_T is None:
+        return row, row
+    if not leading:
+        return row, slot_T[row]
+    token = lax.rem(row, tokens)
+    return token, jnp.where(row < tokens, row, slot_T[token])
 
 
 @functools.partial(jax.jit, static_argnames=("heads", "interpret"))
@@ -214,10 +252,10 @@ def join_rows(
         joined = sum(w * x for w, x in zip(weights, found, strict=True))
         out[row, mine] = (joined / jnp.maximum(whole, 1e-30)).astype(jnp.bfloat16)
 
-    rows = tokens * kv_heads * heads
-    operands = parts.reshape(*parts.shape[:-1], *_cut(head_dim)), peaks, totals
+    rows, cut = tokens * kv_heads * heads, _cut(head_dim)
+    operands = parts.reshape(*parts.shape[:-1], *cut), peaks, totals
     return _launch(
-        join_body, *operands, rows=rows, width=head_dim, is_joined=False, interpret=interpret
+        join_body, *operands, rows=rows, out=(rows, *cut), is_joined=False, interpret=interpret
     )
 
 
@@ -276,17 +314,17 @@ def _launch(
     body: Any,
     *operands: Array,
     rows: int,
-    width: int,
+    out: tuple[int, ...],
     is_joined: bool = True,
     is_rounded: bool = False,
     interpret: Any,
 ) -> Any:
-    """The body on each share of each row. What is joined over a row has warpgroups for its shares,
-    and where these meet."""
-    cut = _cut(width)
-    out_types = [jax.ShapeDtypeStruct((rows, *cut), FP8 if is_rounded else jnp.bfloat16)]
+    """The body on each share of each row; `out` is the shape of what is written, cut into shares.
+    What is joined over a row has warpgroups for its shares, and where these meet."""
+    written, *cut = out
+    out_types = [jax.ShapeDtypeStruct(out, FP8 if is_rounded else jnp.bfloat16)]
     if is_rounded:
-        out_types.append(jax.ShapeDtypeStruct((rows,), jnp.float32))
+        out_types.append(jax.ShapeDtypeStruct((written,), jnp.float32))
     launch: Any = dict(grid=(rows, cut[0]), grid_names=("row", "share"))
     if is_joined:
         launch = dict(
@@ -295,7 +333,7 @@ def _launch(
             num_threads=cut[0],
             thread_name="share",
             scratch_types=dict(
-                found_smem=plgpu.SMEM(cut[:2], jnp.float32),
+                found_smem=plgpu.SMEM(tuple(cut[:2]), jnp.float32),
                 met=plgpu.Barrier(num_arrivals=cut[0]),
             ),
         )
@@ -311,5 +349,5 @@ def _launch(
         **launch,
     )
     found, *scales = kernel(*operands)
-    found = found.reshape(rows, width)
+    found = found.reshape(written, -1)
     return (found, *scales) if is_rounded else found

@@ -40,17 +40,24 @@ def test_a_norm_of_a_wide_row_equals_its_definition(width):
     laws.assert_close(found, reference.normalize(x_TU, scale_U, 1e-5), laws.BOUND["bfloat16"])
 
 
+@pytest.mark.parametrize("leading", [0, 4])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_tokens_of_slots_are_rounded_as_their_definition(width):
-    x_TU, token_S = make_rows(3, width), jnp.asarray([1, 0, 2, 1], jnp.int32)
-    found = rows.round_rows(x_TU, token_S, interpret=INTERPRET)
-    assert_rounded(found, x_TU[token_S])
+def test_tokens_are_rounded_in_their_slots_as_their_definition(width, leading):
+    x_TU, gate_T = make_rows(3, width), jnp.asarray([0.25, 0.3, 0.9])
+    slot_T = leading + jnp.asarray([1, 4, 0], jnp.int32)
+    places = {"slots": leading + 6, "leading": leading, "interpret": INTERPRET}
+    found = rows.round_rows(x_TU, slot_T, gate_T, **places)
+    gated_TU = x_TU * gate_T[:, None].astype(x_TU.dtype)
+    assert_rounded([part[slot_T] for part in found], gated_TU)
+    if leading:
+        assert_rounded([part[:3] for part in found], x_TU)
+    assert_rounded([part[:3] for part in rows.round_rows(x_TU, slots=8, interpret=INTERPRET)], x_TU)
 
 
 @pytest.mark.parametrize("largest", [1e-37, 1e-36, 1e-30, 1e38])
 def test_no_reciprocal_of_a_scale_is_infinite(largest):
     x_TU = jnp.full((1, 128), largest, jnp.bfloat16)
-    (data,), (scale,) = rows.round_rows(x_TU, jnp.zeros(1, jnp.int32), interpret=INTERPRET)
+    (data,), (scale,) = rows.round_rows(x_TU, slots=1, interpret=INTERPRET)
     np.testing.assert_allclose(data.astype(jnp.float32) * scale, x_TU[0], rtol=0.07)
 
 
@@ -62,10 +69,19 @@ def test_wide_rows_are_activated_as_their_definition(width, is_rounded):
     sum_SO = parts_PSO.astype(jnp.float32).sum(0) * scale_S[:, None]
     gate_SU, up_SU = jnp.split(sum_SO, 2, axis=1)
     wanted = (jax.nn.silu(gate_SU) * up_SU).astype(jnp.bfloat16)
-    if is_rounded:
-        assert_rounded(found, wanted)
-    else:
-        laws.assert_close(found, wanted, laws.BOUND["bfloat16"])
+
+    def check(found, slot_S):
+        if is_rounded:
+            assert_rounded([part[slot_S] for part in found], wanted[slot_S])
+        else:
+            laws.assert_close(found[slot_S], wanted[slot_S], laws.BOUND["bfloat16"])
+
+    check(found, jnp.arange(3))
+    for leading, slot_T, live_S in ((0, [2, 0], [2, 0]), (1, [2], [0, 2])):
+        slot_T = jnp.asarray(slot_T, jnp.int32)
+        case = {"leading": leading, "is_rounded": is_rounded, "interpret": INTERPRET}
+        found = rows.activate_rows(parts_PSO, scale_S, None, slot_T, **case)
+        check(found, jnp.asarray(live_S))
 
 
 @pytest.mark.parametrize("leading", [0, 3])
