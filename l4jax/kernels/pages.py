@@ -19,18 +19,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from l4jax.kernels.blocks import count_registers, spread
 from l4jax.kernels.formats import FP8
-from l4jax.kernels.reference import store
 from l4jax.kernels.rows import join_rows, store_rows
 
 _load: Any = plgpu.load  # whose parameters differ between versions of jax
 
 _ROWS = 64  # query rows of a warpgroup
+_BLOCK = 8  # rows that lie together in shared memory
 _MOST_SPLITS = 32
 _PIECE = 32  # positions of a page that are copied or left out together
 _NEVER = -1e30  # below every score, and finite: what sees nothing gives 0 / tiny and not nan
@@ -44,8 +45,9 @@ class TilePlan:
     row_I: Array  # of the step: which table
     first_I: Array  # query row, counted over the whole step, of the tile's first
     offset_I: Array  # what is added to the token of a query row to give its position
-    last_I: Array  # position that the tile's last token stands at; -1 is an unused tile
+    last_I: Array  # position that the tile's last token stands at; -1 sees nothing
     stored_I: Array  # position that the row's last token stands at: beyond it lies what was left
+    count: Array  # [1]: tiles that are used, the first ones
 
 
 def is_supported(q_TKGH: Array, k_PKZH: Array) -> bool:
@@ -71,35 +73,40 @@ def attend(
     """`reference.attend`, on a device with so many multiprocessors."""
     run = functools.partial(_attend_tiles, sms=sms, interpret=interpret)
     where = (table_RB, row_T, position_T)
+    rows = table_RB.shape[0]
     tokens, kv_heads, heads, _ = q_TKGH.shape
-    if tokens == table_RB.shape[0]:
-        x_TKUH = _join(q_TKGH, k_TKH, v_TKH)
-        k_PKZH, v_PKZH = store_rows(
-            x_TKUH, k_PKZH, v_PKZH, *where, heads=heads, interpret=interpret
-        )
-        # As many parts as fill the device, but none of less than a page.
-        splits = min(_MOST_SPLITS, 2 * sms // (kv_heads * tokens), table_RB.shape[1])
-        pool = (k_PKZH, v_PKZH, table_RB)
-        y_TKGH = _attend_each(x_TKUH, pool, row_T, position_T, heads, max(1, splits), run)
-        return y_TKGH, k_PKZH, v_PKZH
-    k_PKZH, v_PKZH = store(k_PKZH, v_PKZH, k_TKH, v_TKH, *where)
-    size = 2 * _ROWS
-    plan, slot_TG = _cut(row_T, position_T, rows=table_RB.shape[0], heads=heads, size=size)
-    q_XKH = q_TKGH.swapaxes(1, 2).reshape(tokens * heads, kv_heads, -1)
-    row_IU = jnp.minimum(plan.first_I[:, None] + jnp.arange(size), tokens * heads - 1)
+    # As many parts as fill the device, but none of less than a page.
+    splits = max(1, min(_MOST_SPLITS, 2 * sms // (kv_heads * rows), table_RB.shape[1]))
+    is_decode = tokens == rows
+    # Queries, key and value side by side, or the latter two.
+    x_TKUH = _join(q_TKGH, k_TKH, v_TKH) if is_decode else jnp.stack([k_TKH, v_TKH], axis=2)
+    at = heads if is_decode else 0
+    k_PKZH, v_PKZH = store_rows(x_TKUH, k_PKZH, v_PKZH, *where, heads=at, interpret=interpret)
     pool = (k_PKZH, v_PKZH, table_RB)
-    out_IKUH, _ = run(q_XKH[row_IU].swapaxes(1, 2), *pool, plan, heads=heads, splits=1)
-    out_TGKH = out_IKUH.swapaxes(1, 2).reshape(-1, kv_heads, q_TKGH.shape[-1])[slot_TG]
-    y_TKGH = jnp.where((position_T >= 0)[:, None, None, None], out_TGKH.swapaxes(1, 2), 0)
+    if is_decode:
+        y_TKGH = _attend_each(x_TKUH, pool, row_T, position_T, heads, splits, run)
+        return y_TKGH, k_PKZH, v_PKZH
+    runs = Runs.find(row_T, position_T, rows)
+    # A token that is alone in its row would leave most of a tile empty.
+    is_alone_R = (runs.count_R == 1) & (rows > 1)
+    y_TKGH = _attend_runs(q_TKGH, pool, runs, jnp.where(is_alone_R, 0, runs.count_R), row_T, run)
+    if rows > 1:
+        q_RKUH = jnp.pad(q_TKGH[runs.token_R], ((0, 0), (0, 0), (0, -heads % _BLOCK), (0, 0)))
+        at_R = jnp.where(is_alone_R, runs.offset_R + runs.token_R, -1)
+        each_R = jnp.arange(rows, dtype=jnp.int32)
+        y_RKGH = _attend_each(q_RKUH, pool, each_R, at_R, heads, splits, run)
+        is_alone_T = is_alone_R[row_T][:, None, None, None]
+        y_TKGH = jnp.where(is_alone_T, y_RKGH[row_T], y_TKGH)
+    y_TKGH = jnp.where((position_T >= 0)[:, None, None, None], y_TKGH, 0)
     return y_TKGH, k_PKZH, v_PKZH
 
 
 def _join(q_TKGH: Array, k_TKH: Array, v_TKH: Array) -> Array:
     """Of each token and kv head the queries, the key and the value, side by side: [T, K, U, H],
-    filled up to whole blocks of 8 rows."""
+    filled up to whole blocks."""
     rows = (q_TKGH, k_TKH[:, :, None], v_TKH[:, :, None])
     x_TKUH = jnp.concatenate(rows, axis=2)
-    return jnp.pad(x_TKUH, ((0, 0), (0, 0), (0, -x_TKUH.shape[2] % 8), (0, 0)))
+    return jnp.pad(x_TKUH, ((0, 0), (0, 0), (0, -x_TKUH.shape[2] % _BLOCK), (0, 0)))
 
 
 def _attend_each(
@@ -108,7 +115,8 @@ def _attend_each(
     """A tile for each token, of whose rows the first `heads` are queries."""
     tokens, kv_heads, _, head_dim = x_TKUH.shape
     at_T = jnp.arange(tokens, dtype=jnp.int32)
-    plan = TilePlan(row_T, at_T * heads, position_T - at_T, position_T, position_T)
+    full = jnp.asarray(np.full(1, tokens, np.int32))
+    plan = TilePlan(row_T, at_T * heads, position_T - at_T, position_T, position_T, full)
     out, softmax = run(x_TKUH, *pool, plan, heads=heads, splits=splits)
     if splits == 1:
         return out[:, :, :heads]
@@ -116,33 +124,62 @@ def _attend_each(
     return joined.reshape(tokens, kv_heads, heads, head_dim)
 
 
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """The tokens of each row, which stand in a run."""
+
+    count_R: Array  # how many
+    token_R: Array  # the first one
+    offset_R: Array  # what is added to a token to give its position
+
+    @classmethod
+    def find(cls, row_T: Array, position_T: Array, rows: int) -> "Runs":
+        is_mine_RT = (row_T == jnp.arange(rows)[:, None]) & (position_T >= 0)
+        token_R = jnp.argmax(is_mine_RT, axis=1).astype(jnp.int32)
+        count_R = is_mine_RT.sum(axis=1, dtype=jnp.int32)
+        return cls(count_R, token_R, position_T[token_R] - token_R)
+
+
+def _attend_runs(
+    q_TKGH: Array, pool: Any, runs: Runs, count_R: Array, row_T: Array, run: Any
+) -> Array:
+    """Whole tiles for the first `count_R` tokens of each row's run; of others undefined."""
+    tokens, kv_heads, heads, head_dim = q_TKGH.shape
+    size = 2 * _ROWS
+    plan, slot_TG = _cut(runs, count_R, row_T, heads=heads, size=size)
+    # Of a kv head the query rows of a tile are neighbors; behind the last one lies some padding.
+    q_KXH = q_TKGH.swapaxes(0, 1).reshape(kv_heads, tokens * heads, head_dim)
+    q_KXH = jnp.pad(q_KXH, ((0, 0), (0, size), (0, 0)))
+    out_IKUH, _ = run(q_KXH, *pool, plan, heads=heads, splits=1, size=size)
+    return out_IKUH.swapaxes(1, 2).reshape(-1, kv_heads, head_dim)[slot_TG].swapaxes(1, 2)
+
+
 def _cut(
-    row_T: Array, position_T: Array, *, rows: int, heads: int, size: int
+    runs: Runs, count_R: Array, row_T: Array, *, heads: int, size: int
 ) -> tuple[TilePlan, Array]:
-    """Cut the tokens of each row into tiles of `size` query rows; also, [T, G], where in all
-    tiles' query rows each token's heads are."""
-    (tokens,) = row_T.shape
-    is_mine_RT = (row_T == jnp.arange(rows)[:, None]) & (position_T >= 0)
-    count_R = is_mine_RT.sum(axis=1, dtype=jnp.int32)
-    token_R = jnp.argmax(is_mine_RT, axis=1).astype(jnp.int32)
-    offset_R = position_T[token_R] - token_R
-    tiles_R = -(-count_R * heads // size)
+    """Cut the first tokens of each row's run into tiles of `size` query rows; also, [T, G], where
+    in all tiles' query rows each token's heads are."""
+    (tokens,), (rows,) = row_T.shape, count_R.shape
+    # A copy begins at a whole block, so a tile's first rows may be another row's.
+    begin_R = runs.token_R * heads
+    first_R = begin_R - begin_R % _BLOCK
+    tiles_R = jnp.where(count_R > 0, -(-(begin_R - first_R + count_R * heads) // size), 0)
     end_R = jnp.cumsum(tiles_R)
     start_R = end_R - tiles_R
-    at_I = jnp.arange(-(-tokens * heads // size) + rows, dtype=jnp.int32)
+    most = -(-(tokens * heads + rows * (size + _BLOCK - 2)) // size)
+    at_I = jnp.arange(most, dtype=jnp.int32)
     row_I = jnp.minimum((at_I[:, None] >= end_R).sum(axis=1, dtype=jnp.int32), rows - 1)
-    first_I = token_R[row_I] * heads + (at_I - start_R[row_I]) * size
-    stored_I = (offset_R + token_R + count_R - 1)[row_I]
-    last_I = jnp.minimum(offset_R[row_I] + (first_I + size - 1) // heads, stored_I)
-    last_I = jnp.where(at_I < end_R[-1], last_I, -1)
-    slot_T = start_R[row_T] * size + (jnp.arange(tokens) - token_R[row_T]) * heads
-    plan = TilePlan(row_I, first_I, offset_R[row_I], last_I, stored_I)
+    first_I = first_R[row_I] + (at_I - start_R[row_I]) * size
+    stored_I = (runs.offset_R + runs.token_R + count_R - 1)[row_I]
+    last_I = jnp.minimum(runs.offset_R[row_I] + (first_I + size - 1) // heads, stored_I)
+    slot_T = start_R[row_T] * size + jnp.arange(tokens) * heads - first_R[row_T]
+    plan = TilePlan(row_I, first_I, runs.offset_R[row_I], last_I, stored_I, end_R[-1:])
     return plan, slot_T[:, None] + jnp.arange(heads)
 
 
-@functools.partial(jax.jit, static_argnames=("heads", "splits", "sms", "interpret"))
+@functools.partial(jax.jit, static_argnames=("heads", "splits", "size", "sms", "interpret"))
 def _attend_tiles(
-    q_IKUH: Array,
+    q: Array,
     k_PKZH: Array,
     v_PKZH: Array,
     table_RB: Array,
@@ -150,21 +187,32 @@ def _attend_tiles(
     *,
     heads: int,
     splits: int,
+    size: int = 0,
     sms: int,
     interpret: Any,
 ) -> tuple[Array, tuple[Array, Array]]:
     """Tiles of query rows over the pages of their rows.
+
+    Args:
+        q: the query rows of each tile, [I, K, U, H]; or, where a tile's `size` is told, those of
+            the whole step, [K, T * G.., H], of which a tile may reach beyond its own.
+        k_PKZH, v_PKZH, table_RB: as for `attend`.
+        plan: the tiles.
+        heads: query rows of a token.
+        splits: parts that the positions of a tile are cut into.
+        size: see `q`.
+        sms, interpret: as for `attend`.
 
     Returns:
         [I, K, U, H] like the queries; of more than one split, [splits, I, K, U, H] float32, not yet
         divided by the total weight. And the softmax's peak and total, [splits, I, K, U] float32,
         undefined where there is one split.
     """
-    tiles, kv_heads, height, head_dim = q_IKUH.shape
-    page, out_dtype = k_PKZH.shape[2], q_IKUH.dtype
+    (tiles,), (kv_heads, page, head_dim) = plan.row_I.shape, k_PKZH.shape[1:]
+    height, out_dtype = size or q.shape[2], q.dtype
     is_narrow = k_PKZH.dtype == FP8
     dtype = jnp.float16 if is_narrow else out_dtype  # of what is multiplied
-    q_IKUH = q_IKUH.astype(dtype)
+    q = q.astype(dtype)
     groups = -(-height // _ROWS)  # warpgroups that compute
     kept = height // groups  # rows of each that are read and written
     scale = head_dim**-0.5 * math.log2(math.e)
@@ -186,11 +234,11 @@ def _attend_tiles(
         v_free: Any,
         wide_smem: Any = None,
     ) -> None:
-        q, k, v, table, row, first_row, offset, last, stored, out, peaks, totals = refs
+        q, k, v, table, row, first_row, offset, last, stored, used, out, peaks, totals = refs
         warpgroup = lax.axis_index("warpgroup")
         share: Any = functools.partial(
             plgpu.nd_loop,
-            (tiles * splits * kv_heads,),
+            (used[0] * (splits * kv_heads),),
             collective_axes="sm",
             init_carry=jnp.int32(0),  # pages that went before
         )
@@ -218,8 +266,13 @@ def _attend_tiles(
                 def _() -> None:
                     plgpu.barrier_wait(q_free.at[slot])
 
+                if size:
+                    first = pl.multiple_of(first_row[tile], _BLOCK)
+                    source = q.at[head, pl.ds(first, size)]
+                else:
+                    source = q.at[tile, head]
                 here = pl.ds(0, groups * kept)
-                plgpu.copy_gmem_to_smem(q.at[tile, head], q_smem.at[slot, here], q_full.at[slot])
+                plgpu.copy_gmem_to_smem(source, q_smem.at[slot, here], q_full.at[slot])
 
                 @pl.loop(0, count)
                 def _page(step: Array) -> None:
@@ -391,13 +444,12 @@ def _attend_tiles(
         ),
         interpret=interpret,
     )
-    plans = (plan.row_I, plan.first_I, plan.offset_I, plan.last_I, plan.stored_I)
-    out, peaks, totals = kernel(q_IKUH, k_PKZH, v_PKZH, table_RB, *plans)
+    out, peaks, totals = kernel(q, k_PKZH, v_PKZH, table_RB, *jax.tree.leaves(plan))
     return (out if is_split else out[0]), (peaks, totals)
 
 
 def _allocate(shape: tuple[int, ...], dtype: Any) -> Any:
-    line = (8, 128 // jnp.dtype(dtype).itemsize)
+    line = (_BLOCK, 128 // jnp.dtype(dtype).itemsize)
     return plgpu.SMEM(
         shape, dtype, transforms=(plgpu.TilingTransform(line), plgpu.SwizzleTransform(128))
     )
