@@ -5,7 +5,8 @@ of the same, and in a decode step of one token a launch costs more than what it 
 
 So few rows leave the device empty, and what costs is waiting. Hence a row is cut into shares: each
 has a warpgroup of its own in the row's thread block or, where nothing is joined over the row, even
-a thread block of its own. Of a share each warp has a line.
+a thread block of its own. Of a share each warp has a line. Many rows fill the device by themselves,
+and warpgroups that wait for each other are then what costs.
 
 Letters here: S slots, O what the product before gave, U what the one behind it joins, W warps of a
 warpgroup, L elements of a line.
@@ -28,6 +29,7 @@ _load: Any = plgpu.load  # whose parameters differ between versions of jax
 
 _WARPS = 4  # of a warpgroup
 _MOST_SHARES = 5  # of a row: each warp reads what every other one found
+_FEW_ROWS = 64  # which leave the device empty
 _VECTOR = 8  # elements that a thread reads at once: of bfloat16 16 bytes, and none reads more
 
 
@@ -44,7 +46,7 @@ def normalize_rows(x_TU: Array, scale_U: Array, *, eps: float, interpret: Any = 
         normed = (found * lax.rsqrt(total * (1 / width) + eps)).astype(jnp.bfloat16)
         out[row, share] = (normed.astype(jnp.float32) * weight).astype(out.dtype)
 
-    cut = _cut(width)
+    cut = _cut(width, _MOST_SHARES if rows <= _FEW_ROWS else 1)
     operands = x_TU.reshape(rows, *cut), scale_U.reshape(cut)
     return _launch(norm_body, *operands, rows=rows, out=(rows, *cut), interpret=interpret)
 
@@ -74,7 +76,7 @@ def round_rows(
     """
     tokens, width = x_TU.shape
     rows = tokens * (2 if leading else 1)
-    cut = _cut(width)
+    cut = _cut(width, _MOST_SHARES if rows <= _FEW_ROWS else 1)
     places = [x for x in (slot_T, gate_T) if x is not None]
 
     def round_body(x: Any, *refs: Any, **meeting: Any) -> None:
@@ -127,8 +129,11 @@ def activate_rows(
     """
     parts, slots, outs = parts_PSO.shape
     half = outs // 2
-    cut = _cut(half)
     tokens = slots if slot_T is None else len(slot_T)
+    rows = tokens * (2 if leading else 1)
+    # With scales for each column a thread has as much to read for half as many elements.
+    few = 2 if scale_O is None else 1
+    cut = _cut(half, few if is_rounded and rows > _FEW_ROWS else _MOST_SHARES)
     of_slots = [] if slot_T is None else [slot_T]
     scales = [] if scale_S is None else [scale_S]
     if scale_O is not None:
@@ -161,7 +166,7 @@ def activate_rows(
         parts_PSO.reshape(parts, slots, 2, *cut),
         *of_slots,
         *scales,
-        rows=tokens * (2 if leading else 1),
+        rows=rows,
         out=(slots, *cut),
         is_joined=is_rounded,
         is_rounded=is_rounded,
@@ -259,11 +264,11 @@ def join_rows(
     )
 
 
-def _cut(width: int) -> tuple[int, int, int]:
-    """The shares of a row, the lines of a share and the elements of a line. As many shares as leave
-    each thread something to read at full width."""
+def _cut(width: int, most: int = _MOST_SHARES) -> tuple[int, int, int]:
+    """The shares of a row, the lines of a share and the elements of a line. As many shares, up to
+    `most`, as leave each thread something to read at full width."""
     full = _WARPS * 32 * _VECTOR
-    shares = max((n for n in range(2, _MOST_SHARES + 1) if width % (n * full) == 0), default=1)
+    shares = max((n for n in range(2, most + 1) if width % (n * full) == 0), default=1)
     return shares, _WARPS, width // (shares * _WARPS)
 
 

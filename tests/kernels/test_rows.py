@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 INTERPRET = plgpu.InterpretGPUParams()
 WIDTHS = [128, 2048, 5120]
+SIZES = [*((3, width) for width in WIDTHS), (70, 2048)]  # few rows and many are cut differently
 
 
 def make_rows(*shape):
@@ -33,25 +34,28 @@ def assert_rounded(found, wide_SU):
     laws.assert_close(data.astype(jnp.float32), wanted.astype(jnp.float32), laws.BOUND["fp8"])
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_a_norm_of_a_wide_row_equals_its_definition(width):
-    x_TU, scale_U = make_rows(3, width), make_rows(2, width)[0]
+@pytest.mark.parametrize("size", SIZES)
+def test_a_norm_of_a_wide_row_equals_its_definition(size):
+    x_TU, scale_U = make_rows(*size), make_rows(2, size[1])[0]
     found = rows.normalize_rows(x_TU, scale_U, eps=1e-5, interpret=INTERPRET)
     laws.assert_close(found, reference.normalize(x_TU, scale_U, 1e-5), laws.BOUND["bfloat16"])
 
 
-@pytest.mark.parametrize("leading", [0, 4])
-@pytest.mark.parametrize("width", WIDTHS)
-def test_tokens_are_rounded_in_their_slots_as_their_definition(width, leading):
-    x_TU, gate_T = make_rows(3, width), jnp.asarray([0.25, 0.3, 0.9])
-    slot_T = leading + jnp.asarray([1, 4, 0], jnp.int32)
-    places = {"slots": leading + 6, "leading": leading, "interpret": INTERPRET}
+@pytest.mark.parametrize("has_leading", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_tokens_are_rounded_in_their_slots_as_their_definition(size, has_leading):
+    x_TU, tokens = make_rows(*size), size[0]
+    gate_T = jnp.linspace(0.25, 0.9, tokens)
+    leading = tokens + 1 if has_leading else 0
+    slot_T = leading + jnp.roll(2 * jnp.arange(tokens, dtype=jnp.int32), 1)
+    places = {"slots": leading + 2 * tokens, "leading": leading, "interpret": INTERPRET}
     found = rows.round_rows(x_TU, slot_T, gate_T, **places)
     gated_TU = x_TU * gate_T[:, None].astype(x_TU.dtype)
     assert_rounded([part[slot_T] for part in found], gated_TU)
     if leading:
-        assert_rounded([part[:3] for part in found], x_TU)
-    assert_rounded([part[:3] for part in rows.round_rows(x_TU, slots=8, interpret=INTERPRET)], x_TU)
+        assert_rounded([part[:tokens] for part in found], x_TU)
+    found = rows.round_rows(x_TU, slots=tokens + 5, interpret=INTERPRET)
+    assert_rounded([part[:tokens] for part in found], x_TU)
 
 
 @pytest.mark.parametrize("largest", [1e-37, 1e-36, 1e-30, 1e38])
@@ -62,26 +66,28 @@ def test_no_reciprocal_of_a_scale_is_infinite(largest):
 
 
 @pytest.mark.parametrize("is_rounded", [False, True])
-@pytest.mark.parametrize("width", WIDTHS)
-def test_wide_rows_are_activated_as_their_definition(width, is_rounded):
-    parts_PSO, scale_S = make_rows(2, 3, 2 * width), jnp.asarray([0.5, 2.0, 3.0])
-    found = rows.activate_rows(parts_PSO, scale_S, is_rounded=is_rounded, interpret=INTERPRET)
-    sum_SO = parts_PSO.astype(jnp.float32).sum(0) * scale_S[:, None]
-    gate_SU, up_SU = jnp.split(sum_SO, 2, axis=1)
-    wanted = (jax.nn.silu(gate_SU) * up_SU).astype(jnp.bfloat16)
+@pytest.mark.parametrize("size", SIZES)
+def test_wide_rows_are_activated_as_their_definition(size, is_rounded):
+    slots, width = size
+    parts_PSO, scale_S = make_rows(2, slots, 2 * width), jnp.linspace(0.5, 3.0, slots)
+    scale_O = jnp.linspace(0.1, 2.0, 2 * width)
 
-    def check(found, slot_S):
+    def check(slot_S, scale_O=None, **case):
+        slot_S = np.asarray(slot_S)
+        case = {"is_rounded": is_rounded, "interpret": INTERPRET, **case}
+        found = rows.activate_rows(parts_PSO, scale_S, scale_O, **case)
+        sum_SO = parts_PSO.astype(jnp.float32).sum(0) * scale_S[:, None]
+        gate_SU, up_SU = jnp.split(sum_SO if scale_O is None else sum_SO * scale_O, 2, axis=1)
+        wanted = (jax.nn.silu(gate_SU) * up_SU).astype(jnp.bfloat16)[slot_S]
         if is_rounded:
-            assert_rounded([part[slot_S] for part in found], wanted[slot_S])
+            assert_rounded([part[slot_S] for part in found], wanted)
         else:
-            laws.assert_close(found[slot_S], wanted[slot_S], laws.BOUND["bfloat16"])
+            laws.assert_close(found[slot_S], wanted, laws.BOUND["bfloat16"])
 
-    check(found, jnp.arange(3))
-    for leading, slot_T, live_S in ((0, [2, 0], [2, 0]), (1, [2], [0, 2])):
-        slot_T = jnp.asarray(slot_T, jnp.int32)
-        case = {"leading": leading, "is_rounded": is_rounded, "interpret": INTERPRET}
-        found = rows.activate_rows(parts_PSO, scale_S, None, slot_T, **case)
-        check(found, jnp.asarray(live_S))
+    check(range(slots))
+    check(range(slots), scale_O)
+    check([2, 0], slot_T=jnp.asarray([2, 0], jnp.int32))
+    check([0, 2], slot_T=jnp.asarray([2], jnp.int32), leading=1)
 
 
 @pytest.mark.parametrize("leading", [0, 3])
