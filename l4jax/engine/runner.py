@@ -5,7 +5,8 @@ import dataclasses
 import functools
 import os
 import zlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,24 @@ class Flight:
 
     plan: Plan
     shape: tuple[int, int]  # tokens and rows, per data shard
-    drawn: Any
-    scored: Any = None
+    found: Future[tuple[Any, Any]]  # what was drawn, and what was scored where somebody asks
 
     def land(self) -> list[arrays.Drawn]:
-        """Wait for it, and read what each request drew."""
+        """Wait for it, and read what each request drew; raises what went wrong."""
         tokens, rows = self.shape
-        drawn, scored = jax.device_get((self.drawn, self.scored))
+        drawn, scored = jax.device_get(self.found.result())
         if self.plan.is_loop:
             return arrays.read_loop(self.plan, drawn, rows)
         return arrays.read_step(self.plan, drawn, scored, tokens, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a plan runs: the key of a compiled program, and what gives its call once all that was
+    started before has given the pool back."""
+
+    key: Hashable
+    call: Callable[[], Call]
 
 
 class Runner:
@@ -84,6 +93,9 @@ class Runner:
         self.model = Llama4(config.text, make_kernels(chosen, self.layout))
         self.tower = VisionTower(config.vision, config.text.width) if config.vision else None
         self.kv_scales: tuple[np.ndarray, np.ndarray] | None = None  # of a checkpoint that has them
+        # A program that branches or loops on what it has found keeps the thread that calls it until
+        # then; so this one calls them all, one after the other, while plans are made for the next.
+        self._launcher = ThreadPoolExecutor(1, "launching")
         # On a GPU float32 would be multiplied as TF32, 13 bits shorter; bfloat16 stays as it is.
         self._precision = "highest" if self.dtype == jnp.float32 else "default"
 
@@ -144,6 +156,7 @@ class Runner:
 
     def reserve(self, capacity: Capacity) -> Limits:
         """Allocate the page pool; how much there is of everything. Raises `CapacityError`."""
+        self.settle()
         self.pool = self.memory = self.features = None  # what a pool before took is free again
         text, shards = self.config.text, self.layout.count(axes.ROWS)
         page = choose_page(self.config, capacity)
@@ -165,6 +178,7 @@ class Runner:
         """Begin with an empty pool and an empty memory of requests, the first time or after a
         failure.
         """
+        self.settle()
         text, vision, limits = self.config.text, self.config.vision, self.limits
         self.pool = self.memory = self.features = None  # there may be no room for two
         place = self.layout.place_all
@@ -188,18 +202,35 @@ class Runner:
 
     def dispatch(self, plan: Plan) -> "Flight":
         """Start a plan on the devices, behind what was started before it; does not wait."""
-        is_adjusted = any(run.request.is_adjusted for shard in plan.runs for run in shard)
+        runs = [run for shard in plan.runs for run in shard]
+        is_adjusted = any(run.request.is_adjusted for run in runs)
+        work: list[Callable[[], Any]] = []  # in this order, when it is its turn
+        for run in (run for run in runs if run.is_first):
+            if run.feature_slots:
+                work.append(functools.partial(self._encode, run))
+            if run.request.params.has_penalties:
+                seen_V = arrays.count_seen(run.request, self.config.text.vocab)
+                work.append(functools.partial(self._set_seen, run.request.slot, seen_V))
         with self._ready():
-            for run in (run for shard in plan.runs for run in shard if run.is_first):
-                if run.feature_slots:
-                    self._encode(run)
-                if run.request.params.has_penalties:
-                    seen_V = arrays.count_seen(run.request, self.config.text.vocab)
-                    self.memory = self.programs.set_seen(
-                        self.memory, np.int32(run.request.slot), seen_V
-                    )
-            run = self._start_loop if plan.is_loop else self._start_step
-            return run(plan, is_adjusted)
+            if plan.is_loop:
+                rows = self._find_loop(plan, is_adjusted)
+                shape, program = (rows, rows), self._prepare_loop(plan, rows, is_adjusted)
+                work.append(lambda: (self._run_loop(program), None))
+            else:
+                shape = self._find_step(plan, is_adjusted)
+                program = self._prepare_step(plan, shape, is_adjusted)
+                is_asked = any(run.request.params.prompt_logprobs is not None for run in runs)
+                work.append(lambda: self._run_step(program, is_scored=is_asked))
+
+        def launch() -> tuple[Any, Any]:
+            with self._ready():
+                return [do() for do in work][-1]
+
+        return Flight(plan, shape, self._launcher.submit(launch))
+
+    def settle(self) -> None:
+        """Wait until all that was dispatched has been started."""
+        self._launcher.submit(lambda: None).result()
 
     def warm_up(self, *, progress: bool = False) -> None:
         """Compile everything that a plan may need, several programs at a time, and run each on
@@ -210,28 +241,28 @@ class Runner:
         step, loop = Plan(empty, False), Plan(empty, True)
         tiles = [] if self.features is None else [(self._blank(count), []) for count in TILES]
 
-        def prepare(kind: bool) -> dict[Hashable, Call]:
+        def prepare(kind: bool) -> list[Program]:
             steps, loops = self.buckets.list_steps(kind), self.buckets.list_loops(kind)
-            return dict(
-                [
-                    *(self._prepare_step(step, shape, kind) for shape in steps),
-                    *(self._prepare_loop(loop, rows, kind) for rows in loops),
-                ]
-            )
+            return [
+                *(self._prepare_step(step, shape, kind) for shape in steps),
+                *(self._prepare_loop(loop, rows, kind) for rows in loops),
+            ]
+
+        def call(programs: list[Program]) -> dict[Hashable, Call]:
+            return {program.key: program.call() for program in programs}
 
         with self._ready():
-            now = prepare(False) | dict(self._prepare_tiles(*each) for each in tiles)
-            self._executables.compile(now, progress=progress)
-            seen_V = np.zeros(self.config.text.vocab, np.int32)
-            self.memory = self.programs.set_seen(self.memory, np.int32(0), seen_V)
+            now = [*prepare(False), *(self._prepare_tiles(*each) for each in tiles)]
+            self._executables.compile(call(now), progress=progress)
+            self._set_seen(0, np.zeros(self.config.text.vocab, np.int32))
             for each in tiles:
                 self._encode_part(*each)
             for shape in self.buckets.list_steps():
-                self._run_step(step, shape, False)
+                self._run_step(self._prepare_step(step, shape, False))
             for rows in self.buckets.list_loops():
-                self._run_loop(loop, rows, False)
-            finer = dict(self._prepare_loop(loop, rows, False) for rows in self.buckets.between)
-            self._executables.compile_behind(finer | prepare(True))
+                self._run_loop(self._prepare_loop(loop, rows, False))
+            finer = [self._prepare_loop(loop, rows, False) for rows in self.buckets.between]
+            self._executables.compile_behind(call(finer + prepare(True)))
         jax.block_until_ready(self.pool)
 
     @property
@@ -243,52 +274,45 @@ class Runner:
         """Wait for what the warm-up left to be compiled while others are served."""
         self._executables.wait()
 
-    def _start_step(self, plan: Plan, is_adjusted: bool) -> "Flight":
+    def _find_step(self, plan: Plan, is_adjusted: bool) -> tuple[int, int]:
         counts = [sum(run.stop - run.start for run in shard) for shard in plan.runs]
-        shape = self.buckets.fit(max(counts), max(map(len, plan.runs)), is_adjusted)
-        sampled, scored = self._run_step(plan, shape, is_adjusted)
-        wants = [r.request.params.prompt_logprobs is not None for shard in plan.runs for r in shard]
-        return Flight(plan, shape, sampled, scored if any(wants) else None)
+        return self.buckets.fit(max(counts), max(map(len, plan.runs)), is_adjusted)
 
-    def _start_loop(self, plan: Plan, is_adjusted: bool) -> "Flight":
-        rows = self.buckets.fit_loop(
+    def _find_loop(self, plan: Plan, is_adjusted: bool) -> int:
+        return self.buckets.fit_loop(
             max(map(len, plan.runs)),
             is_adjusted,
             has=lambda rows: self._executables.has(_name_loop(rows, False)),
         )
-        return Flight(plan, (rows, rows), self._run_loop(plan, rows, is_adjusted))
 
-    def _prepare_step(
-        self, plan: Plan, shape: tuple[int, int], is_adjusted: bool
-    ) -> tuple[Hashable, Call]:
+    def _prepare_step(self, plan: Plan, shape: tuple[int, int], is_adjusted: bool) -> "Program":
         tokens, rows = shape
         step = arrays.fill_step(
             plan, self.limits, self.config, tokens, rows, has_targets=is_adjusted
         )
         arguments = (
-            self.params,
-            self.pool,
-            self.memory,
             self._put(step.batch, cache.name_axes(has_features=self.features is not None)),
             self._put(step.ends, decode.name_ends_axes(has_targets=is_adjusted)),
             self._put(step.controls, sampling.CONTROLS_AXES),
             self._put_adjustments(plan, rows) if is_adjusted else None,
-            self.features,
         )
         static = {"model": self.model, "logprobs": MAX_LOGPROBS if is_adjusted else None}
-        return ("step", shape, is_adjusted), Call(self.programs.step, arguments, static)
+        run = self.programs.step
 
-    def _run_step(self, plan: Plan, shape: tuple[int, int], is_adjusted: bool) -> tuple[Any, Any]:
-        found = self._executables.run(*self._prepare_step(plan, shape, is_adjusted))
+        def call() -> Call:
+            state = (self.params, self.pool, self.memory)
+            return Call(run, (*state, *arguments, self.features), static)
+
+        return Program(("step", shape, is_adjusted), call)
+
+    def _run_step(self, program: "Program", *, is_scored: bool = False) -> tuple[Any, Any]:
+        found = self._executables.run(program.key, program.call())
         self.pool, self.memory, sampled, scored = found
-        return sampled, scored
+        return sampled, scored if is_scored else None
 
-    def _prepare_loop(self, plan: Plan, rows: int, is_adjusted: bool) -> tuple[Hashable, Call]:
+    def _prepare_loop(self, plan: Plan, rows: int, is_adjusted: bool) -> "Program":
         state, tables, controls = arrays.fill_loop(plan, self.limits, rows)
         arguments = (
-            self.params,
-            self.pool,
-            self.memory,
             self._put(state, decode.ROWS_AXES),
             self._put(tables, cache.name_axes().tables),
             self._put(controls, sampling.CONTROLS_AXES),
@@ -296,12 +320,20 @@ class Runner:
         )
         steps, logprobs = self.limits.loop_steps, MAX_LOGPROBS if is_adjusted else None
         static = {"model": self.model, "steps": steps, "logprobs": logprobs}
-        return _name_loop(rows, is_adjusted), Call(self.programs.decode_loop, arguments, static)
+        run = self.programs.decode_loop
 
-    def _run_loop(self, plan: Plan, rows: int, is_adjusted: bool) -> Any:
-        found = self._executables.run(*self._prepare_loop(plan, rows, is_adjusted))
+        def call() -> Call:
+            return Call(run, (self.params, self.pool, self.memory, *arguments), static)
+
+        return Program(_name_loop(rows, is_adjusted), call)
+
+    def _run_loop(self, program: "Program") -> Any:
+        found = self._executables.run(program.key, program.call())
         self.pool, self.memory, decoded = found
         return decoded
+
+    def _set_seen(self, slot: int, seen_V: np.ndarray) -> None:
+        self.memory = self.programs.set_seen(self.memory, np.int32(slot), seen_V)
 
     def _encode(self, run: Run) -> None:
         """Encode the tiles of a request into its feature slots."""
@@ -314,20 +346,23 @@ class Runner:
             self._encode_part(np.pad(part, padding), run.feature_slots[at : at + count])
             at += count
 
-    def _prepare_tiles(
-        self, pixels_ICYX: np.ndarray, slots: Sequence[int]
-    ) -> tuple[Hashable, Call]:
+    def _prepare_tiles(self, pixels_ICYX: np.ndarray, slots: Sequence[int]) -> "Program":
         """Of a few tiles; those beyond the slots are padding."""
         beyond = self.limits.feature_slots
         slot_I = [*slots, *[beyond] * (len(pixels_ICYX) - len(slots))]
         names = (axes.TILES, axes.CHANNELS, axes.PIXELS_Y, axes.PIXELS_X)
         pixels = self._put(pixels_ICYX, names)
-        arguments = (self.params, self.features, pixels, np.array(slot_I, np.int32))
-        call = Call(self.programs.encode_tiles, arguments, {"tower": self.tower})
-        return ("tiles", len(pixels_ICYX)), call
+        run, static = self.programs.encode_tiles, {"tower": self.tower}
+
+        def call() -> Call:
+            arguments = (self.params, self.features, pixels, np.array(slot_I, np.int32))
+            return Call(run, arguments, static)
+
+        return Program(("tiles", len(pixels_ICYX)), call)
 
     def _encode_part(self, pixels_ICYX: np.ndarray, slots: Sequence[int]) -> None:
-        self.features = self._executables.run(*self._prepare_tiles(pixels_ICYX, slots))
+        program = self._prepare_tiles(pixels_ICYX, slots)
+        self.features = self._executables.run(program.key, program.call())
 
     def _put_adjustments(self, plan: Plan, rows: int) -> sampling.Adjustments:
         found = arrays.fill_adjustments(plan, self.limits, rows, self.config.text.vocab)

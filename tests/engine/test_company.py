@@ -189,7 +189,7 @@ def test_a_failing_step_ends_its_requests_and_the_others_go_on(monkeypatch, at):
             patch.setattr(decode, "make_programs", lambda *places: programs)
         else:
             patch.setattr(Flight, "land", fail)
-        run(1)
+        run(2 if at == "dispatch" else 1)  # what could not be started is told when it is landed
     engine.runner.programs = programs
     assert reasons[first] == "error"
     run(200)
@@ -258,13 +258,13 @@ def test_a_loop_between_is_run_once_it_is_compiled_and_draws_the_same(monkeypatc
     monkeypatch.setattr(capacity, "_FINE", 2)
     golden = weights.read_golden(NAME)
     shapes = []
-    run_loop = Runner._run_loop
+    prepare = Runner._prepare_loop
 
     def spy(self, plan, rows, is_adjusted):
         shapes.append(rows)
-        return run_loop(self, plan, rows, is_adjusted)
+        return prepare(self, plan, rows, is_adjusted)
 
-    monkeypatch.setattr(Runner, "_run_loop", spy)
+    monkeypatch.setattr(Runner, "_prepare_loop", spy)
 
     def run(engine):
         shapes.clear()
