@@ -12,7 +12,7 @@ TILES_PER_IMAGE = 17  # 16 tiles and the whole image, at most
 _LOGITS_AT_ONCE = 10  # arrays that sampling holds, of which sorting takes most
 _HIDDENS_AT_ONCE = 6  # arrays as wide as gate and up of an expert, 2 bytes each
 _COARSE = 64  # requests, from which on there are loops between those in fours ..
-_FINE = 32  # .. every so many rows
+_FINE = 32  # .. every so many rows, or a quarter of those where that is more
 
 
 class CapacityError(ValueError):
@@ -183,11 +183,14 @@ class Buckets:
         steps = [
             (t, min(limits.requests + t // limits.chunk + 1, limits.rows)) for t in tokens[:-1]
         ]
-        between = range(_FINE, limits.requests, _FINE) if limits.requests > _COARSE else ()
+        between = [_FINE]
+        while between[-1] < limits.requests:
+            between.append(between[-1] + max(_FINE, 2 ** (between[-1].bit_length() - 1) // 4))
+        has_between = limits.requests > _COARSE
         return cls(
             (*steps, (tokens[-1], limits.rows)),
             tuple(loops),
-            tuple(rows for rows in between if rows not in loops),
+            tuple(rows for rows in between[:-1] if has_between and rows not in loops),
         )
 
     def list_steps(self, is_adjusted: bool = False) -> tuple[tuple[int, int], ...]:

@@ -149,7 +149,7 @@ def _attend_runs(
     plan, slot_TG = _cut(runs, count_R, row_T, heads=heads, size=size)
     # Of a kv head the query rows of a tile are neighbors; behind the last one lies some padding.
     q_KXH = q_TKGH.swapaxes(0, 1).reshape(kv_heads, tokens * heads, head_dim)
-    q_KXH = jnp.pad(q_KXH, ((0, 0), (0, size), (0, 0)))
+    q_KXH = jnp.pad(q_KXH, ((0, 0), (0, size + -(tokens * heads) % _BLOCK), (0, 0)))
     out_IKUH, _ = run(q_KXH, *pool, plan, heads=heads, splits=1, size=size)
     return out_IKUH.swapaxes(1, 2).reshape(-1, kv_heads, head_dim)[slot_TG].swapaxes(1, 2)
 

@@ -250,6 +250,9 @@ def test_many_rows_waste_less_than_a_few_once_the_loops_between_are_there():
         assert there == (128 if 64 < rows <= 128 else buckets.fit_loop(rows))
         assert buckets.fit_loop(rows, True, has=lambda _: True) in (64, 256)  # those are others
     assert not Buckets.of(make_limits(requests=64, rows=65, tokens=2048)).between
+    many = Buckets.of(make_limits(requests=1024, rows=1025, tokens=2048))
+    assert max(r for r in many.between if r < 512) == 448 and len(many.between) < 16
+    assert all(many.fit_loop(rows, has=lambda _: True) < 1.5 * rows for rows in range(65, 1025))
 
 
 @pytest.mark.slow
