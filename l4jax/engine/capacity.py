@@ -161,8 +161,9 @@ def count_program_bytes(text: TextConfig, rows: int, tokens: int) -> int:
 class Buckets:
     """The shapes that are compiled, per data shard: (tokens, rows) of steps, and rows of loops.
 
-    `between` are loops that many rows waste less in, and that can do without: they are compiled
-    while others are served.
+    The coarse ones, about every other, hold whatever comes: a server begins once it has these.
+    The others waste less, and are compiled while it serves; so are those of `between`, which spare
+    many rows some padding, and which nobody waits for.
     """
 
     steps: tuple[tuple[int, int], ...]
@@ -193,27 +194,38 @@ class Buckets:
             tuple(rows for rows in between[:-1] if has_between and rows not in loops),
         )
 
-    def list_steps(self, is_adjusted: bool = False) -> tuple[tuple[int, int], ...]:
-        """The step shapes; for adjusted rows about every other, as they are rarer and each takes
-        its time to compile.
-        """
-        return _thin(self.steps) if is_adjusted else self.steps
+    def list_steps(self, *, is_coarse: bool = False) -> tuple[tuple[int, int], ...]:
+        """The step shapes, or the coarse ones."""
+        return _thin(self.steps) if is_coarse else self.steps
 
-    def list_loops(self, is_adjusted: bool = False) -> tuple[int, ...]:
-        """The loop shapes; for adjusted rows about every other."""
-        return _thin(self.loops) if is_adjusted else self.loops
+    def list_loops(self, *, is_coarse: bool = False) -> tuple[int, ...]:
+        """The loop shapes, or the coarse ones; without those between."""
+        return _thin(self.loops) if is_coarse else self.loops
 
-    def fit(self, tokens: int, rows: int, is_adjusted: bool = False) -> tuple[int, int]:
-        """The smallest step shape that holds as many tokens and rows."""
-        return next((t, r) for t, r in self.list_steps(is_adjusted) if t >= tokens and r >= rows)
+    def fit(
+        self,
+        tokens: int,
+        rows: int,
+        is_adjusted: bool = False,
+        *,
+        has: Callable[[tuple[int, int]], bool] = lambda shape: True,
+    ) -> tuple[int, int]:
+        """The smallest step shape that holds as many tokens and rows: a coarse one, or one that is
+        there, as `has` says. Adjusted rows, which are rarer, have the coarse ones alone."""
+        coarse = self.list_steps(is_coarse=True)
+        shapes = [x for x in self.steps if x in coarse or (not is_adjusted and has(x))]
+        return next((t, r) for t, r in shapes if t >= tokens and r >= rows)
 
     def fit_loop(
-        self, rows: int, is_adjusted: bool = False, *, has: Callable[[int], bool] | None = None
+        self,
+        rows: int,
+        is_adjusted: bool = False,
+        *,
+        has: Callable[[int], bool] = lambda rows: True,
     ) -> int:
-        """The smallest loop shape that holds as many rows; of those between, one that is there, as
-        `has` says."""
-        extra = () if is_adjusted or has is None else filter(has, self.between)
-        return min(r for r in (*self.list_loops(is_adjusted), *extra) if r >= rows)
+        """The same of loops, those between among them."""
+        coarse, every = self.list_loops(is_coarse=True), (*self.loops, *self.between)
+        return min(x for x in every if x >= rows and (x in coarse or (not is_adjusted and has(x))))
 
 
 def _thin(shapes: tuple) -> tuple:

@@ -121,6 +121,10 @@ class Executables:
             return False
         return future.exception() is None
 
+    def knows(self, key: Hashable) -> bool:
+        """Whether it is compiled here at all, sooner or later; else jax does so when it is run."""
+        return key in self._found
+
     @property
     def is_compiling(self) -> bool:
         """Whether something is being compiled."""

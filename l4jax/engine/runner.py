@@ -233,36 +233,41 @@ class Runner:
         self._launcher.submit(lambda: None).result()
 
     def warm_up(self, *, progress: bool = False) -> None:
-        """Compile everything that a plan may need, several programs at a time, and run each on
-        padding. What spares many rows some padding, and what adjusted rows need, who are rarer, is
-        compiled while others are served.
+        """Compile what is needed for every plan, several programs at a time, and run each on
+        padding. What adjusted rows need, who are rarer, and what wastes less is compiled while
+        others are served.
         """
         empty: list[list[Run]] = [[] for _ in range(self.limits.shards)]
         step, loop = Plan(empty, False), Plan(empty, True)
         tiles = [] if self.features is None else [(self._blank(count), []) for count in TILES]
 
-        def prepare(kind: bool) -> list[Program]:
-            steps, loops = self.buckets.list_steps(kind), self.buckets.list_loops(kind)
+        coarse = self.buckets.list_steps(is_coarse=True), self.buckets.list_loops(is_coarse=True)
+        every = self.buckets.steps, (*self.buckets.loops, *self.buckets.between)
+
+        def prepare(shapes: tuple[Any, Any], is_adjusted: bool = False) -> list[Program]:
+            steps, loops = shapes
             return [
-                *(self._prepare_step(step, shape, kind) for shape in steps),
-                *(self._prepare_loop(loop, rows, kind) for rows in loops),
+                *(self._prepare_step(step, shape, is_adjusted) for shape in steps),
+                *(self._prepare_loop(loop, rows, is_adjusted) for rows in loops),
             ]
 
         def call(programs: list[Program]) -> dict[Hashable, Call]:
             return {program.key: program.call() for program in programs}
 
         with self._ready():
-            now = [*prepare(False), *(self._prepare_tiles(*each) for each in tiles)]
-            self._executables.compile(call(now), progress=progress)
+            first = [*prepare(coarse), *(self._prepare_tiles(*each) for each in tiles)]
+            self._executables.compile(call(first), progress=progress)
             self._set_seen(0, np.zeros(self.config.text.vocab, np.int32))
             for each in tiles:
                 self._encode_part(*each)
-            for shape in self.buckets.list_steps():
+            for shape in coarse[0]:
                 self._run_step(self._prepare_step(step, shape, False))
-            for rows in self.buckets.list_loops():
+            for rows in coarse[1]:
                 self._run_loop(self._prepare_loop(loop, rows, False))
-            finer = [self._prepare_loop(loop, rows, False) for rows in self.buckets.between]
-            self._executables.compile_behind(call(finer + prepare(True)))
+            behind = call([*prepare(coarse, True), *prepare(every)])
+            for program in first:
+                behind.pop(program.key, None)
+            self._executables.compile_behind(behind)
         jax.block_until_ready(self.pool)
 
     @property
@@ -276,14 +281,25 @@ class Runner:
 
     def _find_step(self, plan: Plan, is_adjusted: bool) -> tuple[int, int]:
         counts = [sum(run.stop - run.start for run in shard) for shard in plan.runs]
-        return self.buckets.fit(max(counts), max(map(len, plan.runs)), is_adjusted)
+
+        def has(shape: tuple[int, int]) -> bool:
+            return self._can_run(_name_step(shape, False))
+
+        return self.buckets.fit(max(counts), max(map(len, plan.runs)), is_adjusted, has=has)
 
     def _find_loop(self, plan: Plan, is_adjusted: bool) -> int:
-        return self.buckets.fit_loop(
-            max(map(len, plan.runs)),
-            is_adjusted,
-            has=lambda rows: self._executables.has(_name_loop(rows, False)),
-        )
+        def has(rows: int) -> bool:
+            key = _name_loop(rows, False)
+            # Without a warm-up none of those between is worth being compiled for.
+            return (
+                self._executables.has(key) if rows in self.buckets.between else self._can_run(key)
+            )
+
+        return self.buckets.fit_loop(max(map(len, plan.runs)), is_adjusted, has=has)
+
+    def _can_run(self, key: Hashable) -> bool:
+        """Whether a program is there; where nobody compiled any beforehand, all are."""
+        return self._executables.has(key) or not self._executables.knows(key)
 
     def _prepare_step(self, plan: Plan, shape: tuple[int, int], is_adjusted: bool) -> "Program":
         tokens, rows = shape
@@ -303,7 +319,7 @@ class Runner:
             state = (self.params, self.pool, self.memory)
             return Call(run, (*state, *arguments, self.features), static)
 
-        return Program(("step", shape, is_adjusted), call)
+        return Program(_name_step(shape, is_adjusted), call)
 
     def _run_step(self, program: "Program", *, is_scored: bool = False) -> tuple[Any, Any]:
         found = self._executables.run(program.key, program.call())
@@ -424,6 +440,10 @@ class Runner:
             share=share,
         )
         return free * self.layout.count(axes.KV_HEADS)
+
+
+def _name_step(shape: tuple[int, int], is_adjusted: bool) -> Hashable:
+    return "step", shape, is_adjusted
 
 
 def _name_loop(rows: int, is_adjusted: bool) -> Hashable:

@@ -1,6 +1,7 @@
 """Continuous batching changes nothing: in any company the model draws what it draws alone."""
 
 import dataclasses
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from l4jax import decode
 from l4jax.engine import capacity
 from l4jax.engine.capacity import Buckets
+from l4jax.engine.executables import Executables
 from l4jax.engine.lookup import PromptLookup, Speculation
 from l4jax.engine.request import Request, SamplingParams
 from l4jax.engine.runner import Flight, Runner
@@ -231,13 +233,16 @@ def test_a_speculation_that_cannot_be_had_is_refused_by_name(changes, says):
         Speculation(**{"num_speculative_tokens": 4, **changes})
 
 
-def test_adjusted_rows_have_about_every_other_shape_and_always_one_that_fits():
+def test_adjusted_rows_and_a_server_that_begins_have_about_every_other_shape_and_one_that_fits():
     buckets = Buckets(((16, 9), (64, 9), (256, 9), (1024, 9), (2048, 9)), (1, 4, 16, 64))
-    assert [tokens for tokens, _ in buckets.list_steps(True)] == [16, 256, 2048]
-    assert buckets.list_loops(True) == (1, 4, 64)
+    assert [tokens for tokens, _ in buckets.list_steps(is_coarse=True)] == [16, 256, 2048]
+    assert buckets.list_loops(is_coarse=True) == (1, 4, 64)
     assert buckets.fit(17, 9, True) == (256, 9) and buckets.fit(17, 9) == (64, 9)
     assert buckets.fit_loop(5, True) == 64 and buckets.fit_loop(5) == 16
-    assert Buckets(((16, 2),), (1,)).list_steps(True) == ((16, 2),)
+    assert buckets.fit(17, 9, has=lambda shape: False) == (256, 9)
+    assert buckets.fit(300, 9, has=lambda shape: shape == (1024, 9)) == (1024, 9)
+    assert buckets.fit_loop(5, has=lambda rows: False) == 64
+    assert Buckets(((16, 2),), (1,)).list_steps(is_coarse=True) == ((16, 2),)
 
 
 def test_many_rows_waste_less_than_a_few_once_the_loops_between_are_there():
@@ -247,12 +252,44 @@ def test_many_rows_waste_less_than_a_few_once_the_loops_between_are_there():
     for rows in range(17, 257):
         assert 0 <= buckets.fit_loop(rows, has=lambda _: True) - rows < 32
         there = buckets.fit_loop(rows, has=lambda found: found == 128)
-        assert there == (128 if 64 < rows <= 128 else buckets.fit_loop(rows))
-        assert buckets.fit_loop(rows, True, has=lambda _: True) in (64, 256)  # those are others
+        assert there == next(x for x in (16, 128, 256) if x >= rows)
+        assert buckets.fit_loop(rows, True, has=lambda _: True) == 256  # those are others
     assert not Buckets.of(make_limits(requests=64, rows=65, tokens=2048)).between
     many = Buckets.of(make_limits(requests=1024, rows=1025, tokens=2048))
     assert max(r for r in many.between if r < 512) == 448 and len(many.between) < 16
     assert all(many.fit_loop(rows, has=lambda _: True) < 1.5 * rows for rows in range(65, 1025))
+
+
+def test_a_server_begins_with_the_coarse_shapes_and_draws_the_same(monkeypatch):
+    """What is compiled meanwhile is not waited for."""
+    golden = weights.read_golden(NAME)
+    first, shapes = [], []
+    compile_first, dispatch = Executables.compile, Runner.dispatch
+
+    def compile_and_tell(self, calls, **options):
+        first.extend(calls)
+        return compile_first(self, calls, **options)
+
+    def never_finish(self, calls):
+        self._found |= {key: Future() for key in calls}
+
+    def spy(self, plan):
+        flight = dispatch(self, plan)
+        shapes.append(flight.shape)
+        return flight
+
+    monkeypatch.setattr(Executables, "compile", compile_and_tell)
+    monkeypatch.setattr(Executables, "compile_behind", never_finish)
+    monkeypatch.setattr(Runner, "dispatch", spy)
+    engine = make_engine(NAME, max_num_seqs=16, max_num_batched_tokens=256)
+    engine.warm_up()
+    assert engine.is_compiling and len(first) == 2 + 2 + 2  # steps, loops, and those of image tiles
+    found = [engine.add(golden.ids.tolist(), GREEDY.replace(max_tokens=9)) for _ in range(2)]
+    drawn = run_all(engine)
+    assert [drawn[each] for each in found] == [golden.greedy_tokens.tolist()[:9]] * 2
+    buckets = engine.runner.buckets
+    assert len(buckets.steps) == len(buckets.loops) == 3
+    assert {tokens for tokens, _ in shapes} == {256, 16}  # neither the step of 64 nor the loop of 4
 
 
 @pytest.mark.slow
