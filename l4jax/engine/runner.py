@@ -26,20 +26,14 @@ from l4jax.engine.capacity import (
     plan_limits,
 )
 from l4jax.engine.executables import Call, Executables
+from l4jax.engine.local_kernels import choose_kernels, make_kernels, name_kernels
 from l4jax.engine.request import MAX_LOGPROBS
 from l4jax.engine.scheduler import Limits, Plan, Run
-from l4jax.kernels import PORTABLE, Kernels
-from l4jax.kernels.formats import FP8, name_axes, widen_scales
+from l4jax.kernels.formats import FP8, widen_scales
 from l4jax.model import Llama4, VisionTower, declare_parameters
 from sharding import STRATEGIES, Layout, find_gpu_share, make_mesh, prepare_devices
 
 TILES = (1, 4)  # image tiles that are encoded in one call
-# What the letters of a product stand for; of those that are summed, the first may be cut.
-_AXES = {
-    **{"T": axes.TOKENS, "R": axes.ROWS, "D": axes.WIDTH, "V": axes.VOCAB},
-    **{"F": axes.HIDDEN, "c": axes.GATE_UP},
-    **{"K": axes.KV_HEADS, "J": axes.QUERIES_KV, "G": axes.QUERIES, "H": axes.HEAD_DIM},
-}
 CPU_POOL_BYTES = 2**28  # where nobody says otherwise: what a laptop can spare
 
 
@@ -90,7 +84,7 @@ class Runner:
         device = self.layout.mesh.devices.flat[0]
         self.kernels = name_kernels(kernels, device)
         chosen = choose_kernels(self.kernels, device)
-        self.model = Llama4(config.text, make_kernels(chosen, self.layout))
+        self.model = Llama4(config.text, make_kernels(chosen, self.layout.local))
         self.tower = VisionTower(config.vision, config.text.width) if config.vision else None
         self.kv_scales: tuple[np.ndarray, np.ndarray] | None = None  # of a checkpoint that has them
         # A program that branches or loops on what it has found keeps the thread that calls it until
@@ -448,88 +442,6 @@ def _name_step(shape: tuple[int, int], is_adjusted: bool) -> Hashable:
 
 def _name_loop(rows: int, is_adjusted: bool) -> Hashable:
     return "loop", rows, is_adjusted
-
-
-def name_kernels(name: str, device: Any) -> str:
-    """Which kernels are meant: "portable" runs everywhere, "hopper" on Hopper GPUs, and "auto" is
-    "hopper" where this device runs it.
-
-    Raises:
-        ValueError: for another name, and where the fast ones cannot run.
-    """
-    if name not in ("auto", "portable", "hopper"):
-        raise ValueError(f"kernels is {name!r}: it is 'portable', 'hopper' or 'auto'.")
-    is_hopper = getattr(device, "compute_capability", None) == "9.0"
-    can_run = is_hopper and jax.__version_info__ >= (0, 11)
-    if name == "hopper" and not can_run:
-        raise ValueError(
-            f"kernels is 'hopper', and here is {device.device_kind} with jax {jax.__version__}: "
-            "they run on an H100 or an H200 with jax 0.11 or newer; take 'portable' or 'auto'."
-        )
-    return "hopper" if can_run and name != "portable" else "portable"
-
-
-def choose_kernels(name: str, device: Any) -> Kernels:
-    """The kernels of a name that `name_kernels` gave."""
-    if name == "portable":
-        return PORTABLE
-    from l4jax.kernels.hopper import Hopper  # needs what only jax for a GPU brings
-
-    hopper = Hopper(device.core_count)
-    return Kernels(
-        normalize=hopper.normalize,
-        attend=hopper.attend,
-        run_experts=hopper.run_experts,
-        mix_experts=hopper.mix_experts,
-        multiply=hopper.multiply,
-    )
-
-
-def make_kernels(kernels: Kernels, layout: Layout) -> Kernels:
-    """The kernels, each entered through `shard_map`: on a device's own heads, rows and pages.
-
-    They are jitted, so that each is traced once a shape and not once a layer.
-    """
-    table, at = (axes.ROWS, axes.TABLE), (axes.TOKENS,)
-    q = (axes.TOKENS, axes.KV_HEADS, axes.QUERIES, axes.HEAD_DIM)
-    kv, pool = (axes.TOKENS, axes.KV_HEADS, axes.HEAD_DIM), cache.POOL_AXES
-    x, gate_up = (axes.TOKENS, axes.WIDTH), (axes.EXPERTS, axes.GATE_UP, axes.HIDDEN, axes.WIDTH)
-    down = (axes.EXPERTS, axes.WIDTH, axes.HIDDEN)
-    local = layout.local
-
-    def normalize(x_TD: Any, scale_D: Any, eps: float) -> jax.Array:
-        return local(lambda *both: kernels.normalize(*both, eps), (x, x[1:]), x)(x_TD, scale_D)
-
-    def run_experts(x_TD: Any, expert_T: Any, gate_up_EcFD: Any, down_EDF: Any) -> jax.Array:
-        ins = (x, at, name_axes(gate_up_EcFD, gate_up), name_axes(down_EDF, down))
-        run = local(kernels.run_experts, ins, x, sum_over=axes.HIDDEN)
-        return run(x_TD, expert_T, gate_up_EcFD, down_EDF)
-
-    def mix_experts(x_TD: Any, expert_T: Any, gate_T: Any, *weights: Any) -> jax.Array:
-        names = (gate_up, down, gate_up[1:], down[1:])
-        ins = (x, at, at, *(name_axes(w, n) for w, n in zip(weights, names, strict=True)))
-        run = local(kernels.mix_experts, ins, x, sum_over=axes.HIDDEN)
-        return run(x_TD, expert_T, gate_T, *weights)
-
-    def multiply(subscripts: str, x: Any, weight: Any) -> jax.Array:
-        ins, out = subscripts.split("->")
-        x_axes, w_axes, out_axes = (
-            tuple(_AXES[letter] for letter in letters) for letters in (*ins.split(","), out)
-        )
-        summed = next(axis for axis in w_axes if axis not in out_axes)
-        run = functools.partial(kernels.multiply, subscripts)
-        ins = (x_axes, name_axes(weight, w_axes))
-        return local(run, ins, out_axes, sum_over=summed)(x, weight)
-
-    return Kernels(
-        normalize=jax.jit(normalize, static_argnums=2),
-        attend=jax.jit(
-            local(kernels.attend, (q, kv, kv, pool, pool, table, at, at), (q, pool, pool))
-        ),
-        run_experts=jax.jit(run_experts),
-        mix_experts=jax.jit(mix_experts),
-        multiply=jax.jit(multiply, static_argnums=0),
-    )
 
 
 def check_mesh(config: Config, layout: Layout) -> None:

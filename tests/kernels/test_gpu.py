@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from l4jax.engine.runner import choose_kernels
+from l4jax.engine.local_kernels import choose_kernels
 from tests.kernels import laws
 
 pytestmark = pytest.mark.gpu
