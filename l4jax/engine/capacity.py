@@ -71,6 +71,11 @@ class Capacity:
                 "it is a share, above 0 and at most 1."
             )
 
+    def divide(self, shards: int) -> tuple[int, int]:
+        """Requests, and tokens of a step, of each of so many data shards."""
+        requests = -(-self.max_num_seqs // shards)
+        return requests, max(-(-self.max_num_batched_tokens // shards), requests)
+
 
 def choose_page(config: Config, capacity: Capacity) -> int:
     """Positions of a page: as asked, else 128 or what of it divides the attention chunk."""
@@ -101,8 +106,7 @@ def plan_limits(
     if asked is not None and asked > text.max_positions:
         raise CapacityError(f"max_model_len is {asked}, and the model's is {text.max_positions}.")
     wanted = asked or text.max_positions
-    requests = -(-capacity.max_num_seqs // shards)
-    tokens = max(-(-capacity.max_num_batched_tokens // shards), requests)
+    requests, tokens = capacity.divide(shards)
 
     def count_pages(length: int) -> int:
         return -(-length // page) + local_groups * -(-min(length, chunk) // page)

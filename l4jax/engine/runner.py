@@ -420,12 +420,8 @@ class Runner:
         if not stats or "bytes_limit" not in stats:
             return CPU_POOL_BYTES
         share = find_gpu_share() if device.platform == "gpu" else 1.0
-        shards = self.layout.count(axes.ROWS)
-        programs = count_program_bytes(
-            self.config.text,
-            rows=-(-capacity.max_num_seqs // shards),
-            tokens=-(-capacity.max_num_batched_tokens // shards),
-        )
+        rows, tokens = capacity.divide(self.layout.count(axes.ROWS))
+        programs = count_program_bytes(self.config.text, rows=rows, tokens=tokens)
         free = find_free_bytes(
             capacity,
             limit=stats["bytes_limit"],

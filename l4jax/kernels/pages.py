@@ -85,19 +85,8 @@ def attend(
     pool = (k_PKZH, v_PKZH, table_RB)
     if is_decode:
         y_TKGH = _attend_each(x_TKUH, pool, row_T, position_T, heads, splits, run)
-        return y_TKGH, k_PKZH, v_PKZH
-    runs = Runs.find(row_T, position_T, rows)
-    # A token that is alone in its row would leave most of a tile empty.
-    is_alone_R = (runs.count_R == 1) & (rows > 1)
-    y_TKGH = _attend_runs(q_TKGH, pool, runs, jnp.where(is_alone_R, 0, runs.count_R), row_T, run)
-    if rows > 1:
-        q_RKUH = jnp.pad(q_TKGH[runs.token_R], ((0, 0), (0, 0), (0, -heads % _BLOCK), (0, 0)))
-        at_R = jnp.where(is_alone_R, runs.offset_R + runs.token_R, -1)
-        each_R = jnp.arange(rows, dtype=jnp.int32)
-        y_RKGH = _attend_each(q_RKUH, pool, each_R, at_R, heads, splits, run)
-        is_alone_T = is_alone_R[row_T][:, None, None, None]
-        y_TKGH = jnp.where(is_alone_T, y_RKGH[row_T], y_TKGH)
-    y_TKGH = jnp.where((position_T >= 0)[:, None, None, None], y_TKGH, 0)
+    else:
+        y_TKGH = _attend_mix(q_TKGH, pool, row_T, position_T, splits, run)
     return y_TKGH, k_PKZH, v_PKZH
 
 
@@ -122,6 +111,25 @@ def _attend_each(
         return out[:, :, :heads]
     joined = join_rows(out, *softmax, heads=heads, interpret=run.keywords["interpret"])
     return joined.reshape(tokens, kv_heads, heads, head_dim)
+
+
+def _attend_mix(
+    q_TKGH: Array, pool: Any, row_T: Array, position_T: Array, splits: int, run: Any
+) -> Array:
+    """Whole tiles for prompts, and for who decodes beside them what it has when it is alone: such
+    a token would leave most of a tile empty."""
+    heads, rows = q_TKGH.shape[2], pool[2].shape[0]
+    runs = Runs.find(row_T, position_T, rows)
+    is_alone_R = (runs.count_R == 1) & (rows > 1)
+    y_TKGH = _attend_runs(q_TKGH, pool, runs, jnp.where(is_alone_R, 0, runs.count_R), row_T, run)
+    if rows > 1:
+        q_RKUH = jnp.pad(q_TKGH[runs.token_R], ((0, 0), (0, 0), (0, -heads % _BLOCK), (0, 0)))
+        at_R = jnp.where(is_alone_R, runs.offset_R + runs.token_R, -1)
+        each_R = jnp.arange(rows, dtype=jnp.int32)
+        y_RKGH = _attend_each(q_RKUH, pool, each_R, at_R, heads, splits, run)
+        is_alone_T = is_alone_R[row_T][:, None, None, None]
+        y_TKGH = jnp.where(is_alone_T, y_RKGH[row_T], y_TKGH)
+    return jnp.where((position_T >= 0)[:, None, None, None], y_TKGH, 0)
 
 
 @dataclasses.dataclass(frozen=True)
