@@ -188,23 +188,32 @@ class Buckets:
         steps = [
             (t, min(limits.requests + t // limits.chunk + 1, limits.rows)) for t in tokens[:-1]
         ]
-        between = [_FINE]
-        while between[-1] < limits.requests:
-            between.append(between[-1] + max(_FINE, 2 ** (between[-1].bit_length() - 1) // 4))
-        has_between = limits.requests > _COARSE
+        between, rows = [], _FINE
+        while limits.requests > max(rows, _COARSE):
+            between.append(rows)
+            rows += max(_FINE, 2 ** (rows.bit_length() - 1) // 4)
         return cls(
             (*steps, (tokens[-1], limits.rows)),
             tuple(loops),
-            tuple(rows for rows in between[:-1] if has_between and rows not in loops),
+            tuple(rows for rows in between if rows not in loops),
         )
 
-    def list_steps(self, *, is_coarse: bool = False) -> tuple[tuple[int, int], ...]:
-        """The step shapes, or the coarse ones."""
-        return _thin(self.steps) if is_coarse else self.steps
+    @property
+    def coarse_steps(self) -> tuple[tuple[int, int], ...]:
+        return _thin(self.steps)
 
-    def list_loops(self, *, is_coarse: bool = False) -> tuple[int, ...]:
-        """The loop shapes, or the coarse ones; without those between."""
-        return _thin(self.loops) if is_coarse else self.loops
+    @property
+    def coarse_loops(self) -> tuple[int, ...]:
+        return _thin(self.loops)
+
+    @property
+    def finer_steps(self) -> tuple[tuple[int, int], ...]:
+        return tuple(shape for shape in self.steps if shape not in self.coarse_steps)
+
+    @property
+    def finer_loops(self) -> tuple[int, ...]:
+        """Those between among them."""
+        return *(rows for rows in self.loops if rows not in self.coarse_loops), *self.between
 
     def fit(
         self,
@@ -216,9 +225,8 @@ class Buckets:
     ) -> tuple[int, int]:
         """The smallest step shape that holds as many tokens and rows: a coarse one, or one that is
         there, as `has` says. Adjusted rows, which are rarer, have the coarse ones alone."""
-        coarse = self.list_steps(is_coarse=True)
-        shapes = [x for x in self.steps if x in coarse or (not is_adjusted and has(x))]
-        return next((t, r) for t, r in shapes if t >= tokens and r >= rows)
+        finer = () if is_adjusted else filter(has, self.finer_steps)
+        return min((t, r) for t, r in (*self.coarse_steps, *finer) if t >= tokens and r >= rows)
 
     def fit_loop(
         self,
@@ -227,9 +235,9 @@ class Buckets:
         *,
         has: Callable[[int], bool] = lambda rows: True,
     ) -> int:
-        """The same of loops, those between among them."""
-        coarse, every = self.list_loops(is_coarse=True), (*self.loops, *self.between)
-        return min(x for x in every if x >= rows and (x in coarse or (not is_adjusted and has(x))))
+        """The same of loops."""
+        finer = () if is_adjusted else filter(has, self.finer_loops)
+        return min(r for r in (*self.coarse_loops, *finer) if r >= rows)
 
 
 def _thin(shapes: tuple) -> tuple:

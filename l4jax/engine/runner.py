@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -150,8 +151,7 @@ class Runner:
 
     def reserve(self, capacity: Capacity) -> Limits:
         """Allocate the page pool; how much there is of everything. Raises `CapacityError`."""
-        self.settle()
-        self.pool = self.memory = self.features = None  # what a pool before took is free again
+        self._drop_pool()
         text, shards = self.config.text, self.layout.count(axes.ROWS)
         page = choose_page(self.config, capacity)
         dtype = self.dtype if capacity.kv_cache_dtype == "auto" else FP8
@@ -172,9 +172,8 @@ class Runner:
         """Begin with an empty pool and an empty memory of requests, the first time or after a
         failure.
         """
-        self.settle()
+        self._drop_pool()  # there may be no room for two
         text, vision, limits = self.config.text, self.config.vision, self.limits
-        self.pool = self.memory = self.features = None  # there may be no room for two
         place = self.layout.place_all
         make_pool = functools.partial(
             cache.make_pool, text, limits.shards * limits.pages, limits.page, self._pool_dtype
@@ -222,10 +221,6 @@ class Runner:
 
         return Flight(plan, shape, self._launcher.submit(launch))
 
-    def settle(self) -> None:
-        """Wait until all that was dispatched has been started."""
-        self._launcher.submit(lambda: None).result()
-
     def warm_up(self, *, progress: bool = False) -> None:
         """Compile what is needed for every plan, several programs at a time, and run each on
         padding. What adjusted rows need, who are rarer, and what wastes less is compiled while
@@ -235,32 +230,30 @@ class Runner:
         step, loop = Plan(empty, False), Plan(empty, True)
         tiles = [] if self.features is None else [(self._blank(count), []) for count in TILES]
 
-        coarse = self.buckets.list_steps(is_coarse=True), self.buckets.list_loops(is_coarse=True)
-        every = self.buckets.steps, (*self.buckets.loops, *self.buckets.between)
+        def prepare_steps(shapes: Sequence[Any], is_adjusted: bool = False) -> list[Program]:
+            return [self._prepare_step(step, shape, is_adjusted) for shape in shapes]
 
-        def prepare(shapes: tuple[Any, Any], is_adjusted: bool = False) -> list[Program]:
-            steps, loops = shapes
-            return [
-                *(self._prepare_step(step, shape, is_adjusted) for shape in steps),
-                *(self._prepare_loop(loop, rows, is_adjusted) for rows in loops),
-            ]
+        def prepare_loops(shapes: Sequence[int], is_adjusted: bool = False) -> list[Program]:
+            return [self._prepare_loop(loop, rows, is_adjusted) for rows in shapes]
 
-        def call(programs: list[Program]) -> dict[Hashable, Call]:
+        def call(*programs: Program) -> dict[Hashable, Call]:
             return {program.key: program.call() for program in programs}
 
+        b = self.buckets
         with self._ready():
-            first = [*prepare(coarse), *(self._prepare_tiles(*each) for each in tiles)]
-            self._executables.compile(call(first), progress=progress)
+            steps, loops = prepare_steps(b.coarse_steps), prepare_loops(b.coarse_loops)
+            parts = [self._prepare_tiles(*each) for each in tiles]
+            self._executables.compile(call(*steps, *loops, *parts), progress=progress)
             self._set_seen(0, np.zeros(self.config.text.vocab, np.int32))
-            for each in tiles:
-                self._encode_part(*each)
-            for shape in coarse[0]:
-                self._run_step(self._prepare_step(step, shape, False))
-            for rows in coarse[1]:
-                self._run_loop(self._prepare_loop(loop, rows, False))
-            behind = call([*prepare(coarse, True), *prepare(every)])
-            for program in first:
-                behind.pop(program.key, None)
+            for program in parts:
+                self._run_tiles(program)
+            for program in steps:
+                self._run_step(program)
+            for program in loops:
+                self._run_loop(program)
+            adjusted = prepare_steps(b.coarse_steps, True), prepare_loops(b.coarse_loops, True)
+            finer = prepare_steps(b.finer_steps), prepare_loops(b.finer_loops)
+            behind = call(*itertools.chain(*adjusted, *finer))
             self._executables.compile_behind(behind)
         jax.block_until_ready(self.pool)
 
@@ -295,7 +288,7 @@ class Runner:
         """Whether a program is there; where nobody compiled any beforehand, all are."""
         return self._executables.has(key) or not self._executables.knows(key)
 
-    def _prepare_step(self, plan: Plan, shape: tuple[int, int], is_adjusted: bool) -> "Program":
+    def _prepare_step(self, plan: Plan, shape: tuple[int, int], is_adjusted: bool) -> Program:
         tokens, rows = shape
         step = arrays.fill_step(
             plan, self.limits, self.config, tokens, rows, has_targets=is_adjusted
@@ -315,12 +308,12 @@ class Runner:
 
         return Program(_name_step(shape, is_adjusted), call)
 
-    def _run_step(self, program: "Program", *, is_scored: bool = False) -> tuple[Any, Any]:
+    def _run_step(self, program: Program, *, is_scored: bool = False) -> tuple[Any, Any]:
         found = self._executables.run(program.key, program.call())
         self.pool, self.memory, sampled, scored = found
         return sampled, scored if is_scored else None
 
-    def _prepare_loop(self, plan: Plan, rows: int, is_adjusted: bool) -> "Program":
+    def _prepare_loop(self, plan: Plan, rows: int, is_adjusted: bool) -> Program:
         state, tables, controls = arrays.fill_loop(plan, self.limits, rows)
         arguments = (
             self._put(state, decode.ROWS_AXES),
@@ -337,7 +330,7 @@ class Runner:
 
         return Program(_name_loop(rows, is_adjusted), call)
 
-    def _run_loop(self, program: "Program") -> Any:
+    def _run_loop(self, program: Program) -> Any:
         found = self._executables.run(program.key, program.call())
         self.pool, self.memory, decoded = found
         return decoded
@@ -353,10 +346,11 @@ class Runner:
             count = next((n for n in TILES if n >= len(pixels_ICYX) - at), TILES[-1])
             part = pixels_ICYX[at : at + count]
             padding = ((0, count - len(part)), (0, 0), (0, 0), (0, 0))
-            self._encode_part(np.pad(part, padding), run.feature_slots[at : at + count])
+            slots = run.feature_slots[at : at + count]
+            self._run_tiles(self._prepare_tiles(np.pad(part, padding), slots))
             at += count
 
-    def _prepare_tiles(self, pixels_ICYX: np.ndarray, slots: Sequence[int]) -> "Program":
+    def _prepare_tiles(self, pixels_ICYX: np.ndarray, slots: Sequence[int]) -> Program:
         """Of a few tiles; those beyond the slots are padding."""
         beyond = self.limits.feature_slots
         slot_I = [*slots, *[beyond] * (len(pixels_ICYX) - len(slots))]
@@ -370,13 +364,17 @@ class Runner:
 
         return Program(("tiles", len(pixels_ICYX)), call)
 
-    def _encode_part(self, pixels_ICYX: np.ndarray, slots: Sequence[int]) -> None:
-        program = self._prepare_tiles(pixels_ICYX, slots)
+    def _run_tiles(self, program: Program) -> None:
         self.features = self._executables.run(program.key, program.call())
 
     def _put_adjustments(self, plan: Plan, rows: int) -> sampling.Adjustments:
         found = arrays.fill_adjustments(plan, self.limits, rows, self.config.text.vocab)
         return self._put(found, sampling.ADJUSTMENTS_AXES)
+
+    def _drop_pool(self) -> None:
+        """Free what a pool before took, once all that was dispatched has been started."""
+        self._launcher.submit(lambda: None).result()
+        self.pool = self.memory = self.features = None
 
     @contextlib.contextmanager
     def _ready(self) -> Iterator[None]:

@@ -181,7 +181,7 @@ class Hopper:
             x_scale_S,
             None,
             where.slot_T,
-            leading=plain,
+            has_leading=plain > 0,
             is_rounded=dtype == FP8,
             interpret=self.interpret,
         )
@@ -260,7 +260,12 @@ class Hopper:
         if dtype == FP8:
             slots = len(where.token_S)
             return round_rows(
-                x_TU, where.slot_T, gate_T, slots=slots, leading=plain, interpret=self.interpret
+                x_TU,
+                where.slot_T,
+                gate_T,
+                slots=slots,
+                has_leading=plain > 0,
+                interpret=self.interpret,
             )
         x_SU = x_TU[where.token_S]
         if gate_T is None:

@@ -46,19 +46,19 @@ def normalize_rows(x_TU: Array, scale_U: Array, *, eps: float, interpret: Any = 
         normed = (found * lax.rsqrt(total * (1 / width) + eps)).astype(jnp.bfloat16)
         out[row, share] = (normed.astype(jnp.float32) * weight).astype(out.dtype)
 
-    cut = _cut(width, _MOST_SHARES if rows <= _FEW_ROWS else 1)
+    cut = _cut(width, rows)
     operands = x_TU.reshape(rows, *cut), scale_U.reshape(cut)
     return _launch(norm_body, *operands, rows=rows, out=(rows, *cut), interpret=interpret)
 
 
-@functools.partial(jax.jit, static_argnames=("slots", "leading", "interpret"))
+@functools.partial(jax.jit, static_argnames=("slots", "has_leading", "interpret"))
 def round_rows(
     x_TU: Array,
     slot_T: Array | None = None,
     gate_T: Array | None = None,
     *,
     slots: int,
-    leading: int = 0,
+    has_leading: bool = False,
     interpret: Any = None,
 ) -> tuple[Array, Array]:
     """`formats.quantize_tokens`, of each token in its slot.
@@ -68,22 +68,22 @@ def round_rows(
         slot_T: int32 slot of each, where these are not the first ones in order.
         gate_T: float32, what each is multiplied by first.
         slots: how many there are; what stands in one that no token has is undefined.
-        leading: if not 0, each token also stands in the first slots, in order, and not multiplied.
+        has_leading: whether each token also stands in the first slots, in order, not multiplied.
         interpret: as for the other kernels.
 
     Returns:
         e4m3 [S, U], and float32 scales [S].
     """
     tokens, width = x_TU.shape
-    rows = tokens * (2 if leading else 1)
-    cut = _cut(width, _MOST_SHARES if rows <= _FEW_ROWS else 1)
+    rows = tokens * (2 if has_leading else 1)
+    cut = _cut(width, rows)
     places = [x for x in (slot_T, gate_T) if x is not None]
 
     def round_body(x: Any, *refs: Any, **meeting: Any) -> None:
         *found, out, scale = refs
         slot_of = found.pop(0) if slot_T is not None else None
         row, share = lax.axis_index("row"), lax.axis_index("share")
-        token, slot = _place(row, tokens, slot_of, leading)
+        token, slot = _place(row, tokens, slot_of, has_leading)
         x_WL = _read(x.at[token, share])
         if found:
             # The gate and what it scales are bfloat16 in the model.
@@ -103,14 +103,14 @@ def round_rows(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("leading", "is_rounded", "interpret"))
+@functools.partial(jax.jit, static_argnames=("has_leading", "is_rounded", "interpret"))
 def activate_rows(
     parts_PSO: Array,
     scale_S: Array | None = None,
     scale_O: Array | None = None,
     slot_T: Array | None = None,
     *,
-    leading: int = 0,
+    has_leading: bool = False,
     is_rounded: bool,
     interpret: Any = None,
 ) -> Any:
@@ -120,7 +120,7 @@ def activate_rows(
         parts_PSO: the parts, to be added up.
         scale_S, scale_O: float32, what the sums are multiplied by, where they are.
         slot_T: int32, the slots that hold tokens; without it all do.
-        leading: if not 0, so do as many of the first ones.
+        has_leading: whether as many of the first ones do, too.
         is_rounded: to e4m3, with a scale for each slot.
         interpret: as for the other kernels.
 
@@ -130,10 +130,9 @@ def activate_rows(
     parts, slots, outs = parts_PSO.shape
     half = outs // 2
     tokens = slots if slot_T is None else len(slot_T)
-    rows = tokens * (2 if leading else 1)
+    rows = tokens * (2 if has_leading else 1)
     # With scales for each column a thread has as much to read for half as many elements.
-    few = 2 if scale_O is None else 1
-    cut = _cut(half, few if is_rounded and rows > _FEW_ROWS else _MOST_SHARES)
+    cut = _cut(half, rows, 2 if scale_O is None else 1) if is_rounded else _cut(half)
     of_slots = [] if slot_T is None else [slot_T]
     scales = [] if scale_S is None else [scale_S]
     if scale_O is not None:
@@ -142,7 +141,7 @@ def activate_rows(
     def activate_body(x: Any, *refs: Any, **meeting: Any) -> None:
         row, share = lax.axis_index("row"), lax.axis_index("share")
         found, to = list(refs[: len(of_slots + scales)]), refs[len(of_slots + scales) :]
-        _, slot = _place(row, tokens, found.pop(0) if of_slots else None, leading)
+        _, slot = _place(row, tokens, found.pop(0) if of_slots else None, has_leading)
         of_slot = found.pop(0)[slot] if scale_S is not None else None
 
         def read(which: int) -> Array:
@@ -174,11 +173,11 @@ def activate_rows(
     )
 
 
-def _place(row: Any, tokens: int, slot_T: Any, leading: int) -> tuple[Any, Any]:
+def _place(row: Any, tokens: int, slot_T: Any, has_leading: bool) -> tuple[Any, Any]:
     """The token of a row of work and its slot; with leading slots the first rows stand there."""
     if slot_T is None:
         return row, row
-    if not leading:
+    if not has_leading:
         return row, slot_T[row]
     token = lax.rem(row, tokens)
     return token, jnp.where(row < tokens, row, slot_T[token])
@@ -264,10 +263,12 @@ def join_rows(
     )
 
 
-def _cut(width: int, most: int = _MOST_SHARES) -> tuple[int, int, int]:
-    """The shares of a row, the lines of a share and the elements of a line. As many shares, up to
-    `most`, as leave each thread something to read at full width."""
+def _cut(width: int, rows: int = 0, of_many: int = 1) -> tuple[int, int, int]:
+    """The shares of a row, the lines of a share and the elements of a line. As many shares as leave
+    each thread something to read at full width; no more than `of_many` where so many rows that are
+    joined fill the device."""
     full = _WARPS * 32 * _VECTOR
+    most = _MOST_SHARES if rows <= _FEW_ROWS else of_many
     shares = max((n for n in range(2, most + 1) if width % (n * full) == 0), default=1)
     return shares, _WARPS, width // (shares * _WARPS)
 

@@ -235,14 +235,14 @@ def test_a_speculation_that_cannot_be_had_is_refused_by_name(changes, says):
 
 def test_adjusted_rows_and_a_server_that_begins_have_about_every_other_shape_and_one_that_fits():
     buckets = Buckets(((16, 9), (64, 9), (256, 9), (1024, 9), (2048, 9)), (1, 4, 16, 64))
-    assert [tokens for tokens, _ in buckets.list_steps(is_coarse=True)] == [16, 256, 2048]
-    assert buckets.list_loops(is_coarse=True) == (1, 4, 64)
+    assert [tokens for tokens, _ in buckets.coarse_steps] == [16, 256, 2048]
+    assert buckets.coarse_loops == (1, 4, 64)
     assert buckets.fit(17, 9, True) == (256, 9) and buckets.fit(17, 9) == (64, 9)
     assert buckets.fit_loop(5, True) == 64 and buckets.fit_loop(5) == 16
     assert buckets.fit(17, 9, has=lambda shape: False) == (256, 9)
     assert buckets.fit(300, 9, has=lambda shape: shape == (1024, 9)) == (1024, 9)
     assert buckets.fit_loop(5, has=lambda rows: False) == 64
-    assert Buckets(((16, 2),), (1,)).list_steps(is_coarse=True) == ((16, 2),)
+    assert Buckets(((16, 2),), (1,)).coarse_steps == ((16, 2),)
 
 
 def test_many_rows_waste_less_than_a_few_once_the_loops_between_are_there():

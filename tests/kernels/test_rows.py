@@ -48,11 +48,11 @@ def test_tokens_are_rounded_in_their_slots_as_their_definition(size, has_leading
     gate_T = jnp.linspace(0.25, 0.9, tokens)
     leading = tokens + 1 if has_leading else 0
     slot_T = leading + jnp.roll(2 * jnp.arange(tokens, dtype=jnp.int32), 1)
-    places = {"slots": leading + 2 * tokens, "leading": leading, "interpret": INTERPRET}
+    places = {"slots": leading + 2 * tokens, "has_leading": has_leading, "interpret": INTERPRET}
     found = rows.round_rows(x_TU, slot_T, gate_T, **places)
     gated_TU = x_TU * gate_T[:, None].astype(x_TU.dtype)
     assert_rounded([part[slot_T] for part in found], gated_TU)
-    if leading:
+    if has_leading:
         assert_rounded([part[:tokens] for part in found], x_TU)
     found = rows.round_rows(x_TU, slots=tokens + 5, interpret=INTERPRET)
     assert_rounded([part[:tokens] for part in found], x_TU)
@@ -87,7 +87,7 @@ def test_wide_rows_are_activated_as_their_definition(size, is_rounded):
     check(range(slots))
     check(range(slots), scale_O)
     check([2, 0], slot_T=jnp.asarray([2, 0], jnp.int32))
-    check([0, 2], slot_T=jnp.asarray([2], jnp.int32), leading=1)
+    check([0, 2], slot_T=jnp.asarray([2], jnp.int32), has_leading=True)
 
 
 @pytest.mark.parametrize("leading", [0, 3])
