@@ -27,6 +27,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
+from l4jax.kernels.formats import find_factor
+
 _load: Any = plgpu.load  # whose parameters differ between versions of jax
 _inline: Any = plgpu.inline_mgpu  # whose type knows no arguments
 
@@ -48,6 +50,7 @@ class Tiles:
         splits: of the columns, each an item of its own; their results are yet to be added up.
         width: blocks that are multiplied side by side, so that they find the weights in L2.
         multipliers: warpgroups that multiply.
+        is_held: whether all tokens stand in each block, and lie whole in shared memory.
     """
 
     rows: int
@@ -55,7 +58,8 @@ class Tiles:
     stages: int
     splits: int = 1
     width: int = 1
-    multipliers: int = 2  # warpgroups that multiply
+    multipliers: int = 2
+    is_held: bool = False
 
 
 @functools.partial(jax.jit, static_argnames=("tiles", "dtype", "sms", "leading", "interpret"))
@@ -75,7 +79,8 @@ def multiply_blocks(
     """Each block times the matrix of its expert.
 
     Args:
-        x_ITU: the blocks: bfloat16, or e4m3 where the weights are.
+        x_ITU: the blocks: e4m3 where the weights are, else bfloat16; where they are int4, with its
+            columns permuted.
         weights: stacks [E, O, U] of matrices, bfloat16, e4m3 or int4 all.
         scales: float32 stacks of their scales: of e4m3 [E, O], of int4 [E, O, L] with one for each
             128 columns; of bfloat16 none.
@@ -92,7 +97,68 @@ def multiply_blocks(
         [splits, I * T, O]: parts, to be added up; what the tokens are scaled by they are not.
     """
     blocks, slots, columns = x_ITU.shape
+    x_SU = x_ITU.reshape(blocks * slots, columns)
+    if weights[0].dtype == jnp.int4 and (missing := -scales[0].shape[2] % SCALES):
+        scales = tuple(jnp.pad(scale, ((0, 0), (0, 0), (0, missing))) for scale in scales)
+    case = x_SU, weights, scales, expert_I, count
+    how: Any = dict(tiles=tiles, dtype=dtype, sms=sms, leading=leading, interpret=interpret)
+    (out,) = _launch(*case, blocks=blocks, slots=slots, **how)
+    return out
+
+
+@functools.partial(
+    jax.jit, static_argnames=("slots", "tiles", "dtype", "sms", "leading", "interpret")
+)
+def multiply_held(
+    x_TU: Array,
+    weights: tuple[Array, ...],
+    scales: tuple[Array, ...],
+    expert_I: Array,
+    count: Array,
+    *,
+    slots: int,
+    tiles: Tiles,
+    dtype: Any,
+    sms: int,
+    leading: int = 0,
+    interpret: Any = None,
+) -> tuple[Array, Array]:
+    """All tokens, in bfloat16, times the matrices of several experts in e4m3. Each multiprocessor
+    rounds the tokens for itself, while the first weights are on their way: it costs no launch.
+
+    Args:
+        x_TU: the tokens, no more than slots.
+        slots: of a block, in the first of which the tokens stand in order.
+        weights, scales, expert_I, count, tiles, dtype, sms, leading, interpret: as above.
+
+    Returns:
+        What `multiply_blocks` returns, and float32 scales of as many tokens as slots: those of no
+        token are left in, since to cut them off would be a launch.
+    """
+    case = x_TU, weights, scales, expert_I, count
+    how: Any = dict(tiles=tiles, dtype=dtype, sms=sms, leading=leading, interpret=interpret)
+    return _launch(*case, blocks=leading + len(expert_I), slots=slots, **how)
+
+
+def _launch(
+    x_SU: Array,
+    weights: tuple[Array, ...],
+    scales: tuple[Array, ...],
+    expert_I: Array,
+    count: Array,
+    *,
+    blocks: int,
+    slots: int,
+    tiles: Tiles,
+    dtype: Any,
+    sms: int,
+    leading: int,
+    interpret: Any,
+) -> Any:
+    """The kernel; x is the tokens themselves if the tiles say that they are held."""
+    tokens, columns = x_SU.shape
     rows, weight_dtype = weights[0].shape[1], weights[0].dtype
+    x_dtype = weight_dtype if tiles.is_held else x_SU.dtype
     row_tiles, steps = rows // tiles.rows, columns // (tiles.depth * tiles.splits)
     assert rows % tiles.rows == 0 and columns == steps * tiles.depth * tiles.splits
     stages, multipliers = tiles.stages, tiles.multipliers
@@ -112,10 +178,12 @@ def multiply_blocks(
         full: Any,
         free: Any,
         scale_smem: Any = None,
+        **meeting: Any,
     ) -> None:
-        x, expert, counts, *operands, out = refs
-        matrices = operands[: len(stacks)]
-        scale_refs = operands[len(stacks) :] or [None] * len(stacks)
+        x, expert, counts, *others = refs
+        inputs = len(weights) + len(scales)
+        matrices, (out, *x_scale) = others[: len(stacks)], others[inputs:]
+        scale_refs = others[len(stacks) : inputs] or [None] * len(stacks)
         warpgroup, live = lax.axis_index("warpgroup"), counts[0]
         share = functools.partial(
             plgpu.nd_loop, (live * (row_tiles * tiles.splits),), collective_axes="sm"
@@ -170,16 +238,21 @@ def multiply_blocks(
                                     full.at[stage],
                                 )
 
-                    plgpu.copy_gmem_to_smem(
-                        x.at[pl.ds(block * slots, slots), here], x_smem.at[stage], full.at[stage]
-                    )
+                    if not tiles.is_held:
+                        plgpu.copy_gmem_to_smem(
+                            x.at[pl.ds(block * slots, slots), here],
+                            x_smem.at[stage],
+                            full.at[stage],
+                        )
 
         @pl.when(warpgroup < multipliers)
         def _multiply() -> None:
             plgpu.set_max_registers(count_registers(multipliers), action="increase")
             mine = pl.ds(warpgroup * part, part)
+            if tiles.is_held:
+                _hold_tokens(x, x_smem, x_scale[0], tokens, multipliers, **meeting)
 
-            def multiply(first: Any) -> Any:
+            def multiply(first: Any, split: Any) -> Any:
                 """Both operands straight from shared memory, two stages at a time."""
 
                 def run(acc: Any) -> Any:
@@ -187,7 +260,8 @@ def multiply_blocks(
                     def _step(step: Array) -> None:
                         stage = lax.rem(first + step, stages)
                         plgpu.barrier_wait(full.at[stage])
-                        plgpu.wgmma(acc, w_smem.at[stage, mine], x_smem.at[stage].transpose((1, 0)))
+                        here = x_smem.at[split * steps + step if tiles.is_held else stage]
+                        plgpu.wgmma(acc, w_smem.at[stage, mine], here.transpose((1, 0)))
                         plgpu.wgmma_wait(1)
 
                         @pl.when(step > 0)
@@ -265,10 +339,10 @@ def multiply_blocks(
                     found = widen_and_multiply(first, split)
                 elif scales:
                     factor = read_scales(block, tile)  # under way while the rows are multiplied
-                    found = multiply(first)
+                    found = multiply(first, split)
                     found *= spread(factor, found.shape)
                 else:
-                    found = multiply(first)
+                    found = multiply(first, split)
                 found = found.astype(dtype)
                 for at in range(0, part, _INSTRUCTION_ROWS):
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -293,10 +367,17 @@ def multiply_blocks(
             ),
         )
 
-    scales_type = plgpu.SMEM((stages, tiles.rows, SCALES), jnp.float32)
+    out_types = [jax.ShapeDtypeStruct((tiles.splits, blocks * slots, rows), dtype)]
+    scratch: dict[str, Any] = {}
+    if is_int4:
+        scratch["scale_smem"] = plgpu.SMEM((stages, tiles.rows, SCALES), jnp.float32)
+    if tiles.is_held:
+        out_types.append(jax.ShapeDtypeStruct((slots,), jnp.float32))
+        scratch["largest_smem"] = plgpu.SMEM((multipliers, slots), jnp.float32)
+        scratch["met"] = plgpu.Barrier(num_arrivals=multipliers, num_barriers=2)
     kernel = plgpu.kernel(
         blocks_body,
-        out_type=jax.ShapeDtypeStruct((tiles.splits, blocks * slots, rows), dtype),
+        out_type=out_types,
         grid=(sms,),
         grid_names=("sm",),
         num_threads=multipliers + 1,
@@ -308,24 +389,80 @@ def multiply_blocks(
                 weight_dtype,
                 GROUP // 2 if is_int4 else _LINE,
             ),
-            x_smem=allocate((stages, slots, tiles.depth), x_ITU.dtype),
+            x_smem=allocate(
+                (columns // tiles.depth if tiles.is_held else stages, slots, tiles.depth), x_dtype
+            ),
             out_smem=allocate((multipliers, slots, _INSTRUCTION_ROWS), dtype),
-            full=plgpu.Barrier(num_arrivals=3 if is_int4 else 2, num_barriers=stages),
+            full=plgpu.Barrier(num_arrivals=1 + (not tiles.is_held) + is_int4, num_barriers=stages),
             free=plgpu.Barrier(num_arrivals=multipliers, num_barriers=stages),
-            **({"scale_smem": scales_type} if is_int4 else {}),
+            **scratch,
         ),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, unsafe_no_auto_barriers=True
         ),
         interpret=interpret,
     )
-    x_SU = x_ITU.reshape(blocks * slots, columns)
-    if is_int4:
-        if missing := -scales[0].shape[2] % SCALES:
-            scales = tuple(jnp.pad(scale, ((0, 0), (0, 0), (0, missing))) for scale in scales)
-        if interpret is None:
-            x_SU = permute_columns(x_SU)
     return kernel(x_SU, expert_I, count, *weights, *scales)
+
+
+# Tokens are rows of eight, two to a warp, and a thread reads eight neighbors at once.
+_HELD = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, _LINE), (2, _LINE), (8,))),
+    warp_dims=(-5,),
+    lane_dims=(-3, -2),
+    vector_dim=-1,
+)
+
+
+def _hold_tokens(
+    x: Any,
+    x_smem: Any,
+    scale: Any,
+    tokens: int,
+    warpgroups: int,
+    *,
+    largest_smem: Any,
+    met: Any,
+) -> None:
+    """Tokens rounded to e4m3 in shared memory, by warpgroups of which each has some columns."""
+    warpgroup = lax.axis_index("warpgroup")
+    steps, slots, depth = x_smem.shape
+    mine, shape = steps // warpgroups, (slots, depth)
+    at_TU = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_HELD)
+
+    def read(step: int) -> Array:
+        here = pl.ds((warpgroup * mine + step) * depth, depth)
+        if tokens == slots:
+            return _load(x.at[:, here], layout=_HELD, optimized=False)
+        found = None
+        for token in range(tokens):
+            x_U = _load(x.at[token, here], layout=_HELD.reduce(0), optimized=False)
+            x_TU = plgpu.layout_cast(lax.broadcast_in_dim(x_U, shape, [1]), _HELD)
+            found = x_TU if found is None else jnp.where(at_TU == token, x_TU, found)
+        assert found is not None
+        return found
+
+    found = [read(step) for step in range(mine)]  # all under way before any of it is needed
+    wide = [x_TU.astype(jnp.float32) for x_TU in found]
+    largest_T = functools.reduce(jnp.maximum, map(jnp.abs, wide)).max(axis=1)
+    largest_smem[warpgroup] = largest_T
+    plgpu.barrier_arrive(met.at[0])
+    plgpu.barrier_wait(met.at[0])
+    for other in range(warpgroups):
+        theirs_T = _load(largest_smem.at[other], layout=_HELD.reduce(1), optimized=False)
+        largest_T = jnp.maximum(largest_T, theirs_T)
+    factor_T = find_factor(largest_T)
+    for step, x_TU in enumerate(wide):
+        rounded = (x_TU * spread(1 / factor_T, shape)).astype(x_smem.dtype)
+        x_smem[warpgroup * mine + step] = rounded
+
+    @pl.when((lax.axis_index("sm") == 0) & (warpgroup == 0))
+    def _() -> None:
+        scale[...] = factor_T
+
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(met.at[1])
+    plgpu.barrier_wait(met.at[1])
 
 
 def spread(x_O: Array, shape: tuple[int, ...]) -> Array:
@@ -371,18 +508,18 @@ _WIDEN_PTX = """{{
 }}"""
 
 
-def permute_columns(x_SU: Array) -> Array:
-    """Columns in the order in which int4 is widened."""
-    slots, columns = x_SU.shape
+def permute_columns(x_SU: Any) -> Any:
+    """Columns, of whatever stands before them, in the order in which int4 is widened."""
     # By thread, word, half of the word, and place in that.
-    x_SLtwhp = x_SU.reshape(slots, columns // GROUP, 4, 4, 2, 4)
-    return x_SLtwhp.transpose(0, 1, 3, 5, 2, 4).reshape(slots, columns)
+    x_Ltwhp = x_SU.reshape(*x_SU.shape[:-1], -1, 4, 4, 2, 4)
+    *others, t, w, h, p = range(x_Ltwhp.ndim)
+    return x_Ltwhp.transpose(*others, w, p, t, h).reshape(x_SU.shape)
 
 
 def _widen(data: Any, interpret: Any) -> Array:
     """Of int4 [rows, GROUP] in shared memory, bfloat16 with its columns permuted."""
     if interpret is not None:
-        return data[...].astype(jnp.bfloat16)
+        return permute_columns(data[...].astype(jnp.bfloat16))
     shape = data.shape
 
     @_inline(

@@ -149,6 +149,13 @@ def quantize_tokens(x: Array, summed: tuple[int, ...]) -> tuple[Array, Array]:
     return narrow(x32 / scale, FP8), jnp.squeeze(scale, summed)
 
 
+def find_factor(largest: Any) -> Any:
+    """The scale of a token with this largest element, where it is divided once and not for each
+    element: none may be too small for its reciprocal."""
+    scale = jnp.maximum(largest * (1 / FP8_MAX), jnp.finfo(jnp.float32).tiny)
+    return jnp.where(largest > 0, scale, 1.0)
+
+
 def narrow(x: Array, dtype: Any) -> Array:
     """x in another dtype; what e4m3 cannot hold becomes its largest: a plain cast gives nan."""
     if dtype == FP8:

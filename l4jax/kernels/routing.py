@@ -22,6 +22,18 @@ class Slots:
     count: Array  # int32 [1]: blocks that hold tokens
 
 
+def keep_order(where: Slots, slots: int) -> Slots:
+    """The same for no more tokens than slots of a block, where in each block all stand in order: a
+    token's slot is the one that it has in the block of its expert."""
+    tokens = len(where.slot_T)
+    assert tokens <= slots
+    slot_T = where.slot_T // slots * slots + jnp.arange(tokens, dtype=jnp.int32)
+    at_S = np.arange(len(where.token_S), dtype=np.int32) % slots
+    return dataclasses.replace(
+        where, slot_T=slot_T, token_S=jnp.asarray(np.minimum(at_S, tokens - 1))
+    )
+
+
 def count_blocks(tokens: int, experts: int, slots: int) -> int:
     """Blocks that always suffice: each expert leaves less than one of its own unfilled."""
     return min(tokens, (tokens + min(tokens, experts) * (slots - 1)) // slots)

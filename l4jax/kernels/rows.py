@@ -23,7 +23,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from l4jax.kernels.formats import FP8, FP8_MAX, narrow
+from l4jax.kernels.formats import FP8, find_factor, narrow
 
 _load: Any = plgpu.load  # whose parameters differ between versions of jax
 
@@ -55,7 +55,6 @@ def normalize_rows(x_TU: Array, scale_U: Array, *, eps: float, interpret: Any = 
 def round_rows(
     x_TU: Array,
     slot_T: Array | None = None,
-    gate_T: Array | None = None,
     *,
     slots: int,
     has_leading: bool = False,
@@ -66,39 +65,33 @@ def round_rows(
     Args:
         x_TU: the tokens.
         slot_T: int32 slot of each, where these are not the first ones in order.
-        gate_T: float32, what each is multiplied by first.
         slots: how many there are; what stands in one that no token has is undefined.
-        has_leading: whether each token also stands in the first slots, in order, not multiplied.
+        has_leading: whether each token also stands in the first slots, in order.
         interpret: as for the other kernels.
 
     Returns:
-        e4m3 [S, U], and float32 scales [S].
+        e4m3 [S, U], and the float32 scale of each token.
     """
     tokens, width = x_TU.shape
-    rows = tokens * (2 if has_leading else 1)
-    cut = _cut(width, rows)
-    places = [x for x in (slot_T, gate_T) if x is not None]
+    cut = _cut(width, tokens)
 
     def round_body(x: Any, *refs: Any, **meeting: Any) -> None:
-        *found, out, scale = refs
-        slot_of = found.pop(0) if slot_T is not None else None
-        row, share = lax.axis_index("row"), lax.axis_index("share")
-        token, slot = _place(row, tokens, slot_of, has_leading)
-        x_WL = _read(x.at[token, share])
-        if found:
-            # The gate and what it scales are bfloat16 in the model.
-            factor = jnp.where(row < rows - tokens, 1.0, found[0][token])
-            factor = factor.astype(jnp.bfloat16).astype(jnp.float32)
-            x_WL = (x_WL * factor).astype(jnp.bfloat16).astype(jnp.float32)
-        _write_rounded(x_WL, out, scale, slot, share, **meeting)
+        *slot_of, out, scale = refs
+        token, share = lax.axis_index("row"), lax.axis_index("share")
+        data, factor = _round(_read(x.at[token, share]), share, **meeting)
+        for slot in slot_of:
+            out[slot[token], share] = data
+        if has_leading or not slot_of:
+            out[token, share] = data
+        _write_once(scale, token, factor, share)
 
     return _launch(
         round_body,
         x_TU.reshape(tokens, *cut),
-        *places,
-        rows=rows,
+        *([] if slot_T is None else [slot_T]),
+        rows=tokens,
         out=(slots, *cut),
-        is_rounded=True,
+        scaled=tokens,
         interpret=interpret,
     )
 
@@ -106,7 +99,8 @@ def round_rows(
 @functools.partial(jax.jit, static_argnames=("has_leading", "is_rounded", "interpret"))
 def activate_rows(
     parts_PSO: Array,
-    scale_S: Array | None = None,
+    scale_T: Array | None = None,
+    gate_T: Array | None = None,
     scale_O: Array | None = None,
     slot_T: Array | None = None,
     *,
@@ -118,9 +112,12 @@ def activate_rows(
 
     Args:
         parts_PSO: the parts, to be added up.
-        scale_S, scale_O: float32, what the sums are multiplied by, where they are.
-        slot_T: int32, the slots that hold tokens; without it all do.
-        has_leading: whether as many of the first ones do, too.
+        scale_T, scale_O: float32, what the sums are multiplied by, where they are; of tokens there
+            may be more than slots are told of.
+        gate_T: float32, what they are multiplied by beside that: the router's gates, which scale
+            what comes in, and a product is linear in it.
+        slot_T: int32, the slots of the tokens; without it they stand in order.
+        has_leading: whether they stand in the first slots, too; there no gate scales them.
         is_rounded: to e4m3, with a scale for each slot.
         interpret: as for the other kernels.
 
@@ -133,42 +130,48 @@ def activate_rows(
     rows = tokens * (2 if has_leading else 1)
     # With scales for each column a thread has as much to read for half as many elements.
     cut = _cut(half, rows, 2 if scale_O is None else 1) if is_rounded else _cut(half)
-    of_slots = [] if slot_T is None else [slot_T]
-    scales = [] if scale_S is None else [scale_S]
-    if scale_O is not None:
-        scales.append(scale_O.reshape(2, *cut))
+    operands = {
+        "slot": slot_T,
+        "scale": scale_T,
+        "gate": gate_T,
+        "columns": None if scale_O is None else scale_O.reshape(2, *cut),
+    }
+    operands = {name: x for name, x in operands.items() if x is not None}
 
     def activate_body(x: Any, *refs: Any, **meeting: Any) -> None:
         row, share = lax.axis_index("row"), lax.axis_index("share")
-        found, to = list(refs[: len(of_slots + scales)]), refs[len(of_slots + scales) :]
-        _, slot = _place(row, tokens, found.pop(0) if of_slots else None, has_leading)
-        of_slot = found.pop(0)[slot] if scale_S is not None else None
+        found, out = dict(zip(operands, refs, strict=False)), refs[len(operands) :]
+        token, slot = _place(row, tokens, found.get("slot"), has_leading)
+        factor = found["scale"][token] if "scale" in found else None
+        if "gate" in found:
+            gate = jnp.where(row < rows - tokens, 1.0, found["gate"][token])
+            factor = gate if factor is None else factor * gate
 
         def read(which: int) -> Array:
             total = _read(x.at[0, slot, which, share])
             for at in range(1, parts):
                 total += _read(x.at[at, slot, which, share])
-            if of_slot is not None:
-                total *= of_slot
-            return total * _read(found[0].at[which, share]) if found else total
+            if factor is not None:
+                total *= factor
+            return total * _read(found["columns"].at[which, share]) if "columns" in found else total
 
         gate, up = read(0), read(1)  # both under way before any of it is needed
         # Rounded once to bfloat16, as the product of other kernels is.
         hidden = (gate * (1 / (1 + jnp.exp(-gate))) * up).astype(jnp.bfloat16)
         if is_rounded:
-            _write_rounded(hidden.astype(jnp.float32), to[0], to[1], slot, share, **meeting)
+            out[0][slot, share], factor = _round(hidden.astype(jnp.float32), share, **meeting)
+            _write_once(out[1], slot, factor, share)
         else:
-            to[0][slot, share] = hidden
+            out[0][slot, share] = hidden
 
     return _launch(
         activate_body,
         parts_PSO.reshape(parts, slots, 2, *cut),
-        *of_slots,
-        *scales,
+        *operands.values(),
         rows=rows,
         out=(slots, *cut),
         is_joined=is_rounded,
-        is_rounded=is_rounded,
+        scaled=slots if is_rounded else 0,
         interpret=interpret,
     )
 
@@ -302,18 +305,18 @@ def _join(found_W: Array, join: Any, share: Any, *, found_smem: Any, met: Any) -
     return found[0]
 
 
-def _write_rounded(x_WL: Array, out: Any, scale: Any, row: Any, share: Any, **meeting: Any) -> None:
+def _round(x_WL: Array, share: Any, **meeting: Any) -> tuple[Array, Any]:
+    """A share in e4m3, and the scale of its row."""
     largest = _join(jnp.max(jnp.abs(x_WL), axis=1), jnp.maximum, share, **meeting)
-    # Divided once and not for each element, which takes longer than all else here; so no scale may
-    # be too small for its reciprocal.
-    factor = jnp.maximum(largest * (1 / FP8_MAX), jnp.finfo(jnp.float32).tiny)
-    factor = jnp.where(largest > 0, factor, 1.0)
+    factor = find_factor(largest)
     # Nothing is clipped: what came out a little above the largest e4m3 is rounded to it.
-    out[row, share] = (x_WL * (1 / factor)).astype(FP8)
+    return (x_WL * (1 / factor)).astype(FP8), factor
 
+
+def _write_once(ref: Any, at: Any, value: Any, share: Any) -> None:
     @pl.when(share == 0)
     def _() -> None:
-        scale[row] = factor
+        ref[at] = value
 
 
 def _launch(
@@ -322,15 +325,16 @@ def _launch(
     rows: int,
     out: tuple[int, ...],
     is_joined: bool = True,
-    is_rounded: bool = False,
+    scaled: int = 0,
     interpret: Any,
 ) -> Any:
-    """The body on each share of each row; `out` is the shape of what is written, cut into shares.
-    What is joined over a row has warpgroups for its shares, and where these meet."""
+    """The body on each share of each row; `out` is the shape of what is written, cut into shares:
+    bfloat16 or, with scales of so many, e4m3. What is joined over a row has warpgroups for its
+    shares, and where these meet."""
     written, *cut = out
-    out_types = [jax.ShapeDtypeStruct(out, FP8 if is_rounded else jnp.bfloat16)]
-    if is_rounded:
-        out_types.append(jax.ShapeDtypeStruct((written,), jnp.float32))
+    out_types = [jax.ShapeDtypeStruct(out, FP8 if scaled else jnp.bfloat16)]
+    if scaled:
+        out_types.append(jax.ShapeDtypeStruct((scaled,), jnp.float32))
     launch: Any = dict(grid=(rows, cut[0]), grid_names=("row", "share"))
     if is_joined:
         launch = dict(
@@ -356,4 +360,4 @@ def _launch(
     )
     found, *scales = kernel(*operands)
     found = found.reshape(written, -1)
-    return (found, *scales) if is_rounded else found
+    return (found, *scales) if scaled else found

@@ -30,11 +30,20 @@ def can_assign(tokens: int, experts: int) -> bool:
     return 1 < tokens <= _MOST_TOKENS and tokens % _COPIED == 0 and 1 < experts <= _MOST_EXPERTS
 
 
-@functools.partial(jax.jit, static_argnames=("experts", "slots", "leading", "interpret"))
+@functools.partial(
+    jax.jit, static_argnames=("experts", "slots", "leading", "keeps_order", "interpret")
+)
 def assign_at_once(
-    expert_T: Array, *, experts: int, slots: int, leading: int, interpret: Any = None
+    expert_T: Array,
+    *,
+    experts: int,
+    slots: int,
+    leading: int,
+    keeps_order: bool = False,
+    interpret: Any = None,
 ) -> Slots:
-    """`routing.assign_slots`, of what `can_assign` says: a thread block for each token."""
+    """`routing.assign_slots`, of what `can_assign` says: a thread block for each token. Also
+    `routing.keep_order` of that, but for the tokens of the slots."""
     (tokens,) = expert_T.shape
     blocks, before = count_blocks(tokens, experts, slots), leading * slots
     many = -(-tokens // _THREADS) * _THREADS
@@ -70,7 +79,7 @@ def assign_at_once(
             of_mine = jnp.where(at == wanted, found, of_mine)
             used += needed
         start = before + first * slots
-        slot[mine] = start + rank
+        slot[mine] = start + (mine if keeps_order else rank)
         token[start + rank] = mine
 
         @pl.when(lax.rem(rank, slots) == 0)

@@ -13,6 +13,7 @@ _SHARED_BYTES = 227 * 1024  # of a multiprocessor
 _SPARE_BYTES = 2 * 1024  # of it, for barriers and what the compiler takes
 MOST_STAGES = 12
 _REGISTER_SLOTS = 32  # of a block, up to which four warpgroups have enough registers
+_HELD_BYTES = 48 * 1024  # of tokens that are held; those of a thread while it rounds are registers
 _PROMPT_SLOTS = 1024  # in all blocks, from which on arithmetic bounds and not memory
 
 # By bits of a weight: rows, columns of a copy, blocks side by side, warpgroups that multiply.
@@ -24,7 +25,15 @@ _LEAST_COLUMNS = {16: 64, 8: 128, 4: GROUP}
 
 @functools.cache
 def choose_tiles(
-    dtype: Any, slots: int, rows: int, columns: int, *, blocks: int, live: float, sms: int
+    dtype: Any,
+    slots: int,
+    rows: int,
+    columns: int,
+    *,
+    blocks: int,
+    live: float,
+    sms: int,
+    is_held: bool = False,
 ) -> Tiles | None:
     """How to cut a product; None where the kernel cannot run it.
 
@@ -35,6 +44,7 @@ def choose_tiles(
         blocks: there is room for.
         live: of these, multiplied, as far as one can tell beforehand.
         sms: multiprocessors.
+        is_held: whether the tokens may be held, of which a block then has as many as slots.
     """
     if dtype not in FORMATS:
         return None
@@ -47,10 +57,13 @@ def choose_tiles(
         depth = _LEAST_COLUMNS[bits]
     if rows % height or columns % depth or slots % 8:
         return None
-    column = (height * bits + slots * (16 if bits == 4 else bits)) // 8  # bytes, of both operands
+    held = slots * columns * bits // 8  # bytes
+    is_held = is_held and held <= _HELD_BYTES and columns % (depth * multipliers) == 0
+    token = 0 if is_held else slots * (16 if bits == 4 else bits)
+    column = (height * bits + token) // 8  # bytes, of both operands
     scales = height * SCALES * 4 if bits == 4 else 0  # bytes of a copy
     out = multipliers * slots * 64 * (2 if is_prompt else 4)
-    room = _SHARED_BYTES - _SPARE_BYTES - out
+    room = _SHARED_BYTES - _SPARE_BYTES - out - (held if is_held else 0)
     if room < 2 * (depth * column + scales):
         depth = min(depth, _LEAST_COLUMNS[bits])
     stages = min(MOST_STAGES, room // (depth * column + scales))
@@ -59,7 +72,7 @@ def choose_tiles(
     splits = (
         1 if is_prompt else _choose_splits(live * (rows // height) / sms, columns // depth, part)
     )
-    return Tiles(height, depth, stages, splits, width, multipliers)
+    return Tiles(height, depth, stages, splits, width, multipliers, is_held)
 
 
 def _choose_splits(rounds: float, steps: int, part: float) -> int:

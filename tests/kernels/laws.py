@@ -109,6 +109,18 @@ def check_slots(
         np.testing.assert_array_equal(one, other)
 
 
+def check_order(
+    assign: Any, tokens: int, *, experts: int, leading: int, interpret: Any = None
+) -> None:
+    """The same where in each block all tokens stand in order."""
+    expert_T = jnp.asarray(np.random.default_rng(tokens).integers(0, experts, tokens), jnp.int32)
+    case: Any = {"experts": experts, "slots": 8, "leading": leading}
+    found = assign(expert_T, **case, keeps_order=True, interpret=interpret)
+    wanted = routing.keep_order(routing.assign_slots(expert_T, **case), 8)
+    for name in ("slot_T", "expert_I", "count"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
+
+
 def check_experts(kernels: Any, form: str, choice: list[int], sizes: Sizes) -> None:
     """Routed experts, and the shared one beside them, equal their definitions; twice the same."""
     rng = np.random.default_rng(0)

@@ -1,5 +1,7 @@
 """On a Hopper GPU: the kernels keep the laws compiled, on the shapes of Scout too."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -16,6 +18,14 @@ SPREAD = {"64 tokens": 64, "a prompt": 1500}
 @pytest.fixture(scope="module")
 def kernels():
     return choose_kernels("hopper", jax.devices("gpu")[0])
+
+
+@pytest.fixture(scope="module")
+def others():
+    """The ways that are not taken yet."""
+    from l4jax.kernels.hopper import Hopper
+
+    return Hopper(jax.devices("gpu")[0].core_count, held=8)
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 128, 300])
@@ -59,3 +69,19 @@ def test_logits_of_scout_equal_their_definition(kernels, tokens):
 @pytest.mark.parametrize("form", laws.PAGES)
 def test_attention_of_scout_equals_its_definition(kernels, form, context):
     laws.check_attention(kernels, form, context, SCOUT)
+
+
+@pytest.mark.parametrize("choice", [[2], [3, 0, 1, 2, 0], [1, 1, 1, 3, 0, 3, 1, 1]])
+def test_experts_of_tokens_that_are_held_equal_their_definition(others, choice):
+    laws.check_experts(others, "fp8", choice, dataclasses.replace(SCOUT, hidden=512))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+def test_products_of_tokens_that_are_held_equal_their_definition(others, tokens):
+    laws.check_products(others, "fp8", tokens, SCOUT)
+
+
+def test_in_one_launch_tokens_keep_their_order_as_the_definition_does():
+    from l4jax.kernels.slots import assign_at_once
+
+    laws.check_order(assign_at_once, 8, experts=16, leading=1)

@@ -1,6 +1,9 @@
 """Every bundle of kernels that runs here keeps the laws: the portable one always, and Hopper's,
 interpreted, where jax can interpret it."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import pytest
 
@@ -8,7 +11,7 @@ from l4jax.kernels import PORTABLE
 from tests.kernels import laws
 
 SIZES = laws.Sizes(width=256, hidden=128)
-BUNDLES = {"portable": PORTABLE}
+BUNDLES: dict[str, Any] = {"portable": PORTABLE}
 if jax.__version_info__ >= (0, 12):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -17,6 +20,9 @@ if jax.__version_info__ >= (0, 12):
     # Each of so few multiprocessors has several items of work, and yet attention of a long row
     # alone is cut into parts.
     BUNDLES["hopper"] = Hopper(4, plgpu.InterpretGPUParams())
+
+
+HOLDING = [dataclasses.replace(BUNDLES["hopper"], held=8)] if "hopper" in BUNDLES else []
 
 
 @pytest.fixture(params=BUNDLES)
@@ -39,6 +45,18 @@ def test_experts_equal_their_definition(kernels, form, choice):
 @pytest.mark.parametrize("form", laws.FORMATS)
 def test_products_equal_their_definition(kernels, form, tokens):
     laws.check_products(kernels, form, tokens, SIZES)
+
+
+@pytest.mark.parametrize("choice", [[2], [3, 0, 1, 2, 0], [1, 1, 1, 3, 0, 3, 1, 1]])
+@pytest.mark.parametrize("holding", HOLDING, ids=["hopper"])
+def test_experts_of_tokens_that_are_held_equal_their_definition(holding, choice):
+    laws.check_experts(holding, "fp8", choice, SIZES)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("holding", HOLDING, ids=["hopper"])
+def test_products_of_tokens_that_are_held_equal_their_definition(holding, tokens):
+    laws.check_products(holding, "fp8", tokens, SIZES)
 
 
 @pytest.mark.parametrize("tokens", [1, 13])

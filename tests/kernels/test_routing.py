@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l4jax.kernels.routing import assign_slots, count_blocks
+from l4jax.kernels.routing import assign_slots, count_blocks, keep_order
 
 EXPERTS = 5
 CHOICES = {
@@ -37,6 +37,17 @@ def test_leading_blocks_hold_all_tokens_in_order():
     np.testing.assert_array_equal(found.token_S[:8], [0, 1, 2, 2, 2, 2, 2, 2])
     np.testing.assert_array_equal(found.slot_T, [16, 8, 17])
     np.testing.assert_array_equal(found.count, [3])
+
+
+@pytest.mark.parametrize("leading", [0, 1])
+@pytest.mark.parametrize("tokens", [1, 5, 8])
+def test_in_order_each_token_stands_at_its_own_place_of_its_experts_block(tokens, leading):
+    expert_T = jnp.asarray(np.random.default_rng(1).integers(0, EXPERTS, tokens), jnp.int32)
+    found = keep_order(assign_slots(expert_T, EXPERTS, 8, leading), 8)
+    slot_T = np.asarray(found.slot_T)
+    np.testing.assert_array_equal(slot_T % 8, np.arange(tokens))
+    np.testing.assert_array_equal(np.asarray(found.expert_I)[slot_T // 8 - leading], expert_T)
+    np.testing.assert_array_equal(np.asarray(found.token_S)[slot_T], np.arange(tokens))
 
 
 def test_tokens_of_an_expert_keep_their_order():

@@ -45,17 +45,15 @@ def test_a_norm_of_a_wide_row_equals_its_definition(size):
 @pytest.mark.parametrize("size", SIZES)
 def test_tokens_are_rounded_in_their_slots_as_their_definition(size, has_leading):
     x_TU, tokens = make_rows(*size), size[0]
-    gate_T = jnp.linspace(0.25, 0.9, tokens)
     leading = tokens + 1 if has_leading else 0
     slot_T = leading + jnp.roll(2 * jnp.arange(tokens, dtype=jnp.int32), 1)
     places = {"slots": leading + 2 * tokens, "has_leading": has_leading, "interpret": INTERPRET}
-    found = rows.round_rows(x_TU, slot_T, gate_T, **places)
-    gated_TU = x_TU * gate_T[:, None].astype(x_TU.dtype)
-    assert_rounded([part[slot_T] for part in found], gated_TU)
+    data_SU, scale_T = rows.round_rows(x_TU, slot_T, **places)
+    assert_rounded((data_SU[slot_T], scale_T), x_TU)
     if has_leading:
-        assert_rounded([part[:tokens] for part in found], x_TU)
-    found = rows.round_rows(x_TU, slots=tokens + 5, interpret=INTERPRET)
-    assert_rounded([part[:tokens] for part in found], x_TU)
+        assert_rounded((data_SU[:tokens], scale_T), x_TU)
+    data_SU, scale_T = rows.round_rows(x_TU, slots=tokens + 5, interpret=INTERPRET)
+    assert_rounded((data_SU[:tokens], scale_T), x_TU)
 
 
 @pytest.mark.parametrize("largest", [1e-37, 1e-36, 1e-30, 1e38])
@@ -69,25 +67,29 @@ def test_no_reciprocal_of_a_scale_is_infinite(largest):
 @pytest.mark.parametrize("size", SIZES)
 def test_wide_rows_are_activated_as_their_definition(size, is_rounded):
     slots, width = size
-    parts_PSO, scale_S = make_rows(2, slots, 2 * width), jnp.linspace(0.5, 3.0, slots)
-    scale_O = jnp.linspace(0.1, 2.0, 2 * width)
+    parts_PSO, scale_O = make_rows(2, slots, 2 * width), jnp.linspace(0.1, 2.0, 2 * width)
+    scale_T, gate_T = jnp.linspace(0.5, 3.0, slots), jnp.linspace(0.2, 0.9, slots)
+    two, one = jnp.asarray([2, 0], jnp.int32), jnp.asarray([2], jnp.int32)
 
-    def check(slot_S, scale_O=None, **case):
+    def check(slot_S, factor_S, **case):
         slot_S = np.asarray(slot_S)
         case = {"is_rounded": is_rounded, "interpret": INTERPRET, **case}
-        found = rows.activate_rows(parts_PSO, scale_S, scale_O, **case)
-        sum_SO = parts_PSO.astype(jnp.float32).sum(0) * scale_S[:, None]
-        gate_SU, up_SU = jnp.split(sum_SO if scale_O is None else sum_SO * scale_O, 2, axis=1)
-        wanted = (jax.nn.silu(gate_SU) * up_SU).astype(jnp.bfloat16)[slot_S]
+        found = rows.activate_rows(parts_PSO, **case)
+        sum_SO = parts_PSO.astype(jnp.float32).sum(0)[slot_S] * jnp.asarray(factor_S)[:, None]
+        gate_SU, up_SU = jnp.split(sum_SO * case.get("scale_O", 1), 2, axis=1)
+        wanted = (jax.nn.silu(gate_SU) * up_SU).astype(jnp.bfloat16)
         if is_rounded:
             assert_rounded([part[slot_S] for part in found], wanted)
         else:
             laws.assert_close(found[slot_S], wanted, laws.BOUND["bfloat16"])
 
-    check(range(slots))
-    check(range(slots), scale_O)
-    check([2, 0], slot_T=jnp.asarray([2, 0], jnp.int32))
-    check([0, 2], slot_T=jnp.asarray([2], jnp.int32), has_leading=True)
+    check(range(slots), scale_T, scale_T=scale_T)
+    check(range(slots), scale_T, scale_T=scale_T, scale_O=scale_O)
+    check([2, 0], scale_T[:2] * gate_T[:2], scale_T=scale_T[:2], gate_T=gate_T[:2], slot_T=two)
+    check([2, 0], gate_T[:2], gate_T=gate_T[:2], slot_T=two)
+    alone = {"scale_T": scale_T[1:2], "gate_T": gate_T[1:2]}  # times the gate in its slot only
+    gated = scale_T[1] * gate_T[1]
+    check([0, 2], [scale_T[1], gated], **alone, slot_T=one, has_leading=True)
 
 
 @pytest.mark.parametrize("leading", [0, 3])
@@ -96,3 +98,7 @@ def test_wide_rows_are_activated_as_their_definition(size, is_rounded):
 def test_in_one_launch_tokens_go_where_the_definition_puts_them(tokens, experts, leading):
     case = {"experts": experts, "leading": leading, "interpret": INTERPRET}
     laws.check_slots(assign_at_once, tokens, **case)
+
+
+def test_in_one_launch_tokens_keep_their_order_as_the_definition_does():
+    laws.check_order(assign_at_once, 8, experts=5, leading=1, interpret=INTERPRET)
