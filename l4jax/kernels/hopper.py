@@ -39,11 +39,13 @@ class Hopper:
         sms: multiprocessors of the device.
         interpret: what `pallas` interprets kernels with, where there is no such device.
         held: tokens up to which products in fp8 round them themselves, at most 8.
+        is_paired: see `pages.attend`.
     """
 
     sms: int
     interpret: Any = None
     held: int = 0
+    is_paired: bool = False
 
     def normalize(self, x_TD: Array, scale_D: Array, eps: float) -> Array:
         """`reference.normalize`, in one launch where XLA makes two."""
@@ -333,7 +335,8 @@ class Hopper:
         case = (q_TKGH, k_TKH, v_TKH, k_PKZH, v_PKZH, table_RB, row_T, position_T)
         if not pages.is_supported(q_TKGH, k_PKZH):
             return portable.attend(*case)
-        return pages.attend(*case, sms=self.sms, interpret=self.interpret)
+        how: Any = {"is_paired": self.is_paired, "interpret": self.interpret}
+        return pages.attend(*case, sms=self.sms, **how)
 
 
 @dataclasses.dataclass(frozen=True)

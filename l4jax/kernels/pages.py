@@ -34,6 +34,7 @@ _ROWS = 64  # query rows of a warpgroup
 _BLOCK = 8  # rows that lie together in shared memory
 _MOST_SPLITS = 32
 _PIECE = 32  # positions of a page that are copied or left out together
+_SHORT = 64  # positions that are attended at once where two kv heads share the memory for them
 _NEVER = -1e30  # below every score, and finite: what sees nothing gives 0 / tiny and not nan
 
 
@@ -68,10 +69,16 @@ def attend(
     position_T: Array,
     *,
     sms: int,
+    is_paired: bool = False,
     interpret: Any = None,
 ) -> tuple[Array, Array, Array]:
-    """`reference.attend`, on a device with so many multiprocessors."""
-    run = functools.partial(_attend_tiles, sms=sms, interpret=interpret)
+    """`reference.attend`, on a device with so many multiprocessors.
+
+    Args:
+        is_paired: whether in a decode step a thread block attends two kv heads at once, so that
+            one of them works while the other waits.
+    """
+    run = functools.partial(_attend_tiles, sms=sms, is_paired=is_paired, interpret=interpret)
     where = (table_RB, row_T, position_T)
     rows = table_RB.shape[0]
     tokens, kv_heads, heads, _ = q_TKGH.shape
@@ -185,7 +192,9 @@ def _cut(
     return plan, slot_T[:, None] + jnp.arange(heads)
 
 
-@functools.partial(jax.jit, static_argnames=("heads", "splits", "size", "sms", "interpret"))
+@functools.partial(
+    jax.jit, static_argnames=("heads", "splits", "size", "sms", "is_paired", "interpret")
+)
 def _attend_tiles(
     q: Array,
     k_PKZH: Array,
@@ -197,6 +206,7 @@ def _attend_tiles(
     splits: int,
     size: int = 0,
     sms: int,
+    is_paired: bool,
     interpret: Any,
 ) -> tuple[Array, tuple[Array, Array]]:
     """Tiles of query rows over the pages of their rows.
@@ -209,7 +219,7 @@ def _attend_tiles(
         heads: query rows of a token.
         splits: parts that the positions of a tile are cut into.
         size: see `q`.
-        sms, interpret: as for `attend`.
+        sms, is_paired, interpret: as for `attend`.
 
     Returns:
         [I, K, U, H] like the queries; of more than one split, [splits, I, K, U, H] float32, not yet
@@ -221,8 +231,12 @@ def _attend_tiles(
     is_narrow = k_PKZH.dtype == FP8
     dtype = jnp.float16 if is_narrow else out_dtype  # of what is multiplied
     q = q.astype(dtype)
-    groups = -(-height // _ROWS)  # warpgroups that compute
+    groups = -(-height // _ROWS)  # warpgroups that share a tile
     kept = height // groups  # rows of each that are read and written
+    # Kv heads side by side, a warpgroup for each: of one tile, so they have the same pages.
+    side = 2 if is_paired and groups == splits == 1 and kv_heads % 2 == 0 else 1
+    span = min(page, _SHORT) if side > 1 else page  # positions attended at once
+    computing = groups * side
     scale = head_dim**-0.5 * math.log2(math.e)
     stages, is_split = 2, splits > 1
     out_dtype = jnp.float32 if is_split else out_dtype
@@ -246,22 +260,23 @@ def _attend_tiles(
         warpgroup = lax.axis_index("warpgroup")
         share: Any = functools.partial(
             plgpu.nd_loop,
-            (used[0] * (splits * kv_heads),),
+            (used[0] * (splits * kv_heads // side),),
             collective_axes="sm",
-            init_carry=jnp.int32(0),  # pages that went before
+            init_carry=jnp.int32(0),  # spans that went before
         )
 
         def locate(info: plgpu.NDLoopInfo) -> tuple[Any, Any, Any, Any, Any]:
-            """Split, tile and kv head of an item; its first page, and how many it has."""
+            """Split, tile and first kv head of an item; its first span, and how many it has."""
             (item,) = info.index
-            head, at = lax.rem(item, kv_heads), lax.div(item, kv_heads)
+            head, at = lax.rem(item, kv_heads // side), lax.div(item, kv_heads // side)
             split, tile = lax.rem(at, splits), lax.div(at, splits)
-            pages = lax.div(last[tile] + page, page)
-            each = lax.div(pages + splits - 1, splits)
+            spans = lax.div(last[tile] + span, span)
+            each = lax.div(spans + splits - 1, splits)
             start = split * each
-            return split, tile, head, start, jnp.maximum(jnp.minimum(each, pages - start), 0)
+            count = jnp.maximum(jnp.minimum(each, spans - start), 0)
+            return split, tile, head * side, start, count
 
-        @pl.when(warpgroup == groups)
+        @pl.when(warpgroup == computing)
         def _copy() -> None:
             plgpu.set_max_registers(40, action="decrease")
 
@@ -274,20 +289,22 @@ def _attend_tiles(
                 def _() -> None:
                     plgpu.barrier_wait(q_free.at[slot])
 
-                if size:
-                    first = pl.multiple_of(first_row[tile], _BLOCK)
-                    source = q.at[head, pl.ds(first, size)]
-                else:
-                    source = q.at[tile, head]
-                here = pl.ds(0, groups * kept)
-                plgpu.copy_gmem_to_smem(source, q_smem.at[slot, here], q_full.at[slot])
+                for one in range(side):
+                    if size:
+                        first = pl.multiple_of(first_row[tile], _BLOCK)
+                        source = q.at[head + one, pl.ds(first, size)]
+                    else:
+                        source = q.at[tile, head + one]
+                    here = pl.ds(one * _ROWS, groups * kept)
+                    plgpu.copy_gmem_to_smem(source, q_smem.at[slot, here], q_full.at[slot])
 
                 @pl.loop(0, count)
-                def _page(step: Array) -> None:
+                def _span(step: Array) -> None:
                     at = carry + step
-                    stage, found = lax.rem(at, stages), table[mine, start + step]
-                    held = stored[tile] + 1 - (start + step) * page
-                    wanted = jnp.minimum(lax.div(held + (_PIECE - 1), _PIECE), page // _PIECE)
+                    stage, begin = lax.rem(at, stages), (start + step) * span
+                    found, within = table[mine, lax.div(begin, page)], lax.rem(begin, page)
+                    held = stored[tile] + 1 - begin
+                    wanted = jnp.minimum(lax.div(held + (_PIECE - 1), _PIECE), span // _PIECE)
                     for pool, smem, full, free in (
                         (k, k_smem, k_full, k_free),
                         (v, v_smem, v_full, v_free),
@@ -298,46 +315,55 @@ def _attend_tiles(
                             plgpu.barrier_wait(free.at[stage])
 
                         # Of a row's last page no more than the pieces that hold something.
-                        for pieces in range(1, page // _PIECE + 1):
-                            here = pl.ds(0, pieces * _PIECE)
-                            source, target = pool.at[found, head, here], smem.at[stage, here]
+                        for pieces in range(1, span // _PIECE + 1):
 
                             @pl.when(wanted == pieces)
                             def _(
-                                source: Any = source, target: Any = target, full: Any = full
+                                length: int = pieces * _PIECE,
+                                pool: Any = pool,
+                                smem: Any = smem,
+                                full: Any = full,
                             ) -> None:
-                                plgpu.copy_gmem_to_smem(source, target, full.at[stage])
+                                first = pl.multiple_of(within, span) if span < page else 0
+                                for one in range(side):
+                                    plgpu.copy_gmem_to_smem(
+                                        pool.at[found, head + one, pl.ds(first, length)],
+                                        smem.at[stage * side + one, pl.ds(0, length)],
+                                        full.at[stage],
+                                    )
 
                 return carry + count
 
-        @pl.when(warpgroup < groups)
+        @pl.when(warpgroup < computing)
         def _compute() -> None:
-            plgpu.set_max_registers(count_registers(groups), action="increase")
+            plgpu.set_max_registers(count_registers(computing), action="increase")
+            # Of the heads side by side, and of the parts of a tile, which is this warpgroup's.
+            own, part = (0, warpgroup) if side == 1 else (warpgroup, 0)
 
             @share()
             def _item(info: plgpu.NDLoopInfo, carry: Array) -> Array:
                 split, tile, head, start, count = locate(info)
                 slot = lax.rem(info.local_index, 2)
                 first, shift, limit = first_row[tile], offset[tile], stored[tile]
-                # Pages of which even the first query row sees everything need no mask.
-                whole = lax.div(shift + lax.div(first, heads) + 1, page) - start
+                # Spans of which even the first query row sees everything need no mask.
+                whole = lax.div(shift + lax.div(first, heads) + 1, span) - start
                 whole = jnp.clip(whole, 0, count)
                 plgpu.barrier_wait(q_full.at[slot])
 
                 def widen(narrow_SH: Array, change: Any = lambda wide: wide) -> Any:
-                    """This warpgroup's own copy of a page, in the dtype that it multiplies in."""
-                    plgpu.commit_smem()  # nobody of the warpgroup reads the page before any more
+                    """This warpgroup's own copy of a span, in the dtype that it multiplies in."""
+                    plgpu.commit_smem()  # nobody of the warpgroup reads the span before any more
                     wide_smem[warpgroup] = change(narrow_SH.astype(dtype))
                     plgpu.commit_smem()
                     return wide_smem.at[warpgroup]
 
                 def absorb(step: Array, state: Any, is_masked: bool) -> Any:
                     peak_U, total_U, sum_UH = state
-                    stage, begin = lax.rem(carry + step, stages), (start + step) * page
+                    stage, begin = lax.rem(carry + step, stages), (start + step) * span
                     plgpu.barrier_wait(k_full.at[stage])
                     mine = pl.ds(warpgroup * _ROWS, _ROWS)
 
-                    keys = k_smem.at[stage]
+                    keys = k_smem.at[stage * side + own]
                     if is_narrow:
                         keys = widen(keys[...])
 
@@ -346,12 +372,12 @@ def _attend_tiles(
                         return acc[...]
 
                     score_US = pl.run_scoped(
-                        score, plgpu.WGMMAAccumulatorRef((_ROWS, page), jnp.float32)
+                        score, plgpu.WGMMAAccumulatorRef((_ROWS, span), jnp.float32)
                     )
                     plgpu.barrier_arrive(k_free.at[stage])
                     if is_masked:
-                        u, s = (_count((_ROWS, page), axis) for axis in (0, 1))
-                        token = lax.div(first + warpgroup * _ROWS + u, heads)
+                        u, s = (_count((_ROWS, span), axis) for axis in (0, 1))
+                        token = lax.div(first + part * _ROWS + u, heads)
                         score_US = jnp.where(shift + token >= begin + s, score_US, -jnp.inf)
                     new_peak_U = jnp.maximum(peak_U, score_US.max(axis=1) * scale)
                     shrink_U = jnp.exp2(peak_U - new_peak_U)
@@ -360,7 +386,7 @@ def _attend_tiles(
                     sum_UH = sum_UH * spread(shrink_U, sum_UH.shape)
                     weight_US = weight_US.astype(dtype)
                     plgpu.barrier_wait(v_full.at[stage])
-                    values = v_smem.at[stage]
+                    values = v_smem.at[stage * side + own]
 
                     def mask(v_SH: Array) -> Array:
                         """What the last owner left may be nan, and 0 * nan is nan."""
@@ -373,10 +399,10 @@ def _attend_tiles(
                     elif is_narrow:
                         values = widen(values[...])
                     elif is_masked:
-                        # All warpgroups write the same.
-                        @pl.when(begin + page - 1 > limit)
+                        # All warpgroups that share it write the same.
+                        @pl.when(begin + span - 1 > limit)
                         def _() -> None:
-                            v_smem[stage] = mask(_load(values, layout=plgpu.Layout.WGMMA))
+                            values[...] = mask(_load(values, layout=plgpu.Layout.WGMMA))
                             plgpu.commit_smem()
 
                     sum_UH = _add_product(sum_UH, weight_US, values, interpret)
@@ -406,13 +432,13 @@ def _attend_tiles(
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(
                     out_smem.at[warpgroup, pl.ds(0, kept)],
-                    out.at[split, tile, head, pl.ds(warpgroup * kept, kept)],
+                    out.at[split, tile, head + own, pl.ds(part * kept, kept)],
                 )
                 if is_split:
                     for at, to in enumerate((peaks, totals)):
                         plgpu.copy_smem_to_gmem(
                             softmax_smem.at[warpgroup, at],
-                            to.at[split, tile, head, pl.ds(warpgroup * _ROWS, _ROWS)],
+                            to.at[split, tile, head + own, pl.ds(part * _ROWS, _ROWS)],
                         )
                 return carry + count
 
@@ -428,21 +454,21 @@ def _attend_tiles(
         ],
         grid=(sms,),
         grid_names=("sm",),
-        num_threads=groups + 1,
+        num_threads=computing + 1,
         thread_name="warpgroup",
         scratch_types=dict(
-            q_smem=_allocate((2, groups * _ROWS, head_dim), dtype),
-            k_smem=_allocate((stages, page, head_dim), k_PKZH.dtype),
-            v_smem=_allocate((stages, page, head_dim), v_PKZH.dtype),
-            out_smem=_allocate((groups, _ROWS, head_dim), out_dtype),
-            softmax_smem=plgpu.SMEM((groups, 2, _ROWS if is_split else 1), jnp.float32),
-            q_full=plgpu.Barrier(num_barriers=2),
-            q_free=plgpu.Barrier(num_arrivals=groups, num_barriers=2),
-            k_full=plgpu.Barrier(num_barriers=stages),
-            k_free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
-            v_full=plgpu.Barrier(num_barriers=stages),
-            v_free=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
-            **({"wide_smem": _allocate((groups, page, head_dim), dtype)} if is_narrow else {}),
+            q_smem=_allocate((2, computing * _ROWS, head_dim), dtype),
+            k_smem=_allocate((stages * side, span, head_dim), k_PKZH.dtype),
+            v_smem=_allocate((stages * side, span, head_dim), v_PKZH.dtype),
+            out_smem=_allocate((computing, _ROWS, head_dim), out_dtype),
+            softmax_smem=plgpu.SMEM((computing, 2, _ROWS if is_split else 1), jnp.float32),
+            q_full=plgpu.Barrier(num_arrivals=side, num_barriers=2),
+            q_free=plgpu.Barrier(num_arrivals=computing, num_barriers=2),
+            k_full=plgpu.Barrier(num_arrivals=side, num_barriers=stages),
+            k_free=plgpu.Barrier(num_arrivals=computing, num_barriers=stages),
+            v_full=plgpu.Barrier(num_arrivals=side, num_barriers=stages),
+            v_free=plgpu.Barrier(num_arrivals=computing, num_barriers=stages),
+            **({"wide_smem": _allocate((computing, span, head_dim), dtype)} if is_narrow else {}),
         ),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,

@@ -215,6 +215,7 @@ def make_contexts(page: int) -> dict[str, tuple[list[int], list[int], int]]:
         "one token": ([1], [1], 0),
         "decode": ([5, 1, page, page + 1, 2 * page - 1], [1] * 5, 0),
         "decode with unused rows": ([5, 1, 33, 8], [1, 1, 0, 0], 2),
+        "decode of many": ([1 + 7 * row for row in range(40)], [1] * 40, 0),
         "a long row alone": ([9 * page + 3], [1], 0),
         "prompt": ([page + 6], [page + 6], 10),
         "prompt behind a prefix": ([3 * page + 1], [30], 0),

@@ -25,7 +25,7 @@ def others():
     """The ways that are not taken yet."""
     from l4jax.kernels.hopper import Hopper
 
-    return Hopper(jax.devices("gpu")[0].core_count, held=8)
+    return Hopper(jax.devices("gpu")[0].core_count, held=8, is_paired=True)
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 128, 300])
@@ -85,3 +85,8 @@ def test_in_one_launch_tokens_keep_their_order_as_the_definition_does():
     from l4jax.kernels.slots import assign_at_once
 
     laws.check_order(assign_at_once, 8, experts=16, leading=1)
+
+
+@pytest.mark.parametrize("form", laws.PAGES)
+def test_attention_to_two_kv_heads_at_once_equals_its_definition(others, form):
+    laws.check_attention(others, form, "decode of many", SCOUT)

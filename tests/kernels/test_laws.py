@@ -22,7 +22,10 @@ if jax.__version_info__ >= (0, 12):
     BUNDLES["hopper"] = Hopper(4, plgpu.InterpretGPUParams())
 
 
-HOLDING = [dataclasses.replace(BUNDLES["hopper"], held=8)] if "hopper" in BUNDLES else []
+HOLDING, PAIRED = (
+    [dataclasses.replace(BUNDLES["hopper"], **way)] if "hopper" in BUNDLES else []
+    for way in ({"held": 8}, {"is_paired": True})
+)
 
 
 @pytest.fixture(params=BUNDLES)
@@ -68,3 +71,11 @@ def test_logits_equal_their_definition(kernels, tokens):
 @pytest.mark.parametrize("form", laws.PAGES)
 def test_attention_equals_its_definition(kernels, form, context):
     laws.check_attention(kernels, form, context, SIZES)
+
+
+@pytest.mark.parametrize("context", ["decode", "decode with unused rows", "mixed"])
+@pytest.mark.parametrize("page", [64, 128])
+@pytest.mark.parametrize("form", laws.PAGES)
+@pytest.mark.parametrize("paired", PAIRED, ids=["hopper"])
+def test_attention_to_two_kv_heads_at_once_equals_its_definition(paired, form, page, context):
+    laws.check_attention(paired, form, context, dataclasses.replace(SIZES, page=page))
