@@ -34,7 +34,8 @@ def find_angles(position_T: Array, frequency_H: np.ndarray) -> Array:
 def rotate(x_H: Array, angle_H: Array | np.ndarray) -> Array:
     """Turn each pair of the last axis, [..., H], by angles that broadcast to [..., H / 2]."""
     pair_H2 = x_H.astype(jnp.float32).reshape(*x_H.shape[:-1], -1, 2)
-    cos_H, sin_H = jnp.cos(angle_H), jnp.sin(angle_H)
-    even_H, odd_H = pair_H2[..., 0], pair_H2[..., 1]
-    turned_H2 = jnp.stack([even_H * cos_H - odd_H * sin_H, even_H * sin_H + odd_H * cos_H], axis=-1)
+    cos_H, sin_H = jnp.cos(angle_H)[..., None], jnp.sin(angle_H)[..., None]
+    # The one of a pair that is not itself: swapped, and not put together anew, which XLA would do
+    # in a launch of its own.
+    turned_H2 = pair_H2 * cos_H + pair_H2[..., ::-1] * (sin_H * np.float32([-1, 1]))
     return turned_H2.reshape(x_H.shape).astype(x_H.dtype)
