@@ -37,5 +37,5 @@ def rotate(x_H: Array, angle_H: Array | np.ndarray) -> Array:
     cos_H, sin_H = jnp.cos(angle_H)[..., None], jnp.sin(angle_H)[..., None]
     # The one of a pair that is not itself: swapped, and not put together anew, which XLA would do
     # in a launch of its own.
-    turned_H2 = pair_H2 * cos_H + pair_H2[..., ::-1] * (sin_H * np.float32([-1, 1]))
+    turned_H2 = pair_H2 * cos_H + pair_H2[..., ::-1] * (sin_H * np.array([-1, 1], np.float32))
     return turned_H2.reshape(x_H.shape).astype(x_H.dtype)

@@ -1,0 +1,211 @@
+"""Products with weights of any format on Hopper GPUs: which of them our kernels run, how tokens
+come to their slots, and what is left to the library."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from l4jax.kernels import formats
+from l4jax.kernels.blocks import GROUP, multiply_blocks, multiply_held, permute_columns
+from l4jax.kernels.formats import FP8, Quantized, Weight
+from l4jax.kernels.routing import Slots, assign_slots, count_blocks, keep_order
+from l4jax.kernels.rows import round_rows
+from l4jax.kernels.slots import assign_at_once, can_assign
+from l4jax.kernels.tiles import Tiles, choose_slots, choose_tiles
+
+FEW = 128  # tokens up to which a dense product is bound by reading its weights
+_TALL = 8  # rows to a column of a bfloat16 matrix, as of the head, that is better read by us
+LAST = (((1,), (1,)), ((), ()))  # both sides are summed over their last axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How tokens are multiplied by the matrices of experts."""
+
+    slots: int  # of a block
+    blocks: int
+    tiles: Tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """Products on one kind of device; for the attributes see `hopper.Hopper`."""
+
+    sms: int
+    held: int
+    interpret: Any
+
+    def multiply(self, subscripts: str, x: Array, weight: Weight) -> Array:
+        """`formats.multiply`."""
+        ins, out = subscripts.split("->")
+        x_axes, w_axes = ins.split(",")
+        x_left = "".join(letter for letter in x_axes if letter in out)
+        w_left = "".join(letter for letter in w_axes if letter in out)
+        summed = w_axes[len(w_left) :]
+        if (
+            isinstance(weight, formats.Adapted)
+            or (x_axes, w_axes) != (x_left + summed, w_left + summed)
+            or x.dtype != jnp.bfloat16
+        ):
+            return formats.multiply(subscripts, x, weight)
+        tokens = math.prod(x.shape[: len(x_left)])
+        rows = math.prod(weight.shape[: len(w_left)])
+        x_TU = x.reshape(tokens, -1)
+        is_tall = rows >= _TALL * x_TU.shape[1] and tokens <= FEW
+        if isinstance(weight, Quantized) or is_tall:
+            y_TO = self._multiply_dense(x_TU, stack(weight, 1, rows))
+        else:
+            # In two axes each: of more that are summed over XLA writes the whole weight down anew,
+            # transposed, in each step.
+            y_TO = lax.dot_general(x_TU, weight.reshape(rows, -1), LAST)
+        shape = (*x.shape[: len(x_left)], *weight.shape[: len(w_left)])
+        order = [(x_left + w_left).index(letter) for letter in out]
+        return y_TO.reshape(shape).transpose(order)
+
+    def _multiply_dense(self, x_TU: Array, weight_EOU: Weight) -> Array:
+        """[T, O] of tokens and one matrix."""
+        tokens, dtype = x_TU.shape[0], get_data(weight_EOU).dtype
+        plan = self.plan(weight_EOU, tokens)
+        if plan is None or tokens > FEW:
+            x_TU, x_scale_T = self.round(x_TU, dtype)
+            return multiply_by_xla(x_TU, x_scale_T, weight_EOU)
+        where = self.assign(jnp.zeros(tokens, jnp.int32), 1, plan)
+        parts_PSO, x_scale_T = self.multiply_tokens(x_TU, (weight_EOU,), where, plan)
+        y_TO = parts_PSO[:, :tokens].astype(jnp.float32).sum(axis=0)
+        if x_scale_T is not None:
+            y_TO = y_TO * x_scale_T[:tokens, None]
+        return y_TO.astype(x_TU.dtype)
+
+    def assign(self, expert_T: Array, experts: int, plan: "Plan", leading: int = 0) -> Slots:
+        """`assign_slots`, of few tokens in one launch."""
+        if can_assign(len(expert_T), experts):
+            return assign_at_once(
+                expert_T,
+                experts=experts,
+                slots=plan.slots,
+                leading=leading,
+                keeps_order=plan.tiles.is_held,
+                interpret=self.interpret,
+            )
+        where = assign_slots(expert_T, experts, plan.slots, leading)
+        if plan.tiles.is_held:
+            where = keep_order(where, plan.slots)
+        # Written down: XLA would work them out anew for each element that is read by them.
+        return lax.optimization_barrier(where) if experts > 1 else where
+
+    def plan(
+        self, weight_EOU: Weight, tokens: int, *, has_shared: bool = False, is_held: bool = True
+    ) -> "Plan | None":
+        """How to multiply tokens by the matrices of experts, and by one that all share; None where
+        the kernel cannot. Few tokens are held, unless they are not the same to each expert."""
+        data, (experts, rows, columns) = get_data(weight_EOU), weight_EOU.shape
+        if data.dtype == jnp.int4 and columns != get_scale(weight_EOU).shape[-1] * GROUP:
+            return None
+        slots = choose_slots(tokens, experts)
+        blocks = count_blocks(tokens, experts, slots)
+        # Were the tokens spread evenly at random.
+        live = max(experts * (1 - (1 - 1 / experts) ** tokens), tokens / slots)
+        shared = -(-tokens // slots) if has_shared else 0
+        blocks, live = blocks + shared, live + shared
+        tiles = choose_tiles(
+            data.dtype.type,
+            slots,
+            rows,
+            columns,
+            blocks=blocks,
+            live=live,
+            sms=self.sms,
+            is_held=is_held and data.dtype == FP8 and tokens <= min(self.held, slots),
+        )
+        return None if tiles is None else Plan(slots, blocks, tiles)
+
+    def round(self, x_TU: Array, dtype: Any) -> tuple[Array, Array | None]:
+        """Tokens as weights of a dtype want them, and the scales of fp8."""
+        if dtype == FP8:
+            return round_rows(x_TU, slots=len(x_TU), interpret=self.interpret)
+        return x_TU, None
+
+    def multiply_tokens(
+        self, x_TU: Array, weights: tuple[Weight, ...], where: Slots, plan: "Plan", leading: int = 0
+    ) -> tuple[Array, Array | None]:
+        """`multiply_slots` of tokens that are yet to take their slots, and their scales in fp8."""
+        if plan.tiles.is_held:
+            operands, options = _list_operands(weights, where), self._list_options(plan, leading)
+            return multiply_held(x_TU, *operands, slots=plan.slots, **options)
+        is_in_order = is_alone(weights)
+        slots, scale_T = plan.blocks * plan.slots, None
+        if get_data(weights[0]).dtype == FP8:
+            x_SU, scale_T = round_rows(
+                x_TU,
+                None if is_in_order else where.slot_T,
+                slots=slots,
+                has_leading=leading > 0,
+                interpret=self.interpret,
+            )
+        else:
+            x_SU = (
+                jnp.pad(x_TU, ((0, slots - len(x_TU)), (0, 0)))
+                if is_in_order
+                else x_TU[where.token_S]
+            )
+            if get_data(weights[0]).dtype == jnp.int4:
+                x_SU = permute_columns(x_SU)
+        return self.multiply_slots(x_SU, weights, where, plan, leading), scale_T
+
+    def multiply_slots(
+        self, x_SU: Array, weights: tuple[Weight, ...], where: Slots, plan: "Plan", leading: int = 0
+    ) -> Array:
+        """[P, S, O]: parts, to be added up; not yet scaled as the tokens are."""
+        x_ITU = x_SU.reshape(plan.blocks, plan.slots, -1)
+        operands = _list_operands(weights, where)
+        return multiply_blocks(x_ITU, *operands, **self._list_options(plan, leading))
+
+    def _list_options(self, plan: "Plan", leading: int) -> dict[str, Any]:
+        return {
+            "tiles": plan.tiles,
+            "dtype": jnp.bfloat16 if plan.tiles.splits == 1 else jnp.float32,
+            "sms": self.sms,
+            "leading": leading,
+            "interpret": self.interpret,
+        }
+
+
+def get_data(weight: Weight) -> Array:
+    return weight.data if isinstance(weight, Quantized) else weight
+
+
+def get_scale(weight: Weight) -> Array:
+    assert isinstance(weight, Quantized)
+    return weight.scale.astype(jnp.float32)
+
+
+def is_alone(weights: tuple[Weight, ...]) -> bool:
+    """Whether there is one matrix, so that the tokens take the first slots in order."""
+    return sum(weight.shape[0] for weight in weights) == 1
+
+
+def _list_operands(weights: tuple[Weight, ...], where: Slots) -> tuple[Any, ...]:
+    """What the kernels over blocks take behind the tokens."""
+    scales = tuple(map(get_scale, weights)) if isinstance(weights[0], Quantized) else ()
+    return tuple(map(get_data, weights)), scales, where.expert_I, where.count
+
+
+def stack(weight: Weight, experts: int, rows: int) -> Any:
+    """With one axis for the experts and one for the rows of a matrix, [E, O, U]; scales alike."""
+    if not isinstance(weight, Quantized):
+        return weight.reshape(experts, rows, -1)
+    groups = (-1,) if weight.data.dtype == jnp.int4 else ()
+    data = weight.data.reshape(experts, rows, -1)
+    return Quantized(data, weight.scale.reshape(experts, rows, *groups))
+
+
+def multiply_by_xla(x_TU: Array, x_scale_T: Array | None, weight_EOU: Weight) -> Array:
+    """Many tokens times one matrix, by the library: e4m3 times e4m3; int4 is made wide first."""
+    if x_scale_T is None:
+        return lax.dot_general(x_TU, formats.dequantize(weight_EOU, x_TU.dtype)[0], LAST)
+    y_TO = lax.dot_general(x_TU, get_data(weight_EOU)[0], LAST, preferred_element_type=jnp.bfloat16)
+    scale_O = get_scale(weight_EOU)[0]
+    return (y_TO.astype(jnp.float32) * x_scale_T[:, None] * scale_O).astype(jnp.bfloat16)
