@@ -78,13 +78,6 @@ def assert_close(found: Any, wanted: Any, bound: float) -> None:
     assert error < bound, f"relative error {error:.4f}"
 
 
-def call_twice(kernels: Any, run: Any) -> tuple[Any, Any]:
-    """What it gives, twice; of kernels that are interpreted once, since a second time takes as long
-    and there is no device whose threads come in another order."""
-    first = run()
-    return first, first if getattr(kernels, "interpret", None) else run()
-
-
 def check_norm(kernels: Any, tokens: int, sizes: Sizes) -> None:
     """A norm of rows large and small, and of one that is zero, equals its definition; twice the
     same."""
@@ -94,7 +87,7 @@ def check_norm(kernels: Any, tokens: int, sizes: Sizes) -> None:
     x_TD = x_TD.at[-1].set(0) if tokens > 1 else x_TD
     scale_D = make_tokens(rng, sizes.width)
     run = jax.jit(kernels.normalize, static_argnums=2)
-    first, second = call_twice(kernels, lambda: np.asarray(run(x_TD, scale_D, 1e-5), np.float32))
+    first, second = (np.asarray(run(x_TD, scale_D, 1e-5), np.float32) for _ in range(2))
     assert_close(
         first,
         define(lambda x, scale: reference.normalize(x, scale, 1e-5), x_TD, scale_D),
@@ -145,7 +138,7 @@ def check_experts(kernels: Any, form: str, choice: list[int], sizes: Sizes) -> N
     assert_close(found, define(reference.run_experts, x_TD, expert_T, *routed), BOUND[form])
     mixed = (x_TD, expert_T, gate_T, *routed, *shared)
     mix = jax.jit(kernels.mix_experts)  # once: a method is another object each time it is named
-    first, second = call_twice(kernels, lambda: np.asarray(mix(*mixed)))
+    first, second = (np.asarray(mix(*mixed)) for _ in range(2))
     assert_close(first, define(reference.mix_experts, *mixed), BOUND[form])
     np.testing.assert_array_equal(first, second)
 
@@ -172,9 +165,7 @@ def check_head(kernels: Any, tokens: int, sizes: Sizes) -> None:
     x_RD = make_tokens(rng, tokens, sizes.width)
     head_VD = make_weight(rng, "bfloat16", sizes.vocab, sizes.width)
     run = jax.jit(kernels.multiply, static_argnums=0)
-    first, second = call_twice(
-        kernels, lambda: np.asarray(run("RD,VD->RV", x_RD, head_VD), np.float32)
-    )
+    first, second = (np.asarray(run("RD,VD->RV", x_RD, head_VD), np.float32) for _ in range(2))
     wanted = define(functools.partial(formats.multiply, "RD,VD->RV"), x_RD, head_VD)
     assert_close(first, wanted, BOUND["bfloat16"])
     np.testing.assert_array_equal(first, second)
@@ -239,7 +230,7 @@ def check_attention(
     which nothing else changes; attention equals its definition, and gives zeros to padding."""
     case = make_pages(np.random.default_rng(2), *rows, sizes, PAGES[form])
     run = jax.jit(kernels.attend)
-    (first, *pool), (second, *_) = call_twice(kernels, lambda: run(**case))
+    (first, *pool), (second, *_) = (run(**case) for _ in range(2))
     q_TKGH, where = case["q_TKGH"], [case[name] for name in ("table_RB", "row_T", "position_T")]
     stored = reference.store(
         *(case[name] for name in ("k_PKZH", "v_PKZH", "k_TKH", "v_TKH")), *where
