@@ -79,7 +79,7 @@ class Products:
             y_TO = y_TO * x_scale_T[:tokens, None]
         return y_TO.astype(x_TU.dtype)
 
-    def assign(self, expert_T: Array, experts: int, plan: "Plan", leading: int = 0) -> Slots:
+    def assign(self, expert_T: Array, experts: int, plan: Plan, leading: int = 0) -> Slots:
         """`assign_slots`, of few tokens in one launch."""
         if can_assign(len(expert_T), experts):
             return assign_at_once(
@@ -98,7 +98,7 @@ class Products:
 
     def plan(
         self, weight_EOU: Weight, tokens: int, *, has_shared: bool = False, is_held: bool = True
-    ) -> "Plan | None":
+    ) -> Plan | None:
         """How to multiply tokens by the matrices of experts, and by one that all share; None where
         the kernel cannot. Few tokens are held, unless they are not the same to each expert."""
         data, (experts, rows, columns) = get_data(weight_EOU), weight_EOU.shape
@@ -129,7 +129,7 @@ class Products:
         return x_TU, None
 
     def multiply_tokens(
-        self, x_TU: Array, weights: tuple[Weight, ...], where: Slots, plan: "Plan", leading: int = 0
+        self, x_TU: Array, weights: tuple[Weight, ...], where: Slots, plan: Plan, leading: int = 0
     ) -> tuple[Array, Array | None]:
         """`multiply_slots` of tokens that are yet to take their slots, and their scales in fp8."""
         if plan.tiles.is_held:
@@ -156,14 +156,14 @@ class Products:
         return self.multiply_slots(x_SU, weights, where, plan, leading), scale_T
 
     def multiply_slots(
-        self, x_SU: Array, weights: tuple[Weight, ...], where: Slots, plan: "Plan", leading: int = 0
+        self, x_SU: Array, weights: tuple[Weight, ...], where: Slots, plan: Plan, leading: int = 0
     ) -> Array:
         """[P, S, O]: parts, to be added up; not yet scaled as the tokens are."""
         x_ITU = x_SU.reshape(plan.blocks, plan.slots, -1)
         operands = _list_operands(weights, where)
         return multiply_blocks(x_ITU, *operands, **self._list_options(plan, leading))
 
-    def _list_options(self, plan: "Plan", leading: int) -> dict[str, Any]:
+    def _list_options(self, plan: Plan, leading: int) -> dict[str, Any]:
         return {
             "tiles": plan.tiles,
             "dtype": jnp.bfloat16 if plan.tiles.splits == 1 else jnp.float32,

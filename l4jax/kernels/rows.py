@@ -112,8 +112,8 @@ def activate_rows(
 
     Args:
         parts_PSO: the parts, to be added up.
-        scale_T, scale_O: float32, what the sums are multiplied by, where they are; of tokens there
-            may be more than slots are told of.
+        scale_T, scale_O: float32, what the sums are multiplied by, where they are. The former may
+            be longer than there are tokens.
         gate_T: float32, what they are multiplied by beside that: the router's gates, which scale
             what comes in, and a product is linear in it.
         slot_T: int32, the slots of the tokens; without it they stand in order.
@@ -144,8 +144,8 @@ def activate_rows(
         token, slot = _place(row, tokens, found.get("slot"), has_leading)
         factor = found["scale"][token] if "scale" in found else None
         if "gate" in found:
-            gate = jnp.where(row < rows - tokens, 1.0, found["gate"][token])
-            factor = gate if factor is None else factor * gate
+            mine = jnp.where(row < rows - tokens, 1.0, found["gate"][token])
+            factor = mine if factor is None else factor * mine
 
         def read(which: int) -> Array:
             total = _read(x.at[0, slot, which, share])
@@ -159,8 +159,8 @@ def activate_rows(
         # Rounded once to bfloat16, as the product of other kernels is.
         hidden = (gate * (1 / (1 + jnp.exp(-gate))) * up).astype(jnp.bfloat16)
         if is_rounded:
-            out[0][slot, share], factor = _round(hidden.astype(jnp.float32), share, **meeting)
-            _write_once(out[1], slot, factor, share)
+            out[0][slot, share], scale = _round(hidden.astype(jnp.float32), share, **meeting)
+            _write_once(out[1], slot, scale, share)
         else:
             out[0][slot, share] = hidden
 

@@ -44,7 +44,7 @@ def choose_tiles(
         blocks: there is room for.
         live: of these, multiplied, as far as one can tell beforehand.
         sms: multiprocessors.
-        is_held: whether the tokens may be held, of which a block then has as many as slots.
+        is_held: whether the tokens may be held, where all of them stand in each block.
     """
     if dtype not in FORMATS:
         return None
