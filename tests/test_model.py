@@ -8,9 +8,10 @@ import pytest
 from l4jax import cache
 from l4jax.config import MAVERICK, SCOUT, RopeScaling
 from l4jax.kernels import PORTABLE, REFERENCE
+from l4jax.kernels.reference import rotate
 from l4jax.model import declare_parameters
 from l4jax.model.attention import Attention, Positions, find_temperature
-from l4jax.model.rope import find_angles, rotate, scale_frequencies
+from l4jax.model.rope import find_angles, scale_frequencies
 from tests import models, weights
 
 TOLERANCE = 1e-4  # of the logits' scale

@@ -9,6 +9,7 @@ import jax
 from l4jax import axes, cache
 from l4jax.kernels import PORTABLE, Kernels
 from l4jax.kernels.formats import name_axes
+from l4jax.kernels.reference import Turn
 
 # What the letters of a product stand for; of those that are summed, the first may be cut.
 _AXES = {
@@ -60,13 +61,23 @@ def make_kernels(kernels: Kernels, local: Callable[..., Any]) -> Kernels:
     They are jitted, so that each is traced once a shape and not once a layer.
     """
     table, at = (axes.ROWS, axes.TABLE), (axes.TOKENS,)
-    q = (axes.TOKENS, axes.KV_HEADS, axes.QUERIES, axes.HEAD_DIM)
-    kv, pool = (axes.TOKENS, axes.KV_HEADS, axes.HEAD_DIM), cache.POOL_AXES
+    pool, y = cache.POOL_AXES, (axes.TOKENS, axes.KV_HEADS, axes.QUERIES, axes.HEAD_DIM)
+    qkv = (axes.KV_HEADS, axes.QUERIES_KV, axes.HEAD_DIM, axes.WIDTH)
     x, gate_up = (axes.TOKENS, axes.WIDTH), (axes.EXPERTS, axes.GATE_UP, axes.HIDDEN, axes.WIDTH)
     down = (axes.EXPERTS, axes.WIDTH, axes.HIDDEN)
 
     def normalize(x_TD: Any, scale_D: Any, eps: float) -> jax.Array:
         return local(lambda *both: kernels.normalize(*both, eps), (x, x[1:]), x)(x_TD, scale_D)
+
+    def attend(x_TD: Any, qkv_KJHD: Any, turn: Any, *pool_and_where: Any) -> tuple[Any, Any, Any]:
+        names = Turn(
+            angle_TH=None if turn.angle_TH is None else (axes.TOKENS, axes.HEAD_DIM),
+            eps=turn.eps,
+            factor_T=None if turn.factor_T is None else at,
+            scales=None if turn.scales is None else ((), ()),
+        )
+        ins = (x, name_axes(qkv_KJHD, qkv), names, pool, pool, table, at, at)
+        return local(kernels.attend, ins, (y, pool, pool))(x_TD, qkv_KJHD, turn, *pool_and_where)
 
     def run_experts(x_TD: Any, expert_T: Any, gate_up_EcFD: Any, down_EDF: Any) -> jax.Array:
         ins = (x, at, name_axes(gate_up_EcFD, gate_up), name_axes(down_EDF, down))
@@ -91,9 +102,7 @@ def make_kernels(kernels: Kernels, local: Callable[..., Any]) -> Kernels:
 
     return Kernels(
         normalize=jax.jit(normalize, static_argnums=2),
-        attend=jax.jit(
-            local(kernels.attend, (q, kv, kv, pool, pool, table, at, at), (q, pool, pool))
-        ),
+        attend=jax.jit(attend),
         run_experts=jax.jit(run_experts),
         mix_experts=jax.jit(mix_experts),
         multiply=jax.jit(multiply, static_argnums=0),

@@ -405,13 +405,30 @@ def _launch(
     return kernel(x_SU, expert_I, count, *weights, *scales)
 
 
-# Tokens are rows of eight, two to a warp, and a thread reads eight neighbors at once.
-_HELD = plgpu.Layout.TILED(
+# Of eight rows two to a warp, and a thread reads eight neighbors at once.
+EIGHT_ROWS = plgpu.Layout.TILED(
     plgpu.Tiling(((8, _LINE), (2, _LINE), (8,))),
     warp_dims=(-5,),
     lane_dims=(-3, -2),
     vector_dim=-1,
 )
+
+
+def load_row(ref: Any) -> Array:
+    """For `stack_rows`."""
+    return _load(ref, layout=EIGHT_ROWS.reduce(0), optimized=False)
+
+
+def stack_rows(rows: list[Array]) -> Array:
+    """Up to eight rows above each other; further ones are like the first."""
+    shape = (8, *rows[0].shape)
+    at = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=EIGHT_ROWS)
+    first, *others = (
+        plgpu.layout_cast(lax.broadcast_in_dim(row, shape, [1]), EIGHT_ROWS) for row in rows
+    )
+    for place, row in enumerate(others, 1):
+        first = jnp.where(at == place, row, first)
+    return first
 
 
 def _hold_tokens(
@@ -428,19 +445,12 @@ def _hold_tokens(
     warpgroup = lax.axis_index("warpgroup")
     steps, slots, depth = x_smem.shape
     mine, shape = steps // warpgroups, (slots, depth)
-    at_TU = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_HELD)
 
     def read(step: int) -> Array:
         here = pl.ds((warpgroup * mine + step) * depth, depth)
         if tokens == slots:
-            return _load(x.at[:, here], layout=_HELD, optimized=False)
-        found = None
-        for token in range(tokens):
-            x_U = _load(x.at[token, here], layout=_HELD.reduce(0), optimized=False)
-            x_TU = plgpu.layout_cast(lax.broadcast_in_dim(x_U, shape, [1]), _HELD)
-            found = x_TU if found is None else jnp.where(at_TU == token, x_TU, found)
-        assert found is not None
-        return found
+            return _load(x.at[:, here], layout=EIGHT_ROWS, optimized=False)
+        return stack_rows([load_row(x.at[token, here]) for token in range(tokens)])
 
     found = [read(step) for step in range(mine)]  # all under way before any of it is needed
     wide = [x_TU.astype(jnp.float32) for x_TU in found]
@@ -449,7 +459,7 @@ def _hold_tokens(
     plgpu.barrier_arrive(met.at[0])
     plgpu.barrier_wait(met.at[0])
     for other in range(warpgroups):
-        theirs_T = _load(largest_smem.at[other], layout=_HELD.reduce(1), optimized=False)
+        theirs_T = _load(largest_smem.at[other], layout=EIGHT_ROWS.reduce(1), optimized=False)
         largest_T = jnp.maximum(largest_T, theirs_T)
     factor_T = find_factor(largest_T)
     for step, x_TU in enumerate(wide):

@@ -7,18 +7,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from l4jax.kernels import reference
 from l4jax.kernels.blocks import permute_columns
 from l4jax.kernels.formats import FP8, Weight
 from l4jax.kernels.products import (
     FEW,
-    LAST,
     Plan,
     Products,
     get_data,
-    get_scale,
     is_alone,
     multiply_by_xla,
     stack,
@@ -144,21 +142,14 @@ class Experts:
 
     def _run_one(self, x_TD: Array, up_EOD: Weight, down_EDF: Weight) -> Array:
         """Many tokens through one expert: the library's products are the fastest."""
-        interpret = self.products.interpret
-        if get_data(up_EOD).dtype != FP8:
-            y_TO = multiply_by_xla(x_TD, None, up_EOD)
-            hidden_TF = activate_rows(y_TO[None], is_rounded=False, interpret=interpret)
-            return multiply_by_xla(hidden_TF, None, down_EDF)
-        x_TD, x_scale_T = self.products.round(x_TD, FP8)
-        y_TO = lax.dot_general(x_TD, get_data(up_EOD)[0], LAST, preferred_element_type=jnp.bfloat16)
-        hidden_TF, scale_T = activate_rows(
-            y_TO[None],
-            x_scale_T,
-            scale_O=get_scale(up_EOD)[0],
-            is_rounded=True,
-            interpret=interpret,
+        is_rounded, interpret = get_data(down_EDF).dtype == FP8, self.products.interpret
+        up = multiply_by_xla(*self.products.round(x_TD, get_data(up_EOD).dtype), up_EOD)
+        hidden = activate_rows(
+            up.parts_PSO, up.scale_S, None, up.scale_O, is_rounded=is_rounded, interpret=interpret
         )
-        return multiply_by_xla(hidden_TF, scale_T, down_EDF)
+        hidden_TF, scale_T = hidden if is_rounded else (hidden, None)
+        down = multiply_by_xla(hidden_TF, scale_T, down_EDF)
+        return down.finish(len(x_TD)).astype(x_TD.dtype)
 
 
 def _activate(parts_PSO: Array, where: Slots, gate_T: Array | None, plain: int) -> Array:

@@ -5,6 +5,7 @@ What a kernel here cannot run, a strange shape or a format, goes to the definiti
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,8 +13,10 @@ from jax import Array
 
 from l4jax.kernels import pages, portable, reference
 from l4jax.kernels.experts import Experts
-from l4jax.kernels.formats import Weight
+from l4jax.kernels.formats import Adapted, Weight
+from l4jax.kernels.heads import place_heads
 from l4jax.kernels.products import Products
+from l4jax.kernels.reference import Turn
 from l4jax.kernels.rows import normalize_rows
 
 _THREADS = 128  # of a warpgroup: what a row is a multiple of
@@ -26,19 +29,14 @@ class Hopper:
     Attributes:
         sms: multiprocessors of the device.
         interpret: what `pallas` interprets kernels with, where there is no such device.
-        held: tokens up to which products in fp8 round them themselves, at most 8. A launch less for
-            each of three products of a layer; none, until a device has shown what it gives.
-        is_paired: see `pages.attend`; not taken either until then.
     """
 
     sms: int
     interpret: Any = None
-    held: int = 0
-    is_paired: bool = False
 
     @property
     def _products(self) -> Products:
-        return Products(self.sms, self.held, self.interpret)
+        return Products(self.sms, self.interpret)
 
     def normalize(self, x_TD: Array, scale_D: Array, eps: float) -> Array:
         """`reference.normalize`, in one launch where XLA makes two."""
@@ -62,9 +60,9 @@ class Hopper:
 
     def attend(
         self,
-        q_TKGH: Array,
-        k_TKH: Array,
-        v_TKH: Array,
+        x_TD: Array,
+        qkv_KJHD: Weight,
+        turn: Turn,
         k_PKZH: Array,
         v_PKZH: Array,
         table_RB: Array,
@@ -72,8 +70,22 @@ class Hopper:
         position_T: Array,
     ) -> tuple[Array, Array, Array]:
         """`reference.attend`."""
-        case = (q_TKGH, k_TKH, v_TKH, k_PKZH, v_PKZH, table_RB, row_T, position_T)
-        if not pages.is_supported(q_TKGH, k_PKZH):
-            return portable.attend(*case)
-        how: Any = {"is_paired": self.is_paired, "interpret": self.interpret}
-        return pages.attend(*case, sms=self.sms, **how)
+        pool, where = (k_PKZH, v_PKZH), (table_RB, row_T, position_T)
+        shape = qkv_KJHD.shape[:3]
+        if not pages.is_supported(x_TD.dtype, shape[1], k_PKZH) or isinstance(qkv_KJHD, Adapted):
+            return portable.attend(x_TD, qkv_KJHD, turn, *pool, *where)
+        qkv = self._products.multiply_rows(x_TD, qkv_KJHD, math.prod(shape))
+        x_TKUH, *pool = place_heads(
+            qkv.parts_PSO.reshape(*qkv.parts_PSO.shape[:2], *shape),
+            qkv.scale_S,
+            None if qkv.scale_O is None else qkv.scale_O.reshape(shape),
+            turn,
+            *pool,
+            *where,
+            interpret=self.interpret,
+        )
+        how: Any = {"heads": shape[1] - 2, "sms": self.sms, "interpret": self.interpret}
+        y_TKGH = pages.attend(x_TKUH, *pool, *where, **how)
+        if turn.scales is not None:
+            y_TKGH = y_TKGH * turn.scales[1].astype(y_TKGH.dtype)
+        return y_TKGH, *pool

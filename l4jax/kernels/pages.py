@@ -4,7 +4,7 @@ The query heads of a kv head share its keys, so they are rows of one matrix: tok
 heads of a token side by side. A tile is some of these rows, of one row of the step. In a decode
 step each token is a tile of its own, and where those are few the positions are cut as well, each
 part with its own softmax, to be joined afterwards. Its key and value stand behind its queries in
-the tile, so that one array is all that is written before the pages; nobody reads what they attend.
+the tile, as `heads` leaves them; nobody reads what they attend.
 
 Pages in e4m3 are widened in shared memory, to float16 and not to bfloat16: the device converts to
 it in one instruction, it holds every e4m3, and queries and softmax lose nothing in it either.
@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from l4jax.kernels.blocks import count_registers, spread
 from l4jax.kernels.formats import FP8
-from l4jax.kernels.rows import join_rows, store_rows
+from l4jax.kernels.rows import join_rows
 
 _load: Any = plgpu.load  # whose parameters differ between versions of jax
 
@@ -51,58 +51,42 @@ class TilePlan:
     count: Array  # [1]: tiles that are used, the first ones
 
 
-def is_supported(q_TKGH: Array, k_PKZH: Array) -> bool:
-    """Whether `attend` runs these shapes and dtypes."""
+def is_supported(dtype: Any, rows: int, k_PKZH: Array) -> bool:
+    """Whether `attend` runs this dtype, with so many queries, keys and values of a kv head, and
+    these pages."""
     page, head_dim = k_PKZH.shape[2:]
-    is_known = q_TKGH.dtype == jnp.bfloat16 and k_PKZH.dtype in (jnp.bfloat16, FP8)
-    return is_known and head_dim == 128 and page in (64, 128) and q_TKGH.shape[2] + 2 <= _ROWS
+    is_known = dtype == jnp.bfloat16 and k_PKZH.dtype in (jnp.bfloat16, FP8)
+    return is_known and head_dim == 128 and page in (64, 128) and rows <= _ROWS
 
 
 def attend(
-    q_TKGH: Array,
-    k_TKH: Array,
-    v_TKH: Array,
+    x_TKUH: Array,
     k_PKZH: Array,
     v_PKZH: Array,
     table_RB: Array,
     row_T: Array,
     position_T: Array,
     *,
+    heads: int,
     sms: int,
-    is_paired: bool = False,
     interpret: Any = None,
-) -> tuple[Array, Array, Array]:
-    """`reference.attend`, on a device with so many multiprocessors.
+) -> Array:
+    """`reference.attend_pages`, on a device with so many multiprocessors.
 
     Args:
-        is_paired: whether in a decode step a thread block attends two kv heads at once, so that
-            one of them works while the other waits.
+        x_TKUH: of each kv head's rows the first `heads` are queries.
+        sms: multiprocessors.
+        interpret: as for the other kernels.
     """
-    run = functools.partial(_attend_tiles, sms=sms, is_paired=is_paired, interpret=interpret)
-    where = (table_RB, row_T, position_T)
+    run = functools.partial(_attend_tiles, sms=sms, interpret=interpret)
     rows = table_RB.shape[0]
-    tokens, kv_heads, heads, _ = q_TKGH.shape
+    tokens, kv_heads, *_ = x_TKUH.shape
     # As many parts as fill the device, but none of less than a page.
     splits = max(1, min(_MOST_SPLITS, 2 * sms // (kv_heads * rows), table_RB.shape[1]))
-    is_decode = tokens == rows
-    # Queries, key and value side by side, or the latter two.
-    x_TKUH = _join(q_TKGH, k_TKH, v_TKH) if is_decode else jnp.stack([k_TKH, v_TKH], axis=2)
-    at = heads if is_decode else 0
-    k_PKZH, v_PKZH = store_rows(x_TKUH, k_PKZH, v_PKZH, *where, heads=at, interpret=interpret)
     pool = (k_PKZH, v_PKZH, table_RB)
-    if is_decode:
-        y_TKGH = _attend_each(x_TKUH, pool, row_T, position_T, heads, splits, run)
-    else:
-        y_TKGH = _attend_mix(q_TKGH, pool, row_T, position_T, splits, run)
-    return y_TKGH, k_PKZH, v_PKZH
-
-
-def _join(q_TKGH: Array, k_TKH: Array, v_TKH: Array) -> Array:
-    """Of each token and kv head the queries, the key and the value, side by side: [T, K, U, H],
-    filled up to whole blocks."""
-    rows = (q_TKGH, k_TKH[:, :, None], v_TKH[:, :, None])
-    x_TKUH = jnp.concatenate(rows, axis=2)
-    return jnp.pad(x_TKUH, ((0, 0), (0, 0), (0, -x_TKUH.shape[2] % _BLOCK), (0, 0)))
+    if tokens == rows:  # a decode step
+        return _attend_each(x_TKUH, pool, row_T, position_T, heads, splits, run)
+    return _attend_mix(x_TKUH, pool, row_T, position_T, heads, splits, run)
 
 
 def _attend_each(
@@ -121,19 +105,19 @@ def _attend_each(
 
 
 def _attend_mix(
-    q_TKGH: Array, pool: Any, row_T: Array, position_T: Array, splits: int, run: Any
+    x_TKUH: Array, pool: Any, row_T: Array, position_T: Array, heads: int, splits: int, run: Any
 ) -> Array:
     """Whole tiles for prompts, and for who decodes beside them what it has when it is alone: such
     a token would leave most of a tile empty."""
-    heads, rows = q_TKGH.shape[2], pool[2].shape[0]
+    rows = pool[2].shape[0]
     runs = Runs.find(row_T, position_T, rows)
     is_alone_R = (runs.count_R == 1) & (rows > 1)
-    y_TKGH = _attend_runs(q_TKGH, pool, runs, jnp.where(is_alone_R, 0, runs.count_R), row_T, run)
+    count_R = jnp.where(is_alone_R, 0, runs.count_R)
+    y_TKGH = _attend_runs(x_TKUH[:, :, :heads], pool, runs, count_R, row_T, run)
     if rows > 1:
-        q_RKUH = jnp.pad(q_TKGH[runs.token_R], ((0, 0), (0, 0), (0, -heads % _BLOCK), (0, 0)))
         at_R = jnp.where(is_alone_R, runs.offset_R + runs.token_R, -1)
         each_R = jnp.arange(rows, dtype=jnp.int32)
-        y_RKGH = _attend_each(q_RKUH, pool, each_R, at_R, heads, splits, run)
+        y_RKGH = _attend_each(x_TKUH[runs.token_R], pool, each_R, at_R, heads, splits, run)
         is_alone_T = is_alone_R[row_T][:, None, None, None]
         y_TKGH = jnp.where(is_alone_T, y_RKGH[row_T], y_TKGH)
     return jnp.where((position_T >= 0)[:, None, None, None], y_TKGH, 0)
@@ -192,9 +176,7 @@ def _cut(
     return plan, slot_T[:, None] + jnp.arange(heads)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("heads", "splits", "size", "sms", "is_paired", "interpret")
-)
+@functools.partial(jax.jit, static_argnames=("heads", "splits", "size", "sms", "interpret"))
 def _attend_tiles(
     q: Array,
     k_PKZH: Array,
@@ -206,7 +188,6 @@ def _attend_tiles(
     splits: int,
     size: int = 0,
     sms: int,
-    is_paired: bool,
     interpret: Any,
 ) -> tuple[Array, tuple[Array, Array]]:
     """Tiles of query rows over the pages of their rows.
@@ -219,7 +200,7 @@ def _attend_tiles(
         heads: query rows of a token.
         splits: parts that the positions of a tile are cut into.
         size: see `q`.
-        sms, is_paired, interpret: as for `attend`.
+        sms, interpret: as for `attend`.
 
     Returns:
         [I, K, U, H] like the queries; of more than one split, [splits, I, K, U, H] float32, not yet
@@ -233,8 +214,9 @@ def _attend_tiles(
     q = q.astype(dtype)
     groups = -(-height // _ROWS)  # warpgroups that share a tile
     kept = height // groups  # rows of each that are read and written
-    # Kv heads side by side, a warpgroup for each: of one tile, so they have the same pages.
-    side = 2 if is_paired and groups == splits == 1 and kv_heads % 2 == 0 else 1
+    # In a decode step that fills the device, kv heads of a tile side by side, a warpgroup for each,
+    # so that one of them works while the other waits: they have the same pages.
+    side = 2 if groups == splits == 1 and kv_heads % 2 == 0 else 1
     span = min(page, _SHORT) if side > 1 else page  # positions attended at once
     computing = groups * side
     scale = head_dim**-0.5 * math.log2(math.e)

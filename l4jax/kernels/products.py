@@ -17,6 +17,7 @@ from l4jax.kernels.slots import assign_at_once, can_assign
 from l4jax.kernels.tiles import Tiles, choose_slots, choose_tiles
 
 FEW = 128  # tokens up to which a dense product is bound by reading its weights
+_HELD = 8  # tokens up to which products in fp8 round them themselves: a launch less for each
 _TALL = 8  # rows to a column of a bfloat16 matrix, as of the head, that is better read by us
 LAST = (((1,), (1,)), ((), ()))  # both sides are summed over their last axis
 
@@ -31,11 +32,31 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
+class Parts:
+    """A product as a kernel leaves it, for the next one to finish.
+
+    Attributes:
+        parts_PSO: to be added up; the tokens come first.
+        scale_S, scale_O: float32, what the sums are yet to be multiplied by, where they are.
+    """
+
+    parts_PSO: Array
+    scale_S: Array | None = None
+    scale_O: Array | None = None
+
+    def finish(self, tokens: int) -> Array:
+        """[T, O] float32."""
+        y_TO = self.parts_PSO[:, :tokens].astype(jnp.float32).sum(axis=0)
+        if self.scale_S is not None:
+            y_TO = y_TO * self.scale_S[:tokens, None]
+        return y_TO if self.scale_O is None else y_TO * self.scale_O
+
+
+@dataclasses.dataclass(frozen=True)
 class Products:
     """Products on one kind of device; for the attributes see `hopper.Hopper`."""
 
     sms: int
-    held: int
     interpret: Any
 
     def multiply(self, subscripts: str, x: Array, weight: Weight) -> Array:
@@ -53,31 +74,25 @@ class Products:
             return formats.multiply(subscripts, x, weight)
         tokens = math.prod(x.shape[: len(x_left)])
         rows = math.prod(weight.shape[: len(w_left)])
-        x_TU = x.reshape(tokens, -1)
-        is_tall = rows >= _TALL * x_TU.shape[1] and tokens <= FEW
-        if isinstance(weight, Quantized) or is_tall:
-            y_TO = self._multiply_dense(x_TU, stack(weight, 1, rows))
-        else:
-            # In two axes each: of more that are summed over XLA writes the whole weight down anew,
-            # transposed, in each step.
-            y_TO = lax.dot_general(x_TU, weight.reshape(rows, -1), LAST)
+        y_TO = self.multiply_rows(x.reshape(tokens, -1), weight, rows).finish(tokens)
         shape = (*x.shape[: len(x_left)], *weight.shape[: len(w_left)])
         order = [(x_left + w_left).index(letter) for letter in out]
-        return y_TO.reshape(shape).transpose(order)
+        return y_TO.astype(x.dtype).reshape(shape).transpose(order)
 
-    def _multiply_dense(self, x_TU: Array, weight_EOU: Weight) -> Array:
-        """[T, O] of tokens and one matrix."""
-        tokens, dtype = x_TU.shape[0], get_data(weight_EOU).dtype
+    def multiply_rows(self, x_TU: Array, weight: Weight, rows: int) -> Parts:
+        """Tokens in bfloat16 times one matrix of so many rows."""
+        tokens = x_TU.shape[0]
+        is_tall = rows >= _TALL * x_TU.shape[1] and tokens <= FEW
+        if not isinstance(weight, Quantized) and not is_tall:
+            # In two axes each: of more that are summed over XLA writes the whole weight down anew,
+            # transposed, in each step.
+            return Parts(lax.dot_general(x_TU, weight.reshape(rows, -1), LAST)[None])
+        weight_EOU = stack(weight, 1, rows)
         plan = self.plan(weight_EOU, tokens)
         if plan is None or tokens > FEW:
-            x_TU, x_scale_T = self.round(x_TU, dtype)
-            return multiply_by_xla(x_TU, x_scale_T, weight_EOU)
+            return multiply_by_xla(*self.round(x_TU, get_data(weight_EOU).dtype), weight_EOU)
         where = self.assign(jnp.zeros(tokens, jnp.int32), 1, plan)
-        parts_PSO, x_scale_T = self.multiply_tokens(x_TU, (weight_EOU,), where, plan)
-        y_TO = parts_PSO[:, :tokens].astype(jnp.float32).sum(axis=0)
-        if x_scale_T is not None:
-            y_TO = y_TO * x_scale_T[:tokens, None]
-        return y_TO.astype(x_TU.dtype)
+        return Parts(*self.multiply_tokens(x_TU, (weight_EOU,), where, plan))
 
     def assign(self, expert_T: Array, experts: int, plan: Plan, leading: int = 0) -> Slots:
         """`assign_slots`, of few tokens in one launch."""
@@ -118,7 +133,7 @@ class Products:
             blocks=blocks,
             live=live,
             sms=self.sms,
-            is_held=is_held and data.dtype == FP8 and tokens <= min(self.held, slots),
+            is_held=is_held and data.dtype == FP8 and tokens <= min(_HELD, slots),
         )
         return None if tiles is None else Plan(slots, blocks, tiles)
 
@@ -202,10 +217,10 @@ def stack(weight: Weight, experts: int, rows: int) -> Any:
     return Quantized(data, weight.scale.reshape(experts, rows, *groups))
 
 
-def multiply_by_xla(x_TU: Array, x_scale_T: Array | None, weight_EOU: Weight) -> Array:
+def multiply_by_xla(x_TU: Array, x_scale_T: Array | None, weight_EOU: Weight) -> Parts:
     """Many tokens times one matrix, by the library: e4m3 times e4m3; int4 is made wide first."""
     if x_scale_T is None:
-        return lax.dot_general(x_TU, formats.dequantize(weight_EOU, x_TU.dtype)[0], LAST)
+        wide_OU = formats.dequantize(weight_EOU, x_TU.dtype)[0]
+        return Parts(lax.dot_general(x_TU, wide_OU, LAST)[None])
     y_TO = lax.dot_general(x_TU, get_data(weight_EOU)[0], LAST, preferred_element_type=jnp.bfloat16)
-    scale_O = get_scale(weight_EOU)[0]
-    return (y_TO.astype(jnp.float32) * x_scale_T[:, None] * scale_O).astype(jnp.bfloat16)
+    return Parts(y_TO[None], x_scale_T, get_scale(weight_EOU)[0])

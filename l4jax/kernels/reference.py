@@ -3,10 +3,13 @@
 Every acceleration is tested against these. They spend memory and arithmetic freely.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from l4jax.kernels.formats import Weight, multiply, narrow
@@ -22,6 +25,64 @@ def norm(x_D: Array, eps: float) -> Array:
     x32_D = x_D.astype(jnp.float32)
     mean_square = jnp.mean(x32_D * x32_D, axis=-1, keepdims=True)
     return (x32_D * jax.lax.rsqrt(mean_square + eps)).astype(x_D.dtype)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["angle_TH", "factor_T", "scales"],
+    meta_fields=["eps"],
+)
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What a layer does to heads between their projection and attention, in this order.
+
+    Attributes:
+        angle_TH: [T, H / 2] float32, by which queries and keys are turned; None without RoPE.
+        eps: of the norm of each query and key behind that; None without one.
+        factor_T: float32, what queries are multiplied by.
+        scales: float32 scalars that stored keys and values are divided by; what attends to them is
+            multiplied.
+    """
+
+    angle_TH: Array | None = None
+    eps: float | None = None
+    factor_T: Array | None = None
+    scales: tuple[Array, Array] | None = None
+
+
+def rotate(x_H: Array, angle_H: Array | np.ndarray) -> Array:
+    """Turn each pair of neighbors (2i, 2i+1) of the last axis, [..., H], in float32, by angles that
+    broadcast to [..., H / 2]."""
+    pair_H2 = x_H.astype(jnp.float32).reshape(*x_H.shape[:-1], -1, 2)
+    cos_H, sin_H = jnp.cos(angle_H)[..., None], jnp.sin(angle_H)[..., None]
+    # The one of a pair that is not itself: swapped, and not put together anew, which XLA would do
+    # in a launch of its own.
+    turned_H2 = pair_H2 * cos_H + pair_H2[..., ::-1] * (sin_H * np.array([-1, 1], np.float32))
+    return turned_H2.reshape(x_H.shape).astype(x_H.dtype)
+
+
+def project_heads(x_TD: Array, qkv_KJHD: Weight, turn: Turn) -> tuple[Array, Array, Array]:
+    """The queries [T, K, G, H], keys and values [T, K, H] of tokens, as they meet.
+
+    Args:
+        x_TD: the tokens.
+        qkv_KJHD: of each kv head the G queries, the key and the value, in any format.
+        turn: what happens to them.
+    """
+    qkv_TKJH = multiply("TD,KJHD->TKJH", x_TD, qkv_KJHD)
+    qk_TKJH, v_TKH = qkv_TKJH[:, :, :-1], qkv_TKJH[:, :, -1]
+    if turn.angle_TH is not None:
+        qk_TKJH = rotate(qk_TKJH, turn.angle_TH[:, None, None])
+    if turn.eps is not None:
+        qk_TKJH = norm(qk_TKJH, turn.eps)
+    q_TKGH, k_TKH = qk_TKJH[:, :, :-1], qk_TKJH[:, :, -1]
+    if turn.factor_T is not None:
+        q_TKGH = (q_TKGH * turn.factor_T[:, None, None, None]).astype(x_TD.dtype)
+    if turn.scales is not None:
+        k_scale, v_scale = (scale.astype(x_TD.dtype) for scale in turn.scales)
+        # Scores and sums are linear in what is stored.
+        k_TKH, v_TKH, q_TKGH = k_TKH / k_scale, v_TKH / v_scale, q_TKGH * k_scale
+    return q_TKGH, k_TKH, v_TKH
 
 
 def store(
@@ -91,9 +152,9 @@ def _gather(pages_PKZH: Array, table_TB: Array) -> Array:
 
 
 def attend(
-    q_TKGH: Array,
-    k_TKH: Array,
-    v_TKH: Array,
+    x_TD: Array,
+    qkv_KJHD: Weight,
+    turn: Turn,
     k_PKZH: Array,
     v_PKZH: Array,
     table_RB: Array,
@@ -102,17 +163,22 @@ def attend(
     *,
     read: Callable[..., Array] = attend_pages,
 ) -> tuple[Array, Array, Array]:
-    """Store this step's keys and values, then attend: see `store` and `attend_pages`.
+    """Find this step's heads, store its keys and values, then attend: see `project_heads`, `store`
+    and `attend_pages`.
 
     Args:
-        read: what attends, with the signature of `attend_pages`; the others are for these two.
+        read: what attends, with the signature of `attend_pages`; the others are for these.
 
     Returns:
         What `attend_pages` returns, and the pool's arrays with the writes done.
     """
     where = (table_RB, row_T, position_T)
+    q_TKGH, k_TKH, v_TKH = project_heads(x_TD, qkv_KJHD, turn)
     k_PKZH, v_PKZH = store(k_PKZH, v_PKZH, k_TKH, v_TKH, *where)
-    return read(q_TKGH, k_PKZH, v_PKZH, *where), k_PKZH, v_PKZH
+    y_TKGH = read(q_TKGH, k_PKZH, v_PKZH, *where)
+    if turn.scales is not None:
+        y_TKGH = y_TKGH * turn.scales[1].astype(y_TKGH.dtype)
+    return y_TKGH, k_PKZH, v_PKZH
 
 
 def attend_all(q_IPNH: Array, k_IPNH: Array, v_IPNH: Array) -> Array:

@@ -23,7 +23,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from l4jax.kernels.formats import FP8, find_factor, narrow
+from l4jax.kernels.formats import FP8, find_factor
 
 _load: Any = plgpu.load  # whose parameters differ between versions of jax
 
@@ -184,50 +184,6 @@ def _place(row: Any, tokens: int, slot_T: Any, has_leading: bool) -> tuple[Any, 
         return row, slot_T[row]
     token = lax.rem(row, tokens)
     return token, jnp.where(row < tokens, row, slot_T[token])
-
-
-@functools.partial(jax.jit, static_argnames=("heads", "interpret"))
-def store_rows(
-    x_TKUH: Array,
-    k_PKZH: Array,
-    v_PKZH: Array,
-    table_RB: Array,
-    row_T: Array,
-    position_T: Array,
-    *,
-    heads: int,
-    interpret: Any = None,
-) -> tuple[Array, Array]:
-    """`reference.store` in place, of keys and values that stand behind so many queries: row `heads`
-    of x is a key, and the next one its value."""
-    tokens, kv_heads, *_ = x_TKUH.shape
-    pages, _, page, _ = k_PKZH.shape
-    columns = table_RB.shape[1]
-    pools = jax.new_ref(k_PKZH), jax.new_ref(v_PKZH)  # what the kernel writes to is not copied
-
-    def store_body(x: Any, table: Any, row: Any, position: Any, *to: Any) -> None:
-        token, head = lax.axis_index("token"), lax.axis_index("head")
-        at = position[token]
-
-        @pl.when(at >= 0)
-        def _() -> None:
-            found = table[row[token], jnp.minimum(lax.div(at, page), columns - 1)]
-
-            @pl.when((found >= 0) & (found < pages))
-            def _() -> None:
-                for place, pool in enumerate(to):
-                    wide = x[token, head, heads + place].astype(jnp.float32)
-                    pool[found, head, lax.rem(at, page)] = narrow(wide, pool.dtype)
-
-    kernel = plgpu.kernel(
-        store_body,
-        grid=(tokens, kv_heads),
-        grid_names=("token", "head"),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=interpret,
-    )
-    kernel(x_TKUH, table_RB, row_T, position_T, *pools)
-    return pools[0][...], pools[1][...]
 
 
 @functools.partial(jax.jit, static_argnames=("heads", "interpret"))

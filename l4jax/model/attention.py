@@ -17,9 +17,9 @@ from l4jax import axes
 from l4jax.cache import Batch
 from l4jax.config import TextConfig
 from l4jax.kernels import Kernels
-from l4jax.kernels.reference import norm
-from l4jax.model.layers import constrain, declare
-from l4jax.model.rope import find_angles, rotate, scale_frequencies
+from l4jax.kernels.reference import Turn
+from l4jax.model.layers import declare
+from l4jax.model.rope import find_angles, scale_frequencies
 
 
 @jax.tree_util.register_dataclass
@@ -71,29 +71,24 @@ class Attention(nn.Module):
             (c.width, c.kv_heads, c.queries, c.head_dim),
             (axes.WIDTH, axes.KV_HEADS, axes.QUERIES, axes.HEAD_DIM),
         )
-        qkv_TKJH = self.kernels.multiply("TD,KJHD->TKJH", x_TD, qkv_KJHD)
-        qkv_TKJH = constrain(qkv_TKJH, axes.TOKENS, axes.KV_HEADS, axes.QUERIES_KV, axes.HEAD_DIM)
-        qk_TKJH, v_TKH = qkv_TKJH[:, :, :-1], qkv_TKJH[:, :, -1]
-        if self.is_nope:
-            q_TKGH, k_TKH = qk_TKJH[:, :, :-1], qk_TKJH[:, :, -1]
-            if c.has_temperature_tuning:
-                scale_T = find_temperature(positions.absolute_T, c.floor_scale, c.attn_scale)
-                q_TKGH = (q_TKGH * scale_T[:, None, None, None]).astype(x_TD.dtype)
-        else:
-            frequency_H = scale_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-            qk_TKJH = rotate(qk_TKJH, find_angles(positions.position_T, frequency_H)[:, None, None])
-            if c.has_qk_norm:
-                qk_TKJH = norm(qk_TKJH, c.norm_eps)
-            q_TKGH, k_TKH = qk_TKJH[:, :, :-1], qk_TKJH[:, :, -1]
-        if scales is not None:  # of what is stored: scores and sums are linear in it
-            k_scale, v_scale = (scale.astype(x_TD.dtype) for scale in scales)
-            k_TKH, v_TKH, q_TKGH = k_TKH / k_scale, v_TKH / v_scale, q_TKGH * k_scale
+        turn = self.find_turn(positions, scales)
         where = (positions.table_RB, positions.row_T, positions.position_T)
-        y_TKGH, k_PKZH, v_PKZH = self.kernels.attend(q_TKGH, k_TKH, v_TKH, k_PKZH, v_PKZH, *where)
-        if scales is not None:
-            y_TKGH = y_TKGH * scales[1].astype(x_TD.dtype)
+        y_TKGH, k_PKZH, v_PKZH = self.kernels.attend(x_TD, qkv_KJHD, turn, k_PKZH, v_PKZH, *where)
         y_TD = self.kernels.multiply("TKGH,DKGH->TD", y_TKGH, out_DKGH)
         return y_TD, k_PKZH, v_PKZH
+
+    def find_turn(self, positions: Positions, scales: tuple[Array, Array] | None) -> Turn:
+        """What the heads go through: RoPE and a norm in a local layer, a temperature in a global
+        one."""
+        c = self.config
+        if not self.is_nope:
+            frequency_H = scale_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+            angle_TH = find_angles(positions.position_T, frequency_H)
+            return Turn(angle_TH, eps=c.norm_eps if c.has_qk_norm else None, scales=scales)
+        if not c.has_temperature_tuning:
+            return Turn(scales=scales)
+        factor_T = find_temperature(positions.absolute_T, c.floor_scale, c.attn_scale)
+        return Turn(factor_T=factor_T, scales=scales)
 
 
 def find_temperature(position_T: Array, floor_scale: int, attn_scale: float) -> Array:

@@ -1,4 +1,4 @@
-"""Rotary position embedding on pairs (2i, 2i+1), in float32, as checkpoints are laid out."""
+"""Angles of the rotary position embedding, in float32: `kernels.reference.rotate` turns by them."""
 
 import math
 
@@ -29,13 +29,3 @@ def scale_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) 
 def find_angles(position_T: Array, frequency_H: np.ndarray) -> Array:
     """[T, H / 2] float32 angles of positions [T]."""
     return position_T.astype(jnp.float32)[:, None] * frequency_H
-
-
-def rotate(x_H: Array, angle_H: Array | np.ndarray) -> Array:
-    """Turn each pair of the last axis, [..., H], by angles that broadcast to [..., H / 2]."""
-    pair_H2 = x_H.astype(jnp.float32).reshape(*x_H.shape[:-1], -1, 2)
-    cos_H, sin_H = jnp.cos(angle_H)[..., None], jnp.sin(angle_H)[..., None]
-    # The one of a pair that is not itself: swapped, and not put together anew, which XLA would do
-    # in a launch of its own.
-    turned_H2 = pair_H2 * cos_H + pair_H2[..., ::-1] * (sin_H * np.array([-1, 1], np.float32))
-    return turned_H2.reshape(x_H.shape).astype(x_H.dtype)

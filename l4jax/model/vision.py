@@ -9,8 +9,9 @@ from jax import Array
 from l4jax import axes
 from l4jax.config import VisionConfig
 from l4jax.kernels import REFERENCE, Kernels
+from l4jax.kernels.reference import rotate
 from l4jax.model.layers import LayerNorm, constrain, declare, project
-from l4jax.model.rope import rotate, scale_frequencies
+from l4jax.model.rope import scale_frequencies
 
 
 class VisionTower(nn.Module):

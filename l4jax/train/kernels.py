@@ -17,6 +17,7 @@ from jax import Array
 from l4jax.cache import PagePool, count_arrays
 from l4jax.config import TextConfig
 from l4jax.kernels import Kernels, reference
+from l4jax.kernels.formats import Weight
 
 
 def make_training_kernels(chunk: int, attention: str = "xla") -> Kernels:
@@ -67,9 +68,9 @@ def _attend_all(q_IPNH: Array, k_IPNH: Array, v_IPNH: Array, *, attention: str) 
 
 
 def attend(
-    q_TKGH: Array,
-    k_TKH: Array,
-    v_TKH: Array,
+    x_TD: Array,
+    qkv_KJHD: Weight,
+    turn: reference.Turn,
     k_pool: Array,
     v_pool: Array,
     table_RB: Array,
@@ -86,8 +87,7 @@ def attend(
     own. Softmax in float32. What comes out for padding, at position -1, means nothing.
 
     Args:
-        q_TKGH: queries, G heads to each kv head.
-        k_TKH, v_TKH: keys and values.
+        x_TD, qkv_KJHD, turn: as for `reference.project_heads`.
         k_pool, v_pool: of `make_no_pool`, returned as they are.
         table_RB: the first run of each run's document (or the run itself), in every column.
         row_T: int32 run of each token.
@@ -95,6 +95,7 @@ def attend(
         chunk: of the model.
         attention: see `make_training_kernels`.
     """
+    q_TKGH, k_TKH, v_TKH = reference.project_heads(x_TD, qkv_KJHD, turn)
     tokens, kv_heads, queries, head_dim = q_TKGH.shape
     span = table_RB.shape[1] * chunk
     # Padding belongs to nobody, and sees itself, so that no softmax is empty.

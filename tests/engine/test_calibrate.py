@@ -14,7 +14,7 @@ from l4jax.config import TINY
 from l4jax.engine import calibrate
 from l4jax.engine.capacity import Capacity, CapacityError
 from l4jax.engine.runner import Runner
-from l4jax.kernels import PORTABLE, Kernels
+from l4jax.kernels import PORTABLE, Kernels, reference
 from l4jax.kernels.formats import FP8
 from l4jax.model import Llama4
 from l4jax.testing import write_model
@@ -45,9 +45,10 @@ def test_scales_are_those_of_the_keys_and_values_that_are_stored(name):
     tiny, _ = models.load_golden(name)
     largest = []
 
-    def attend(q_TKGH, k_TKH, v_TKH, *pool):
-        largest.append([np.abs(np.asarray(x)).max() for x in (k_TKH, v_TKH)])
-        return PORTABLE.attend(q_TKGH, k_TKH, v_TKH, *pool)
+    def attend(*projected_and_pool):
+        _, *stored = reference.project_heads(*projected_and_pool[:3])
+        largest.append([np.abs(np.asarray(x)).max() for x in stored])
+        return PORTABLE.attend(*projected_and_pool)
 
     text = tiny.config.text
     batch = jax.tree.map(jnp.asarray, calibrate.make_batch(tiny.config, 4, 1))

@@ -23,6 +23,7 @@ CHOICES = {
     "one token": [2],
     "all experts": [3, 0, 1, 2, 0],
     "all on one": [1] * 20,
+    "as many as are held": [1, 1, 1, 3, 0, 3, 1, 1],
     "two experts empty": [0, 3, 3, 0, 3, 3, 3, 0, 3, 3, 3],
 }
 
@@ -229,12 +230,16 @@ def check_attention(
     """A step's keys and values are stored where the definition stores them, in a poisoned pool of
     which nothing else changes; attention equals its definition, and gives zeros to padding."""
     case = make_pages(np.random.default_rng(2), *rows, sizes, PAGES[form])
+    q_TKGH, *kv = (case.pop(name) for name in ("q_TKGH", "k_TKH", "v_TKH"))
+    before, where = list(case.values())[:2], list(case.values())[2:]
+    # Heads that a projection gives back as they came.
+    x_TKJH = jnp.concatenate([q_TKGH, *(x_TKH[:, :, None] for x_TKH in kv)], axis=2)
+    (tokens, *shape), width = x_TKJH.shape, x_TKJH[0].size
+    one_KJHD = jnp.eye(width, dtype=x_TKJH.dtype).reshape(*shape, width)
     run = jax.jit(kernels.attend)
-    (first, *pool), (second, *_) = (run(**case) for _ in range(2))
-    q_TKGH, where = case["q_TKGH"], [case[name] for name in ("table_RB", "row_T", "position_T")]
-    stored = reference.store(
-        *(case[name] for name in ("k_PKZH", "v_PKZH", "k_TKH", "v_TKH")), *where
-    )
+    projected = x_TKJH.reshape(tokens, width), one_KJHD, reference.Turn()
+    (first, *pool), (second, *_) = (run(*projected, **case) for _ in range(2))
+    stored = reference.store(*before, *kv, *where)
     for pages, wanted in zip(pool, stored, strict=True):
         assert pages.dtype == wanted.dtype
         np.testing.assert_array_equal(*(np.asarray(x).view(np.uint8) for x in (pages, wanted)))
@@ -244,3 +249,46 @@ def check_attention(
     wanted = np.asarray(define(reference.attend_pages, q_TKGH, *stored, *where))
     assert_close(first[is_real_T], wanted[is_real_T], BOUND["bfloat16"])
     np.testing.assert_array_equal(first, second)
+
+
+def make_turns(rng: np.random.Generator, tokens: int, head_dim: int) -> dict[str, reference.Turn]:
+    """What heads may go through, by name."""
+    angle_TH = jnp.asarray(rng.uniform(0, 8192, (tokens, head_dim // 2)), jnp.float32)
+    factor_T = jnp.linspace(0.5, 2.0, tokens)
+    return {
+        "rope": reference.Turn(angle_TH),
+        "rope and norm": reference.Turn(angle_TH, eps=1e-5),
+        "temperature": reference.Turn(factor_T=factor_T),
+        "all": reference.Turn(angle_TH, 1e-5, factor_T, (jnp.float32(0.25), jnp.float32(1.5))),
+    }
+
+
+TURNS = ("rope", "rope and norm", "temperature", "all")
+
+
+def check_turn(
+    kernels: Any, form: str, turn: str, tokens: int, sizes: Sizes, *, is_prompt: bool
+) -> None:
+    """Heads are projected, turned, normed and scaled on their way to attention and to the pages as
+    the definition does it; twice the same."""
+    s, rng = sizes, np.random.default_rng(5)
+    x_TD = make_tokens(rng, tokens, s.width)
+    qkv = make_weight(rng, form, s.kv_heads, s.queries + 2, s.head_dim, s.width)
+    # A prompt, or rows of which each has a token before this one.
+    rows, at_T = 1 if is_prompt else tokens, jnp.arange(tokens, dtype=jnp.int32)
+    row_T, position_T = (0 * at_T, at_T) if is_prompt else (at_T, 0 * at_T + 1)
+    table_RB = jnp.arange(rows * -(-tokens // s.page), dtype=jnp.int32).reshape(rows, -1)
+    shape = (table_RB.size, s.kv_heads, s.page, s.head_dim)
+    k_PKZH, v_PKZH = (make_tokens(rng, *shape).at[:, :, 1:].set(jnp.nan) for _ in "kv")
+    pool, turned = (k_PKZH, v_PKZH), make_turns(rng, tokens, s.head_dim)[turn]
+    case = (x_TD, qkv, turned, *pool, table_RB, row_T, position_T)
+    run = jax.jit(kernels.attend)
+    first, second = (jax.tree.map(np.asarray, run(*case)) for _ in range(2))
+    y_TKGH, *pages = define(reference.attend, *case)
+    assert_close(first[0], y_TKGH, BOUND[form])
+    for found, wanted in zip(first[1:], pages, strict=True):
+        stored = np.isfinite(wanted)
+        np.testing.assert_array_equal(np.isfinite(found.astype(np.float32)), stored)
+        assert_close(found[stored], wanted[stored], BOUND[form])
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8))

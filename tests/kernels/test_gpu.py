@@ -24,14 +24,6 @@ def kernels():
     return choose_kernels("hopper", jax.devices("gpu")[0])
 
 
-@pytest.fixture(scope="module")
-def others():
-    """The ways that are not taken yet."""
-    from l4jax.kernels.hopper import Hopper
-
-    return Hopper(jax.devices("gpu")[0].core_count, held=8, is_paired=True)
-
-
 @pytest.mark.parametrize("tokens", [1, 8, 128, 300])
 def test_norms_of_scout_equal_their_definition(kernels, tokens):
     laws.check_norm(kernels, tokens, SCOUT)
@@ -58,7 +50,7 @@ def test_experts_of_many_tokens_equal_their_definition(kernels, form, tokens):
     laws.check_experts(kernels, form, choice, SMALL)
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 128, 300])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 128, 300])
 @pytest.mark.parametrize("form", laws.FORMATS)
 def test_products_of_scout_equal_their_definition(kernels, form, tokens):
     laws.check_products(kernels, form, tokens, SCOUT)
@@ -75,14 +67,9 @@ def test_attention_of_scout_equals_its_definition(kernels, form, context):
     laws.check_attention(kernels, form, CONTEXTS[context], SCOUT)
 
 
-@pytest.mark.parametrize("choice", [[2], [3, 0, 1, 2, 0], [1, 1, 1, 3, 0, 3, 1, 1]])
-def test_experts_of_tokens_that_are_held_equal_their_definition(others, choice):
-    laws.check_experts(others, "fp8", choice, dataclasses.replace(SCOUT, hidden=512))
-
-
-@pytest.mark.parametrize("tokens", [1, 3, 8])
-def test_products_of_tokens_that_are_held_equal_their_definition(others, tokens):
-    laws.check_products(others, "fp8", tokens, SCOUT)
+@pytest.mark.parametrize("choice", ["one token", "all experts", "as many as are held"])
+def test_experts_as_wide_as_scout_equal_their_definition(kernels, choice):
+    laws.check_experts(kernels, "fp8", laws.CHOICES[choice], dataclasses.replace(SCOUT, hidden=512))
 
 
 def test_in_one_launch_tokens_keep_their_order_as_the_definition_does():
@@ -91,6 +78,12 @@ def test_in_one_launch_tokens_keep_their_order_as_the_definition_does():
     laws.check_order(assign_at_once, 8, experts=16, leading=1)
 
 
-@pytest.mark.parametrize("form", laws.PAGES)
-def test_attention_to_two_kv_heads_at_once_equals_its_definition(others, form):
-    laws.check_attention(others, form, CONTEXTS["decode of many"], SCOUT)
+@pytest.mark.parametrize("form", laws.FORMATS)
+@pytest.mark.parametrize("turn", laws.TURNS)
+def test_heads_of_scout_that_are_turned_equal_their_definition(kernels, turn, form):
+    laws.check_turn(kernels, form, turn, 3, SCOUT, is_prompt=False)
+
+
+@pytest.mark.parametrize("form", laws.FORMATS)
+def test_heads_of_a_prompt_of_scout_equal_their_definition(kernels, form):
+    laws.check_turn(kernels, form, "all", 300, SCOUT, is_prompt=True)

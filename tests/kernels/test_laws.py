@@ -1,6 +1,8 @@
 """Every bundle of kernels that runs here keeps the laws: the portable one always, and Hopper's,
 interpreted, where jax can interpret it."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -35,7 +37,7 @@ def test_experts_equal_their_definition(kernels, form, choice):
     laws.check_experts(kernels, form, laws.CHOICES[choice], SIZES)
 
 
-@pytest.mark.parametrize("tokens", [1, 13])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 13])
 @pytest.mark.parametrize("form", laws.FORMATS)
 def test_products_equal_their_definition(kernels, form, tokens):
     laws.check_products(kernels, form, tokens, SIZES)
@@ -50,3 +52,22 @@ def test_logits_equal_their_definition(kernels, tokens):
 @pytest.mark.parametrize("form", laws.PAGES)
 def test_attention_equals_its_definition(kernels, form, context):
     laws.check_attention(kernels, form, laws.make_contexts(SIZES.page)[context], SIZES)
+
+
+@pytest.mark.parametrize("context", ["decode", "mixed"])
+@pytest.mark.parametrize("form", laws.PAGES)
+def test_attention_to_halves_of_long_pages_equals_its_definition(kernels, form, context):
+    sizes = dataclasses.replace(SIZES, page=128)
+    laws.check_attention(kernels, form, laws.make_contexts(sizes.page)[context], sizes)
+
+
+@pytest.mark.parametrize("form", laws.FORMATS)
+@pytest.mark.parametrize("turn", laws.TURNS)
+def test_heads_that_are_turned_equal_their_definition(kernels, turn, form):
+    laws.check_turn(kernels, form, turn, 3, SIZES, is_prompt=False)
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "fp8"])
+def test_heads_of_a_prompt_equal_their_definition(kernels, form):
+    # Longer than what is few to a dense product, which leaves scales of columns over then.
+    laws.check_turn(kernels, form, "all", 130, SIZES, is_prompt=True)
