@@ -78,6 +78,9 @@ def place_heads(
         *to, out = refs[len(operands) :]
         token, head = lax.axis_index("token"), lax.axis_index("head")
         shape = (_BLOCK, head_dim)
+        at = of["position"][token]  # under way while the rows are turned
+        column = jnp.clip(lax.div(at, page), 0, table_RB.shape[1] - 1)
+        found = of["table"][of["row"][token], column]
 
         def find_rows(first: int) -> Array:
             """Eight rows, rounded wherever the definition rounds."""
@@ -110,19 +113,12 @@ def place_heads(
             wide = find_rows(first)
             out[token, head, pl.ds(first, _BLOCK)] = wide.astype(jnp.bfloat16)
             rows_smem[pl.ds(first, _BLOCK)] = wide
-        at = of["position"][token]
 
-        @pl.when(at >= 0)
+        @pl.when((at >= 0) & (found >= 0) & (found < pages))
         def _() -> None:
-            column = jnp.minimum(lax.div(at, page), table_RB.shape[1] - 1)
-            found = of["table"][of["row"][token], column]
-
-            @pl.when((found >= 0) & (found < pages))
-            def _() -> None:
-                for place, pool in enumerate(to):
-                    pool[found, head, lax.rem(at, page)] = narrow(
-                        rows_smem[key + place], pool.dtype
-                    )
+            for place, pool in enumerate(to):
+                row_H = rows_smem[key + place]
+                pool[found, head, lax.rem(at, page)] = narrow(row_H, pool.dtype)
 
     kernel = plgpu.kernel(
         place_body,

@@ -70,22 +70,22 @@ class Hopper:
         position_T: Array,
     ) -> tuple[Array, Array, Array]:
         """`reference.attend`."""
-        pool, where = (k_PKZH, v_PKZH), (table_RB, row_T, position_T)
-        shape = qkv_KJHD.shape[:3]
+        where, shape = (table_RB, row_T, position_T), qkv_KJHD.shape[:3]
         if not pages.is_supported(x_TD.dtype, shape[1], k_PKZH) or isinstance(qkv_KJHD, Adapted):
-            return portable.attend(x_TD, qkv_KJHD, turn, *pool, *where)
+            return portable.attend(x_TD, qkv_KJHD, turn, k_PKZH, v_PKZH, *where)
         qkv = self._products.multiply_rows(x_TD, qkv_KJHD, math.prod(shape))
-        x_TKUH, *pool = place_heads(
+        x_TKUH, k_PKZH, v_PKZH = place_heads(
             qkv.parts_PSO.reshape(*qkv.parts_PSO.shape[:2], *shape),
             qkv.scale_S,
             None if qkv.scale_O is None else qkv.scale_O.reshape(shape),
             turn,
-            *pool,
+            k_PKZH,
+            v_PKZH,
             *where,
             interpret=self.interpret,
         )
         how: Any = {"heads": shape[1] - 2, "sms": self.sms, "interpret": self.interpret}
-        y_TKGH = pages.attend(x_TKUH, *pool, *where, **how)
+        y_TKGH = pages.attend(x_TKUH, k_PKZH, v_PKZH, *where, **how)
         if turn.scales is not None:
             y_TKGH = y_TKGH * turn.scales[1].astype(y_TKGH.dtype)
-        return y_TKGH, *pool
+        return y_TKGH, k_PKZH, v_PKZH

@@ -6,6 +6,7 @@ Every acceleration is tested against these. They spend memory and arithmetic fre
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,14 +41,14 @@ class Turn:
         angle_TH: [T, H / 2] float32, by which queries and keys are turned; None without RoPE.
         eps: of the norm of each query and key behind that; None without one.
         factor_T: float32, what queries are multiplied by.
-        scales: float32 scalars that stored keys and values are divided by; what attends to them is
-            multiplied.
+        scales: float32 scalars, what keys and values are divided by where they are stored, and
+            what attends to them is multiplied by.
     """
 
-    angle_TH: Array | None = None
+    angle_TH: Any = None
     eps: float | None = None
-    factor_T: Array | None = None
-    scales: tuple[Array, Array] | None = None
+    factor_T: Any = None
+    scales: Any = None
 
 
 def rotate(x_H: Array, angle_H: Array | np.ndarray) -> Array:

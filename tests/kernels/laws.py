@@ -25,6 +25,7 @@ CHOICES = {
     "all on one": [1] * 20,
     "as many as are held": [1, 1, 1, 3, 0, 3, 1, 1],
     "two experts empty": [0, 3, 3, 0, 3, 3, 3, 0, 3, 3, 3],
+    "more than run beside the shared one": [1] * 3 + [0, 3, 3, 0] * 9,
 }
 
 
@@ -242,7 +243,7 @@ def check_attention(
     stored = reference.store(*before, *kv, *where)
     for pages, wanted in zip(pool, stored, strict=True):
         assert pages.dtype == wanted.dtype
-        np.testing.assert_array_equal(*(np.asarray(x).view(np.uint8) for x in (pages, wanted)))
+        np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (pages, wanted)))
     first, second = (np.asarray(y, np.float32) for y in (first, second))
     is_real_T = np.asarray(case["position_T"]) >= 0
     assert (first[~is_real_T] == 0).all()
@@ -264,6 +265,7 @@ def make_turns(rng: np.random.Generator, tokens: int, head_dim: int) -> dict[str
 
 
 TURNS = ("rope", "rope and norm", "temperature", "all")
+TURNED = [*(("fp8", turn) for turn in TURNS), ("bfloat16", "all"), ("int4", "all")]
 
 
 def check_turn(

@@ -78,9 +78,8 @@ def test_in_one_launch_tokens_keep_their_order_as_the_definition_does():
     laws.check_order(assign_at_once, 8, experts=16, leading=1)
 
 
-@pytest.mark.parametrize("form", laws.FORMATS)
-@pytest.mark.parametrize("turn", laws.TURNS)
-def test_heads_of_scout_that_are_turned_equal_their_definition(kernels, turn, form):
+@pytest.mark.parametrize("form, turn", laws.TURNED)
+def test_heads_of_scout_that_are_turned_equal_their_definition(kernels, form, turn):
     laws.check_turn(kernels, form, turn, 3, SCOUT, is_prompt=False)
 
 

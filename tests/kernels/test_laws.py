@@ -61,13 +61,11 @@ def test_attention_to_halves_of_long_pages_equals_its_definition(kernels, form, 
     laws.check_attention(kernels, form, laws.make_contexts(sizes.page)[context], sizes)
 
 
-@pytest.mark.parametrize("form", laws.FORMATS)
-@pytest.mark.parametrize("turn", laws.TURNS)
-def test_heads_that_are_turned_equal_their_definition(kernels, turn, form):
+@pytest.mark.parametrize("form, turn", laws.TURNED)
+def test_heads_that_are_turned_equal_their_definition(kernels, form, turn):
     laws.check_turn(kernels, form, turn, 3, SIZES, is_prompt=False)
 
 
-@pytest.mark.parametrize("form", ["bfloat16", "fp8"])
-def test_heads_of_a_prompt_equal_their_definition(kernels, form):
+def test_heads_of_a_prompt_equal_their_definition(kernels):
     # Longer than what is few to a dense product, which leaves scales of columns over then.
-    laws.check_turn(kernels, form, "all", 130, SIZES, is_prompt=True)
+    laws.check_turn(kernels, "fp8", "all", 130, SIZES, is_prompt=True)
