@@ -99,21 +99,19 @@ def make_run(
     scales = () if is_wide else (jnp.ones((*shape[:2], *groups), jnp.float32),)
     expert_T = jnp.asarray(np.random.default_rng(0).integers(0, experts, tokens), jnp.int32)
     where = assign_slots(expert_T, experts, slots)
-    blocks = len(where.expert_I)
-    x_SU = jax.random.normal(key, (blocks * slots, columns), jnp.float32)
-    x_SU = x_SU.astype(jnp.bfloat16 if is_int4 else dtype)
-    size = {"blocks": blocks, "slots": slots}
+    x_ITU = jax.random.normal(key, (where.expert_I.shape[0], slots, columns), jnp.float32)
+    x_ITU = x_ITU.astype(jnp.bfloat16 if is_int4 else dtype)
 
     @jax.jit
-    def run(x_SU: Any, weights: Any, scales: Any) -> list[jax.Array]:
+    def run(x_ITU: Any, weights: Any, scales: Any) -> list[jax.Array]:
         matrices = [(where.expert_I + turn) % STACKED for turn in range(TURNS)]
-        options: Any = {**size, "tiles": tiles, "dtype": jnp.bfloat16, "sms": sms}
+        options: Any = {"tiles": tiles, "dtype": jnp.bfloat16, "sms": sms}
         return [
-            multiply_blocks(x_SU, weights, scales, matrix_I, where.count, **options)
+            multiply_blocks(x_ITU, weights, scales, matrix_I, where.count, **options)
             for matrix_I in matrices
         ]
 
-    return lambda: run(x_SU, weights, scales)
+    return lambda: run(x_ITU, weights, scales)
 
 
 def measure(run: Any, repeats: int = 5) -> float:

@@ -62,57 +62,47 @@ class Tiles:
     is_held: bool = False
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        *("blocks", "slots", "tiles", "dtype", "sms", "leading", "skips_leading", "interpret"),
-    ),
-)
+@functools.partial(jax.jit, static_argnames=("tiles", "dtype", "sms", "leading", "interpret"))
 def multiply_blocks(
-    x_SU: Array,
+    x_ITU: Array,
     weights: tuple[Array, ...],
     scales: tuple[Array, ...],
     expert_I: Array,
     count: Array,
     *,
-    blocks: int,
-    slots: int,
     tiles: Tiles,
     dtype: Any,
     sms: int,
     leading: int = 0,
-    skips_leading: bool = False,
     interpret: Any = None,
 ) -> Array:
     """Each block times the matrix of its expert.
 
     Args:
-        x_SU: the blocks, one behind the other: e4m3 where the weights are, else bfloat16; where
-            they are int4, with its columns permuted. Whatever lies behind them is left alone.
+        x_ITU: the blocks: e4m3 where the weights are, else bfloat16; where they are int4, with its
+            columns permuted.
         weights: stacks [E, O, U] of matrices, bfloat16, e4m3 or int4 all.
         scales: float32 stacks of their scales: of e4m3 [E, O], of int4 [E, O, L] with one for each
             128 columns; of bfloat16 none.
         expert_I: int32 expert of each block, counted through the stacks; of those behind the
             leading ones.
         count: int32 [1], how many blocks are multiplied; what the others give is undefined.
-        blocks: there is room for.
-        slots: of each.
         tiles: how to cut.
         dtype: of the result; what is summed is float32.
         sms: multiprocessors of the device.
         leading: the first blocks, which all want the last matrix of all.
-        skips_leading: whether these are left out, and undefined, though they count.
         interpret: what `pallas` interprets the kernel with, where there is no such device.
 
     Returns:
         [splits, I * T, O]: parts, to be added up; what the tokens are scaled by they are not.
     """
+    blocks, slots, columns = x_ITU.shape
+    x_SU = x_ITU.reshape(blocks * slots, columns)
     if weights[0].dtype == jnp.int4 and (missing := -scales[0].shape[2] % SCALES):
         scales = tuple(jnp.pad(scale, ((0, 0), (0, 0), (0, missing))) for scale in scales)
     case = x_SU, weights, scales, expert_I, count
     how: Any = dict(tiles=tiles, dtype=dtype, sms=sms, leading=leading, interpret=interpret)
-    skipped = leading if skips_leading else 0
-    (out,) = _launch(*case, blocks=blocks, slots=slots, skipped=skipped, **how)
+    (out,) = _launch(*case, blocks=blocks, slots=slots, **how)
     return out
 
 
@@ -163,7 +153,6 @@ def _launch(
     dtype: Any,
     sms: int,
     leading: int,
-    skipped: int = 0,
     interpret: Any,
 ) -> Any:
     """The kernel; x is the tokens themselves if the tiles say that they are held."""
@@ -195,7 +184,7 @@ def _launch(
         inputs = len(weights) + len(scales)
         matrices, (out, *x_scale) = others[: len(stacks)], others[inputs:]
         scale_refs = others[len(stacks) : inputs] or [None] * len(stacks)
-        warpgroup, live = lax.axis_index("warpgroup"), counts[0] - skipped
+        warpgroup, live = lax.axis_index("warpgroup"), counts[0]
         share = functools.partial(
             plgpu.nd_loop, (live * (row_tiles * tiles.splits),), collective_axes="sm"
         )
@@ -212,8 +201,7 @@ def _launch(
             band = lax.div(at, row_tiles * tiles.width)  # blocks side by side
             within = lax.rem(at, row_tiles * tiles.width)
             width = jnp.minimum(tiles.width, live - band * tiles.width)
-            block = skipped + band * tiles.width + lax.rem(within, width)
-            return block, lax.div(within, width), split
+            return band * tiles.width + lax.rem(within, width), lax.div(within, width), split
 
         @pl.when(warpgroup == multipliers)
         def _copy() -> None:

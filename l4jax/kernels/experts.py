@@ -3,7 +3,6 @@ block."""
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +53,8 @@ class Experts:
         if experts == 1 and tokens > FEW and gate_T is None:
             return self._run_one(x_TD, up_EOD, down_EDF)
         where = self.products.assign(expert_T, experts, plans[0])
-        found = self.products.multiply_tokens(x_TD, (up_EOD,), where, plans[0])
-        return self._finish(*found, where, (down_EDF,), plans[1], gate_T).astype(x_TD.dtype)
+        y_TD = self._run_slots(x_TD, where, (up_EOD,), (down_EDF,), plans, gate_T)
+        return y_TD.astype(x_TD.dtype)
 
     def mix(
         self,
@@ -72,50 +71,21 @@ class Experts:
         tokens, (experts, _, hidden, _) = x_TD.shape[0], gate_up_EcFD.shape
         shared = jax.tree.map(lambda w: w[None], (shared_gate_up_cFD, shared_down_DF))
         ups = tuple(stack(w, w.shape[0], 2 * hidden) for w in (gate_up_EcFD, shared[0]))
-        downs, form = (down_EDF, shared[1]), get_data(gate_up_EcFD).dtype
-        plans = self._plan(ups[0], down_EDF, tokens, has_shared=tokens <= _MIXED)
+        downs = (down_EDF, shared[1])
+        plans = self._plan(ups[0], down_EDF, tokens, has_shared=True)
+        formats_found = {get_data(w).dtype for w in (*ups, *downs)}
         if (
             plans is None
-            or any(get_data(w).dtype != form for w in (*ups, *downs))
-            or tokens > (plans[0].slots if form == jnp.int4 else FEW if form == FP8 else _MIXED)
+            or len(formats_found) > 1
+            or tokens > (plans[0].slots if jnp.dtype(jnp.int4) in formats_found else _MIXED)
             or x_TD.dtype != jnp.bfloat16
         ):
             shared_TD = self.run(x_TD, jnp.zeros_like(expert_T), *shared)
             return shared_TD + self.run(x_TD, expert_T, gate_up_EcFD, down_EDF, gate_T)
         leading = -(-tokens // plans[0].slots)
         where = self.products.assign(expert_T, experts, plans[0], leading)
-        if tokens > _MIXED:
-            up, down = (dataclasses.replace(p, blocks=leading + p.blocks) for p in plans)
-            y_TD = self._mix_apart(x_TD, where, ups, downs, (up, down), gate_T, leading)
-        else:
-            found = self.products.multiply_tokens(x_TD, ups, where, plans[0], leading)
-            y_TD = self._finish(*found, where, downs, plans[1], gate_T, leading)
+        y_TD = self._run_slots(x_TD, where, ups, downs, plans, gate_T, leading=leading)
         return y_TD.astype(x_TD.dtype)
-
-    def _mix_apart(
-        self,
-        x_TD: Array,
-        where: Slots,
-        ups: tuple[Weight, ...],
-        downs: tuple[Weight, ...],
-        plans: tuple[Plan, Plan],
-        gate_T: Array,
-        leading: int,
-    ) -> Array:
-        """[T, D] float32 of tokens that are rounded once, to e4m3. The shared expert takes them
-        from the leading slots, as a block of its own size; the others leave these out."""
-        products, tokens = self.products, len(x_TD)
-        x_SU, x_scale_T = products.place(x_TD, where, plans[0], leading)
-        plans_alone = self._plan(ups[1], downs[1], tokens)
-        assert plans_alone is not None
-        alone = products.assign(jnp.zeros(tokens, jnp.int32), 1, plans_alone[0])
-        parts_PSO = products.multiply_slots(x_SU, ups[1:], alone, plans_alone[0])
-        shared_TD = self._finish(parts_PSO, x_scale_T, alone, downs[1:], plans_alone[1], None)
-        skip: Any = {"leading": leading, "skips_leading": True}
-        parts_PSO = products.multiply_slots(x_SU, ups[:1], where, plans[0], **skip)
-        return shared_TD + self._finish(
-            parts_PSO, x_scale_T, where, downs[:1], plans[1], gate_T, **skip
-        )
 
     def _plan(
         self, up_EOD: Weight, down_EDF: Weight, tokens: int, *, has_shared: bool = False
@@ -126,48 +96,40 @@ class Experts:
         down = self.products.plan(down_EDF, tokens, has_shared=has_shared, is_held=False)
         return None if up is None or down is None else (up, down)
 
-    def _finish(
+    def _run_slots(
         self,
-        parts_PSO: Array,
-        x_scale_T: Array | None,
+        x_TD: Array,
         where: Slots,
+        ups: tuple[Weight, ...],
         downs: tuple[Weight, ...],
-        plan: Plan,
+        plans: tuple[Plan, Plan],
         gate_T: Array | None,
-        leading: int = 0,
         *,
-        skips_leading: bool = False,
+        leading: int = 0,
     ) -> Array:
-        """[T, D] float32 of what the first product gave to the tokens' slots. The leading blocks,
-        if they are not skipped, are the shared expert's: no gate scales them, and what it gives is
-        added."""
-        tokens, dtype, interpret = (
-            len(where.slot_T),
-            get_data(downs[0]).dtype,
-            self.products.interpret,
-        )
-        has_leading = leading > 0 and not skips_leading
-        if dtype == jnp.int4 and x_scale_T is None and tokens <= FEW:
+        """[T, D] float32 of tokens through their experts, counted through the stacks; the leading
+        blocks are the shared expert's, which no gate scales, and what it gives is added."""
+        parts_PSO, x_scale_T = self.products.multiply_tokens(x_TD, ups, where, plans[0], leading)
+        dtype = get_data(downs[0]).dtype
+        if dtype == jnp.int4 and x_scale_T is None and len(x_TD) <= FEW:
             # Not in a kernel of ours: XLA changes the order of their columns in the same launch.
-            hidden_SF = _activate(parts_PSO, where, gate_T, leading * plan.slots)
+            hidden_SF = _activate(parts_PSO, where, gate_T, leading * plans[0].slots)
             hidden_scale_S = None
         else:
-            is_in_order = is_alone(downs) and tokens == parts_PSO.shape[1]
+            is_in_order = is_alone(ups) and len(x_TD) == parts_PSO.shape[1]
             hidden = activate_rows(
                 parts_PSO,
                 x_scale_T,
                 gate_T,
                 slot_T=None if is_in_order else where.slot_T,
-                has_leading=has_leading,
+                has_leading=leading > 0,
                 is_rounded=dtype == FP8,
-                interpret=interpret,
+                interpret=self.products.interpret,
             )
             hidden_SF, hidden_scale_S = hidden if dtype == FP8 else (hidden, None)
             if dtype == jnp.int4:
                 hidden_SF = permute_columns(hidden_SF)
-        parts_PSD = self.products.multiply_slots(
-            hidden_SF, downs, where, plan, leading, skips_leading=skips_leading
-        )
+        parts_PSD = self.products.multiply_slots(hidden_SF, downs, where, plans[1], leading)
 
         def take(slot_T: Array) -> Array:
             # One by one: more of them than a few XLA would add up in a launch of their own.
@@ -176,7 +138,7 @@ class Experts:
             return y_TD if hidden_scale_S is None else y_TD * hidden_scale_S[slot_T][:, None]
 
         y_TD = take(where.slot_T)
-        return take(jnp.arange(tokens)) + y_TD if has_leading else y_TD
+        return take(jnp.arange(len(x_TD))) + y_TD if leading else y_TD
 
     def _run_one(self, x_TD: Array, up_EOD: Weight, down_EDF: Weight) -> Array:
         """Many tokens through one expert: the library's products are the fastest."""

@@ -99,7 +99,7 @@ def _attend_each(
     plan = TilePlan(row_T, at_T * heads, position_T - at_T, position_T, position_T, full)
     out, softmax = run(x_TKUH, *pool, plan, heads=heads, splits=splits)
     if splits == 1:
-        return out
+        return out[:, :, :heads]
     joined = join_rows(out, *softmax, heads=heads, interpret=run.keywords["interpret"])
     return joined.reshape(tokens, kv_heads, heads, head_dim)
 
@@ -203,9 +203,9 @@ def _attend_tiles(
         sms, interpret: as for `attend`.
 
     Returns:
-        [I, K, U, H] like the queries or, of tiles of one token each, [I, K, G, H]; of more than one
-        split [splits, I, K, U, H] float32, not yet divided by the total weight. And the softmax's
-        peak and total, [splits, I, K, U] float32, undefined where there is one split.
+        [I, K, U, H] like the queries; of more than one split, [splits, I, K, U, H] float32, not yet
+        divided by the total weight. And the softmax's peak and total, [splits, I, K, U] float32,
+        undefined where there is one split.
     """
     (tiles,), (kv_heads, page, head_dim) = plan.row_I.shape, k_PKZH.shape[1:]
     height, out_dtype = size or q.shape[2], q.dtype
@@ -213,10 +213,7 @@ def _attend_tiles(
     dtype = jnp.float16 if is_narrow else out_dtype  # of what is multiplied
     q = q.astype(dtype)
     groups = -(-height // _ROWS)  # warpgroups that share a tile
-    kept = height // groups  # rows of each that are read
-    # Of one token no more is written than is wanted: from memory that is not tiled, since of tiles
-    # whole blocks are.
-    written = heads if splits == 1 and not size else kept
+    kept = height // groups  # rows of each that are read and written
     # In a decode step that fills the device, kv heads of a tile side by side, a warpgroup for each,
     # so that one of them works while the other waits: they have the same pages.
     side = 2 if groups == splits == 1 and kv_heads % 2 == 0 else 1
@@ -416,8 +413,8 @@ def _attend_tiles(
                 out_smem[warpgroup] = sum_UH.astype(out_dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(
-                    out_smem.at[warpgroup, pl.ds(0, written)],
-                    out.at[split, tile, head + own, pl.ds(part * written, written)],
+                    out_smem.at[warpgroup, pl.ds(0, kept)],
+                    out.at[split, tile, head + own, pl.ds(part * kept, kept)],
                 )
                 if is_split:
                     for at, to in enumerate((peaks, totals)):
@@ -433,7 +430,7 @@ def _attend_tiles(
     kernel = plgpu.kernel(
         pages_body,
         out_type=[
-            jax.ShapeDtypeStruct((splits, tiles, kv_heads, groups * written, head_dim), out_dtype),
+            jax.ShapeDtypeStruct((splits, tiles, kv_heads, height, head_dim), out_dtype),
             softmax,
             softmax,
         ],
@@ -445,9 +442,7 @@ def _attend_tiles(
             q_smem=_allocate((2, computing * _ROWS, head_dim), dtype),
             k_smem=_allocate((stages * side, span, head_dim), k_PKZH.dtype),
             v_smem=_allocate((stages * side, span, head_dim), v_PKZH.dtype),
-            out_smem=(_allocate if written % _BLOCK == 0 else plgpu.SMEM)(
-                (computing, _ROWS, head_dim), out_dtype
-            ),
+            out_smem=_allocate((computing, _ROWS, head_dim), out_dtype),
             softmax_smem=plgpu.SMEM((computing, 2, _ROWS if is_split else 1), jnp.float32),
             q_full=plgpu.Barrier(num_arrivals=side, num_barriers=2),
             q_free=plgpu.Barrier(num_arrivals=computing, num_barriers=2),

@@ -150,47 +150,33 @@ class Products:
         if plan.tiles.is_held:
             operands, options = _list_operands(weights, where), self._list_options(plan, leading)
             return multiply_held(x_TU, *operands, slots=plan.slots, **options)
-        x_SU, scale_T = self.place(
-            x_TU, where, plan, leading, get_data(weights[0]).dtype, is_in_order=is_alone(weights)
-        )
+        is_in_order = is_alone(weights)
+        slots, scale_T = plan.blocks * plan.slots, None
+        if get_data(weights[0]).dtype == FP8:
+            x_SU, scale_T = round_rows(
+                x_TU,
+                None if is_in_order else where.slot_T,
+                slots=slots,
+                has_leading=leading > 0,
+                interpret=self.interpret,
+            )
+        else:
+            x_SU = (
+                jnp.pad(x_TU, ((0, slots - len(x_TU)), (0, 0)))
+                if is_in_order
+                else x_TU[where.token_S]
+            )
+            if get_data(weights[0]).dtype == jnp.int4:
+                x_SU = permute_columns(x_SU)
         return self.multiply_slots(x_SU, weights, where, plan, leading), scale_T
 
-    def place(
-        self,
-        x_TU: Array,
-        where: Slots,
-        plan: Plan,
-        leading: int,
-        dtype: Any = FP8,
-        *,
-        is_in_order: bool = False,
-    ) -> tuple[Array, Array | None]:
-        """Tokens in their slots, as weights of a dtype want them; and their scales in fp8."""
-        slots = plan.blocks * plan.slots
-        if dtype == FP8:
-            slot_T = None if is_in_order else where.slot_T
-            places: Any = {"slots": slots, "has_leading": leading > 0}
-            return round_rows(x_TU, slot_T, **places, interpret=self.interpret)
-        if is_in_order:
-            x_SU = jnp.pad(x_TU, ((0, slots - len(x_TU)), (0, 0)))
-        else:
-            x_SU = x_TU[where.token_S]
-        return (permute_columns(x_SU) if dtype == jnp.int4 else x_SU), None
-
     def multiply_slots(
-        self,
-        x_SU: Array,
-        weights: tuple[Weight, ...],
-        where: Slots,
-        plan: Plan,
-        leading: int = 0,
-        *,
-        skips_leading: bool = False,
+        self, x_SU: Array, weights: tuple[Weight, ...], where: Slots, plan: Plan, leading: int = 0
     ) -> Array:
         """[P, S, O]: parts, to be added up; not yet scaled as the tokens are."""
-        options = {**self._list_options(plan, leading), "skips_leading": skips_leading}
-        size = {"blocks": plan.blocks, "slots": plan.slots}
-        return multiply_blocks(x_SU, *_list_operands(weights, where), **size, **options)
+        x_ITU = x_SU.reshape(plan.blocks, plan.slots, -1)
+        operands = _list_operands(weights, where)
+        return multiply_blocks(x_ITU, *operands, **self._list_options(plan, leading))
 
     def _list_options(self, plan: Plan, leading: int) -> dict[str, Any]:
         return {
