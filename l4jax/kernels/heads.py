@@ -78,17 +78,17 @@ def place_heads(
         *to, out = refs[len(operands) :]
         token, head = lax.axis_index("token"), lax.axis_index("head")
         shape = (_BLOCK, head_dim)
-        at = of["position"][token]  # under way while the rows are turned
-        column = jnp.clip(lax.div(at, page), 0, table_RB.shape[1] - 1)
-        found = of["table"][of["row"][token], column]
+        position = of["position"][token]  # under way, as the page is, while the rows are turned
+        column = jnp.clip(lax.div(position, page), 0, table_RB.shape[1] - 1)
+        place = of["table"][of["row"][token], column]
 
         def find_rows(first: int) -> Array:
             """Eight rows, rounded wherever the definition rounds."""
             at = first + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=EIGHT_ROWS)
 
             def read(row: int) -> Array:
-                found = (load_row(x.at[p, token, head, row]) for p in range(parts))
-                row_H = functools.reduce(jnp.add, (part_H.astype(jnp.float32) for part_H in found))
+                each = [load_row(x.at[p, token, head, row]) for p in range(parts)]
+                row_H = functools.reduce(jnp.add, (part_H.astype(jnp.float32) for part_H in each))
                 return row_H * load_row(of["columns"].at[head, row]) if "columns" in of else row_H
 
             wide = stack_rows([read(row) for row in range(first, min(first + _BLOCK, rows))])
@@ -114,11 +114,10 @@ def place_heads(
             out[token, head, pl.ds(first, _BLOCK)] = wide.astype(jnp.bfloat16)
             rows_smem[pl.ds(first, _BLOCK)] = wide
 
-        @pl.when((at >= 0) & (found >= 0) & (found < pages))
+        @pl.when((position >= 0) & (place >= 0) & (place < pages))
         def _() -> None:
-            for place, pool in enumerate(to):
-                row_H = rows_smem[key + place]
-                pool[found, head, lax.rem(at, page)] = narrow(row_H, pool.dtype)
+            for row, pool in enumerate(to, key):
+                pool[place, head, lax.rem(position, page)] = narrow(rows_smem[row], pool.dtype)
 
     kernel = plgpu.kernel(
         place_body,

@@ -232,7 +232,10 @@ def check_attention(
     which nothing else changes; attention equals its definition, and gives zeros to padding."""
     case = make_pages(np.random.default_rng(2), *rows, sizes, PAGES[form])
     q_TKGH, *kv = (case.pop(name) for name in ("q_TKGH", "k_TKH", "v_TKH"))
-    before, where = list(case.values())[:2], list(case.values())[2:]
+    before, where = (
+        [case[name] for name in names.split()]
+        for names in ("k_PKZH v_PKZH", "table_RB row_T position_T")
+    )
     # Heads that a projection gives back as they came.
     x_TKJH = jnp.concatenate([q_TKGH, *(x_TKH[:, :, None] for x_TKH in kv)], axis=2)
     (tokens, *shape), width = x_TKJH.shape, x_TKJH[0].size
