@@ -67,9 +67,9 @@ def test_attention_of_scout_equals_its_definition(kernels, form, context):
     laws.check_attention(kernels, form, CONTEXTS[context], SCOUT)
 
 
-@pytest.mark.parametrize("choice", ["one token", "all experts", "as many as are held"])
-def test_experts_as_wide_as_scout_equal_their_definition(kernels, choice):
-    laws.check_experts(kernels, "fp8", laws.CHOICES[choice], dataclasses.replace(SCOUT, hidden=512))
+@pytest.mark.parametrize("choice", laws.HELD)
+def test_experts_of_tokens_that_are_held_equal_their_definition(kernels, choice):
+    laws.check_experts(kernels, "fp8", laws.HELD[choice], dataclasses.replace(SCOUT, hidden=512))
 
 
 def test_in_one_launch_tokens_keep_their_order_as_the_definition_does():

@@ -37,7 +37,20 @@ def test_experts_equal_their_definition(kernels, form, choice):
     laws.check_experts(kernels, form, laws.CHOICES[choice], SIZES)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 8, 13])
+def test_experts_of_as_many_tokens_as_are_held_equal_their_definition(kernels):
+    laws.check_experts(kernels, "fp8", laws.HELD["as many as are held"], SIZES)
+
+
+def test_experts_of_more_tokens_than_run_beside_the_shared_one_equal_their_definition(kernels):
+    laws.check_experts(kernels, "fp8", [1] * 3 + [0, 3, 3, 0] * 9, SIZES)
+
+
+@pytest.mark.parametrize("tokens", [3, 8])
+def test_products_of_tokens_that_are_held_equal_their_definition(kernels, tokens):
+    laws.check_products(kernels, "fp8", tokens, SIZES)
+
+
+@pytest.mark.parametrize("tokens", [1, 13])
 @pytest.mark.parametrize("form", laws.FORMATS)
 def test_products_equal_their_definition(kernels, form, tokens):
     laws.check_products(kernels, form, tokens, SIZES)
@@ -54,11 +67,10 @@ def test_attention_equals_its_definition(kernels, form, context):
     laws.check_attention(kernels, form, laws.make_contexts(SIZES.page)[context], SIZES)
 
 
-@pytest.mark.parametrize("context", ["decode", "mixed"])
 @pytest.mark.parametrize("form", laws.PAGES)
-def test_attention_to_halves_of_long_pages_equals_its_definition(kernels, form, context):
+def test_attention_to_halves_of_long_pages_equals_its_definition(kernels, form):
     sizes = dataclasses.replace(SIZES, page=128)
-    laws.check_attention(kernels, form, laws.make_contexts(sizes.page)[context], sizes)
+    laws.check_attention(kernels, form, laws.make_contexts(sizes.page)["decode"], sizes)
 
 
 @pytest.mark.parametrize("form, turn", laws.TURNED)
@@ -68,4 +80,5 @@ def test_heads_that_are_turned_equal_their_definition(kernels, form, turn):
 
 def test_heads_of_a_prompt_equal_their_definition(kernels):
     # Longer than what is few to a dense product, which leaves scales of columns over then.
-    laws.check_turn(kernels, "fp8", "all", 130, SIZES, is_prompt=True)
+    sizes = dataclasses.replace(SIZES, kv_heads=1)
+    laws.check_turn(kernels, "fp8", "all", 130, sizes, is_prompt=True)
