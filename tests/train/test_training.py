@@ -332,7 +332,11 @@ def test_bfloat16_computes_about_the_same_and_leaves_weights_in_float32():
         assert {leaf.dtype for leaf in jax.tree.leaves(now.params)} == {jnp.dtype("float32")}
         found.append((float(notes["loss"]), float(notes["norm"])))
     assert found[0] != found[1]
-    np.testing.assert_allclose(found[1], found[0], rtol=0.05)
+    (loss, norm), (wide_loss, wide_norm) = found[1], found[0]
+    np.testing.assert_allclose(loss, wide_loss, rtol=0.01)
+    # Where XLA rounds the first gradients, which are large, depends on its version: with jax 0.12
+    # their norm is 6 to 7 % off.
+    np.testing.assert_allclose(norm, wide_norm, rtol=0.1)
 
 
 def test_white_paper_begins_as_nothing_and_ink_does_not():
