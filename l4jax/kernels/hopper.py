@@ -72,7 +72,8 @@ class Hopper:
         """`reference.attend`."""
         where, shape = (table_RB, row_T, position_T), qkv_KJHD.shape[:3]
         if not pages.is_supported(x_TD.dtype, shape[1], k_PKZH) or isinstance(qkv_KJHD, Adapted):
-            return portable.attend(x_TD, qkv_KJHD, turn, k_PKZH, v_PKZH, *where)
+            case = (x_TD, qkv_KJHD, turn, k_PKZH, v_PKZH, *where)
+            return portable.attend(*case, multiply=self.multiply)
         qkv = self._products.multiply_rows(x_TD, qkv_KJHD, math.prod(shape))
         x_TKUH, k_PKZH, v_PKZH = place_heads(
             qkv.parts_PSO.reshape(*qkv.parts_PSO.shape[:2], *shape),
@@ -86,6 +87,4 @@ class Hopper:
         )
         how: Any = {"heads": shape[1] - 2, "sms": self.sms, "interpret": self.interpret}
         y_TKGH = pages.attend(x_TKUH, k_PKZH, v_PKZH, *where, **how)
-        if turn.scales is not None:
-            y_TKGH = y_TKGH * turn.scales[1].astype(y_TKGH.dtype)
-        return y_TKGH, k_PKZH, v_PKZH
+        return turn.restore(y_TKGH), k_PKZH, v_PKZH

@@ -19,7 +19,7 @@ from l4jax.kernels.tiles import Tiles, choose_slots, choose_tiles
 FEW = 128  # tokens up to which a dense product is bound by reading its weights
 _HELD = 8  # tokens up to which products in fp8 round them themselves: a launch less for each
 _TALL = 8  # rows to a column of a bfloat16 matrix, as of the head, that is better read by us
-LAST = (((1,), (1,)), ((), ()))  # both sides are summed over their last axis
+_LAST = (((1,), (1,)), ((), ()))  # both sides are summed over their last axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Products:
         if not isinstance(weight, Quantized) and not is_tall:
             # In two axes each: of more that are summed over XLA writes the whole weight down anew,
             # transposed, in each step.
-            return Parts(lax.dot_general(x_TU, weight.reshape(rows, -1), LAST)[None])
+            return Parts(lax.dot_general(x_TU, weight.reshape(rows, -1), _LAST)[None])
         weight_EOU = stack(weight, 1, rows)
         plan = self.plan(weight_EOU, tokens)
         if plan is None or tokens > FEW:
@@ -117,7 +117,7 @@ class Products:
         """How to multiply tokens by the matrices of experts, and by one that all share; None where
         the kernel cannot. Few tokens are held, unless they are not the same to each expert."""
         data, (experts, rows, columns) = get_data(weight_EOU), weight_EOU.shape
-        if data.dtype == jnp.int4 and columns != get_scale(weight_EOU).shape[-1] * GROUP:
+        if data.dtype == jnp.int4 and columns != _get_scale(weight_EOU).shape[-1] * GROUP:
             return None
         slots = choose_slots(tokens, experts)
         blocks = count_blocks(tokens, experts, slots)
@@ -192,7 +192,7 @@ def get_data(weight: Weight) -> Array:
     return weight.data if isinstance(weight, Quantized) else weight
 
 
-def get_scale(weight: Weight) -> Array:
+def _get_scale(weight: Weight) -> Array:
     assert isinstance(weight, Quantized)
     return weight.scale.astype(jnp.float32)
 
@@ -204,7 +204,7 @@ def is_alone(weights: tuple[Weight, ...]) -> bool:
 
 def _list_operands(weights: tuple[Weight, ...], where: Slots) -> tuple[Any, ...]:
     """What the kernels over blocks take behind the tokens."""
-    scales = tuple(map(get_scale, weights)) if isinstance(weights[0], Quantized) else ()
+    scales = tuple(map(_get_scale, weights)) if isinstance(weights[0], Quantized) else ()
     return tuple(map(get_data, weights)), scales, where.expert_I, where.count
 
 
@@ -221,6 +221,8 @@ def multiply_by_xla(x_TU: Array, x_scale_T: Array | None, weight_EOU: Weight) ->
     """Many tokens times one matrix, by the library: e4m3 times e4m3; int4 is made wide first."""
     if x_scale_T is None:
         wide_OU = formats.dequantize(weight_EOU, x_TU.dtype)[0]
-        return Parts(lax.dot_general(x_TU, wide_OU, LAST)[None])
-    y_TO = lax.dot_general(x_TU, get_data(weight_EOU)[0], LAST, preferred_element_type=jnp.bfloat16)
-    return Parts(y_TO[None], x_scale_T, get_scale(weight_EOU)[0])
+        return Parts(lax.dot_general(x_TU, wide_OU, _LAST)[None])
+    y_TO = lax.dot_general(
+        x_TU, get_data(weight_EOU)[0], _LAST, preferred_element_type=jnp.bfloat16
+    )
+    return Parts(y_TO[None], x_scale_T, _get_scale(weight_EOU)[0])

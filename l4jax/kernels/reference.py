@@ -50,6 +50,10 @@ class Turn:
     factor_T: Any = None
     scales: Any = None
 
+    def restore(self, y_TKGH: Array) -> Array:
+        """What attended to values that were divided, multiplied."""
+        return y_TKGH if self.scales is None else y_TKGH * self.scales[1].astype(y_TKGH.dtype)
+
 
 def rotate(x_H: Array, angle_H: Array | np.ndarray) -> Array:
     """Turn each pair of neighbors (2i, 2i+1) of the last axis, [..., H], in float32, by angles that
@@ -62,13 +66,16 @@ def rotate(x_H: Array, angle_H: Array | np.ndarray) -> Array:
     return turned_H2.reshape(x_H.shape).astype(x_H.dtype)
 
 
-def project_heads(x_TD: Array, qkv_KJHD: Weight, turn: Turn) -> tuple[Array, Array, Array]:
+def project_heads(
+    x_TD: Array, qkv_KJHD: Weight, turn: Turn, *, multiply: Callable[..., Array] = multiply
+) -> tuple[Array, Array, Array]:
     """The queries [T, K, G, H], keys and values [T, K, H] of tokens, as they meet.
 
     Args:
         x_TD: the tokens.
         qkv_KJHD: of each kv head the G queries, the key and the value, in any format.
         turn: what happens to them.
+        multiply: what projects, with the signature of `formats.multiply`.
     """
     qkv_TKJH = multiply("TD,KJHD->TKJH", x_TD, qkv_KJHD)
     qk_TKJH, v_TKH = qkv_TKJH[:, :, :-1], qkv_TKJH[:, :, -1]
@@ -163,23 +170,23 @@ def attend(
     position_T: Array,
     *,
     read: Callable[..., Array] = attend_pages,
+    multiply: Callable[..., Array] = multiply,
 ) -> tuple[Array, Array, Array]:
     """Find this step's heads, store its keys and values, then attend: see `project_heads`, `store`
     and `attend_pages`.
 
     Args:
         read: what attends, with the signature of `attend_pages`; the others are for these.
+        multiply: as for `project_heads`.
 
     Returns:
         What `attend_pages` returns, and the pool's arrays with the writes done.
     """
     where = (table_RB, row_T, position_T)
-    q_TKGH, k_TKH, v_TKH = project_heads(x_TD, qkv_KJHD, turn)
+    q_TKGH, k_TKH, v_TKH = project_heads(x_TD, qkv_KJHD, turn, multiply=multiply)
     k_PKZH, v_PKZH = store(k_PKZH, v_PKZH, k_TKH, v_TKH, *where)
     y_TKGH = read(q_TKGH, k_PKZH, v_PKZH, *where)
-    if turn.scales is not None:
-        y_TKGH = y_TKGH * turn.scales[1].astype(y_TKGH.dtype)
-    return y_TKGH, k_PKZH, v_PKZH
+    return turn.restore(y_TKGH), k_PKZH, v_PKZH
 
 
 def attend_all(q_IPNH: Array, k_IPNH: Array, v_IPNH: Array) -> Array:

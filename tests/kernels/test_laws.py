@@ -67,10 +67,11 @@ def test_attention_equals_its_definition(kernels, form, context):
     laws.check_attention(kernels, form, laws.make_contexts(SIZES.page)[context], SIZES)
 
 
+@pytest.mark.parametrize("context", ["decode", "mixed"])
 @pytest.mark.parametrize("form", laws.PAGES)
-def test_attention_to_halves_of_long_pages_equals_its_definition(kernels, form):
+def test_attention_to_halves_of_long_pages_equals_its_definition(kernels, form, context):
     sizes = dataclasses.replace(SIZES, page=128)
-    laws.check_attention(kernels, form, laws.make_contexts(sizes.page)["decode"], sizes)
+    laws.check_attention(kernels, form, laws.make_contexts(sizes.page)[context], sizes)
 
 
 @pytest.mark.parametrize("form, turn", laws.TURNED)
