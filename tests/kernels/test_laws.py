@@ -83,3 +83,8 @@ def test_heads_of_a_prompt_equal_their_definition(kernels):
     # Longer than what is few to a dense product, which leaves scales of columns over then.
     sizes = dataclasses.replace(SIZES, kv_heads=1)
     laws.check_turn(kernels, "fp8", "all", 130, sizes, is_prompt=True)
+
+
+def test_heads_on_pages_of_another_size_equal_their_definition(kernels):
+    sizes = dataclasses.replace(SIZES, page=32)  # which attention on Hopper leaves to plain XLA
+    laws.check_turn(kernels, "fp8", "all", 3, sizes, is_prompt=False)
