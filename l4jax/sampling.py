@@ -165,19 +165,38 @@ def _filter(logits_RV: Array, controls: Controls) -> Array:
     Each filter is a threshold on the logit, so that tokens of equal logit stay or go together.
     """
     vocab = logits_RV.shape[1]
-    sorted_RV = -jnp.sort(-logits_RV, axis=-1)
-    peak_R = sorted_RV[:, 0]
-    floor_R = peak_R + jnp.log(controls.min_p_R)  # log 0 is -inf: keeps all
-    last_R = jnp.where(controls.top_k_R > 0, jnp.minimum(controls.top_k_R, vocab), vocab) - 1
-    floor_R = jnp.maximum(floor_R, jnp.take_along_axis(sorted_RV, last_R[:, None], axis=-1)[:, 0])
-    kept_RV = jnp.where(sorted_RV >= floor_R[:, None], sorted_RV, -jnp.inf)
-    probability_RV = jax.nn.softmax(kept_RV, axis=-1)
-    # In order of likelihood, a token is in the nucleus while those before it do not reach top_p.
-    before_RV = jnp.cumsum(probability_RV, axis=-1) - probability_RV
-    is_inside_RV = (before_RV < controls.top_p_R[:, None]) & (kept_RV > -jnp.inf)
-    is_inside_RV = is_inside_RV.at[:, 0].set(True)
-    floor_R = jnp.where(is_inside_RV, kept_RV, jnp.inf).min(axis=-1)
-    return jnp.where(logits_RV >= floor_R[:, None], logits_RV, -jnp.inf)
+    peak_R = logits_RV.max(axis=-1)
+    k_R = jnp.where(controls.top_k_R > 0, jnp.minimum(controls.top_k_R, vocab), vocab)
+    last_R = _find_floor(logits_RV, jnp.ones_like(logits_RV), k_R)
+    floor_R = jnp.maximum(peak_R + jnp.log(controls.min_p_R), last_R)  # log 0 is -inf: keeps all
+    weight_RV = jnp.exp(logits_RV - peak_R[:, None])
+    weight_RV = jnp.where(logits_RV >= floor_R[:, None], weight_RV, 0)
+    # A token is in the nucleus while those likelier than it do not reach top_p.
+    nucleus_R = _find_floor(logits_RV, weight_RV, controls.top_p_R * weight_RV.sum(axis=-1))
+    floor_R = jnp.where(controls.top_p_R < 1, jnp.maximum(floor_R, nucleus_R), floor_R)
+    return jnp.where(logits_RV >= jnp.minimum(floor_R, peak_R)[:, None], logits_RV, -jnp.inf)
+
+
+def _find_floor(logits_RV: Array, weight_RV: Array, wanted_R: Array) -> Array:
+    """The highest logit from which on upwards the weights add up to what is wanted; -inf where not
+    even all of them do.
+
+    Found bit by bit, and not in the sorted logits: sorting a vocabulary takes several times its
+    memory, and is nothing that a CUDA graph could hold.
+    """
+    # As integers floats of either sign have the order that they have.
+    bits_RV = lax.bitcast_convert_type(logits_RV, jnp.int32)
+    key_RV = bits_RV ^ (bits_RV >> 31 & 0x7FFFFFFF)
+
+    def decide(at: Array, floor_R: Array) -> Array:
+        higher_R = floor_R ^ jnp.int32(1) << 31 - at
+        found_R = jnp.where(key_RV >= higher_R[:, None], weight_RV, 0).sum(axis=-1)
+        return jnp.where(found_R >= wanted_R, higher_R, floor_R)
+
+    lowest_R = jnp.full(len(logits_RV), jnp.iinfo(jnp.int32).min)
+    key_R = lax.fori_loop(0, 32, decide, lowest_R)
+    floor_R = lax.bitcast_convert_type(key_R ^ (key_R >> 31 & 0x7FFFFFFF), logits_RV.dtype)
+    return jnp.where(jnp.isnan(floor_R), -jnp.inf, floor_R)
 
 
 def _make_noise(seed: Array, position: Array, vocab: int) -> Array:

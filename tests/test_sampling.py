@@ -115,6 +115,24 @@ def test_top_p_counts_within_what_top_k_left():
     assert find_kept(logits, top_k=2, top_p=0.6).tolist() == [[True, True, False, False]]
 
 
+def test_a_row_that_keeps_all_keeps_the_unlikeliest_beside_rows_that_filter():
+    """Tokens so unlikely that the others add up to 1 in float32."""
+    logits = make_logits(3) * 20
+    kept = find_kept(logits, top_k=[0, 3, V], top_p=[1.0, 1.0, 0.5])
+    assert kept.sum(1)[:2].tolist() == [V, 3]
+
+
+def test_filters_take_equal_logits_together_and_nothing_of_what_is_forbidden():
+    logits = np.full((4, V), -np.inf, np.float32)
+    logits[:, :6] = [-3, 2, 2, 0, -1, 2]
+    kept = find_kept(logits, top_k=[2, 0, 0, 5], top_p=[1.0, 0.1, 1.0, 1.0], min_p=[0, 0, 0.1, 0])
+    assert [np.flatnonzero(row).tolist() for row in kept] == [
+        *([[1, 2, 5]] * 2),
+        [1, 2, 3, 5],
+        [1, 2, 3, 4, 5],
+    ]
+
+
 def test_logprobs_are_of_the_model_not_of_the_filters():
     logits = make_logits(3)
     found = draw(logits, make_controls(3, temperature=0.3, top_k=2, seed=[1, 2, 3]), logprobs=5)

@@ -22,7 +22,7 @@ def test_utilization_is_a_share_of_the_whole_accelerator(utilization, share, in_
 
 
 def test_programs_are_left_what_sampling_and_prompts_take():
-    """Of Scout the compiler said, in MiB: 1,783 for 256 rows of 2048 tokens; 678 for a prompt of
-    8192."""
-    assert count_program_bytes(SCOUT.text, rows=256, tokens=2048) > 1783 * 2**20
-    assert count_program_bytes(SCOUT.text, rows=1, tokens=8192) > 678 * 2**20
+    """Of Scout the compiler says, in MiB: 991 for 256 adjusted rows of 2048 tokens; 602 for a
+    prompt of 8192."""
+    assert count_program_bytes(SCOUT.text, rows=256, tokens=2048) > 991 * 2**20
+    assert count_program_bytes(SCOUT.text, rows=1, tokens=8192) > 602 * 2**20
