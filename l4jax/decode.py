@@ -30,6 +30,17 @@ _COMPILER_OPTIONS = {
     # A kernel of ours that takes a slice would be wrapped together with that, and the wrapping
     # forgets that the kernel writes in place: it asks for a whole array of pages beside it.
     "xla_gpu_enable_dynamic_slice_fusion": False,
+    # What may be in a CUDA graph: loops and branches beside what is by default; and of any size,
+    # since a loop counts as one thing. A step, or all of a loop's, is one graph then, that the
+    # device runs by itself. Else the host would look at each condition, and what comes next would
+    # begin when it had seen that this has ended.
+    "xla_gpu_enable_command_buffer": ",".join(
+        (
+            *("FUSION", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "DYNAMIC_SLICE_FUSION"),
+            *("CONDITIONAL", "WHILE"),
+        )
+    ),
+    "xla_gpu_graph_min_graph_size": 1,
 }
 jit = functools.partial(jax.jit, compiler_options=_COMPILER_OPTIONS)
 _SCORED_TOGETHER = 64  # tokens of a step whose logits are in memory at once
