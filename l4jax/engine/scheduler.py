@@ -1,11 +1,11 @@
 """Which tokens run next, in which pages: pure bookkeeping, no jax.
 
-Those who wait, wait in order of arrival, and are admitted when the pages of their prompt are free.
-A step takes the next token of every request that decodes, then prompt chunks, up to a budget of
-tokens. When no prompt is left to run, requests decode many steps at once; fewer while somebody
-waits, whose turn comes when one of them ends. Pages are taken as tokens come; when there are none
-left, the youngest request gives up its own, waits, and is computed again later: its tokens so far
-are kept, so nothing is lost but time. The oldest always goes on.
+Those who wait, wait in order of arrival, and are admitted when there are pages for their prompt and
+some for the answers of all. A step takes the next token of every request that decodes, then prompt
+chunks, up to a budget of tokens. When no prompt is left to run, requests decode many steps at once;
+fewer while somebody waits, whose turn comes when one of them ends. Pages are taken as tokens come;
+when there are none left, the youngest request gives up its own, waits, and is computed again later:
+its tokens so far are kept, so nothing is lost but time. The oldest always goes on.
 
 A plan counts on the plans before it: it is made before their tokens are known. Whatever the device
 runs later, it runs in that order, so pages may change hands as soon as a plan is made.
@@ -20,6 +20,7 @@ from l4jax.engine.pages import Freelist, Pages
 from l4jax.engine.request import Request
 
 _HURRY = 4  # a loop is so many times shorter while somebody waits
+_AHEAD = 2  # loops that whoever runs is left pages for before another one is admitted
 WHOLE = -1  # the group of the global layers, in the names of pages
 
 
@@ -193,14 +194,15 @@ class Scheduler:
 
     def _find_place(self, request: Request, shard: int) -> "_Place | None":
         """Where a request would begin in a shard; None if there is no room for its tokens besides
-        those of who runs there.
+        those of who runs there, and for what they all will draw next: else the last to come would
+        soon have to leave, and all that it had computed would be lost.
         """
         if not self.slots[shard].free:
             return None
-        pages = self.pages[shard]
+        pages, ahead = self.pages[shard], _AHEAD * self.limits.loop_steps
 
         def count(its: Request) -> int:
-            return self.limits.count_pages(min(its.length + 1, its.max_length))
+            return self.limits.count_pages(min(its.length + ahead, its.max_length))
 
         promised = sum(
             max(0, count(other) - self._count_owned(other))

@@ -127,6 +127,21 @@ def test_those_who_wait_are_admitted_in_order_of_arrival():
     assert order == sorted(order)
 
 
+def test_nobody_is_admitted_into_pages_that_the_next_two_loops_need():
+    """Of 18 positions a request owns 9 global pages and, of a chunk of 8, four in each group."""
+
+    def count_admitted(pages: int, answer: int) -> int:
+        engine = make_engine(make_limits(pages=pages, chunk=8, loop_steps=8))
+        for _ in range(2):
+            engine.add([1, 2], make_params(answer))
+        engine.step()
+        return len(engine.scheduler.running)
+
+    assert count_admitted(2 * 21, answer=40) == 2
+    assert count_admitted(2 * 21 - 1, answer=40) == 1  # as many as the prompts need, five times
+    assert count_admitted(2 * 8, answer=2) == 2  # whose answers are shorter than that
+
+
 def test_requests_go_to_the_shard_with_most_room():
     engine = make_engine(make_limits(shards=2))
     for number in range(4):
