@@ -3,6 +3,7 @@ by the engine, score as the portable ones do.
 """
 
 import dataclasses
+import time
 
 import jax
 import numpy as np
@@ -50,22 +51,36 @@ def test_the_fast_kernels_score_as_the_portable_ones_do(quantization):
 def test_answers_of_the_fast_kernels_score_as_the_portable_ones_score_them():
     """What several rows drew step after step, each behind what it had stored: the other kernels
     find the same log-probabilities where they read prompt and answer at once."""
-    engine = make_small("hopper", None)
-    params = SamplingParams(temperature=0.0, max_tokens=150, logprobs=0, ignore_eos=True)
-    prompts = {engine.add(ids, params): ids for ids in make_prompts()}
-    drawn: dict[int, list] = {request: [] for request in prompts}
-    answers: dict[int, list[int]] = {request: [] for request in prompts}
-    while engine.has_work:
-        for update in engine.step():
-            answers[update.request_id] += update.token_ids
-            drawn[update.request_id] += [x.chosen for x in update.logprobs or ()]
-    whole = [ids + answers[request] for request, ids in prompts.items()]
+    drawn, answers = find_answers(make_small("hopper", None), make_prompts(), 150)
+    whole = [ids + answer for ids, answer in zip(make_prompts(), answers, strict=True)]
     scored = find_scores(make_small("portable", None), whole)
-    fast = np.concatenate([drawn[request] for request in prompts])
-    found = zip(scored, prompts.values(), strict=True)
+    fast = np.concatenate(drawn)
+    found = zip(scored, make_prompts(), strict=True)
     portable = np.concatenate([scores[len(ids) - 1 :] for scores, ids in found])
     assert len(fast) == len(portable) == 150 * len(LENGTHS)
     assert np.sqrt(np.mean((fast - portable) ** 2)) < 0.05 * np.std(np.concatenate(scored))
+
+
+def test_the_device_runs_a_loop_by_itself(monkeypatch):
+    """The call returns long before the loop is done; a host that looked at each condition would be
+    kept to the end."""
+    engine = make_small("hopper", None, loop_steps=128)
+    dispatch, shares = engine.runner.dispatch, []
+
+    def watch(plan):
+        started = time.perf_counter()
+        flight = dispatch(plan)
+        found = flight.found.result()
+        called = time.perf_counter() - started
+        jax.block_until_ready(found)
+        if plan.is_loop:
+            shares.append(called / (time.perf_counter() - started))
+        return flight
+
+    monkeypatch.setattr(engine.runner, "dispatch", watch)
+    engine.add([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True))
+    run_all(engine)
+    assert min(shares) < 0.5  # the first is compiled, the second recorded
 
 
 def score(kernels: str, quantization: str | None) -> np.ndarray:
@@ -78,7 +93,7 @@ def make_prompts() -> list[list[int]]:
     return [rng.integers(0, SMALL_SCOUT.text.vocab, length).tolist() for length in LENGTHS]
 
 
-def make_small(kernels: str, quantization: str | None) -> Engine:
+def make_small(kernels: str, quantization: str | None, **changes) -> Engine:
     runner = Runner(SMALL_SCOUT, "1", "bfloat16", kernels=kernels)
     runner.initialize(0, quantization=quantization)
     return Engine(
@@ -88,8 +103,23 @@ def make_small(kernels: str, quantization: str | None) -> Engine:
             max_num_seqs=8,
             max_num_batched_tokens=256,
             kv_cache_memory_bytes=2**30,
+            **changes,
         ),
     )
+
+
+def find_answers(
+    engine: Engine, prompts: list[list[int]], length: int
+) -> tuple[list[np.ndarray], list[list[int]]]:
+    """The log-probabilities of what answers prompts, and its tokens."""
+    params = SamplingParams(temperature=0.0, max_tokens=length, logprobs=0, ignore_eos=True)
+    ids = [engine.add(prompt, params) for prompt in prompts]
+    drawn, answers = {request: [] for request in ids}, {request: [] for request in ids}
+    while engine.has_work:
+        for update in engine.step():
+            answers[update.request_id] += update.token_ids
+            drawn[update.request_id] += [x.chosen for x in update.logprobs or ()]
+    return [np.array(drawn[request]) for request in ids], [answers[request] for request in ids]
 
 
 def find_scores(engine: Engine, prompts: list[list[int]]) -> list[np.ndarray]:
