@@ -52,7 +52,7 @@ def test_in_any_company_a_request_draws_what_it_draws_alone(mesh, speculates):
         max_model_len=128,
         max_num_seqs=6,
         max_num_batched_tokens=24 if mesh == "1" else 48,
-        kv_cache_memory_bytes=(56 if mesh == "1" else 39) * page_bytes(),
+        kv_cache_memory_bytes=(46 if mesh == "1" else 39) * page_bytes(),
         speculation=Speculation(3, prompt_lookup_min=1) if speculates else None,
     )
     rng, found, waiting = np.random.default_rng(1), {}, list(range(12))
