@@ -324,18 +324,26 @@ def _is_quantized(leaf) -> bool:
 
 
 def test_bfloat16_computes_about_the_same_and_leaves_weights_in_float32():
-    plan, learned = make_state()
-    packed, found = find_pictured(plan), []
-    for dtype in ("float32", "bfloat16"):
-        teaching = dataclasses.replace(plan.teaching, dtype=dtype)
-        now, notes = jax.jit(make_advance(plan.config, teaching, LEVELS))(learned, packed)
+    """From weights that it holds: rounding those is another model, whose gradients are up to an
+    eighth smaller or larger."""
+    plan, _ = make_state()
+    packed, ratios = find_pictured(plan), []
+    narrow, wide = (
+        jax.jit(make_advance(plan.config, dataclasses.replace(plan.teaching, dtype=dtype), LEVELS))
+        for dtype in ("bfloat16", "float32")
+    )
+    for seed in range(3):
+        _, learned = make_state(seed)
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), learned.params)
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+        learned = dataclasses.replace(learned, params=params)
+        (now, notes), (_, wide_notes) = narrow(learned, packed), wide(learned, packed)
         assert {leaf.dtype for leaf in jax.tree.leaves(now.params)} == {jnp.dtype("float32")}
-        found.append((float(notes["loss"]), float(notes["norm"])))
-    assert found[0] != found[1]
-    (loss, norm), (wide_loss, wide_norm) = found[1], found[0]
-    np.testing.assert_allclose(loss, wide_loss, rtol=0.01)
-    # That of the projection of patches is nearly all of it, and 6 to 7 % too large in bfloat16.
-    np.testing.assert_allclose(norm, wide_norm, rtol=0.1)
+        assert notes["loss"] != wide_notes["loss"]
+        np.testing.assert_allclose(notes["loss"], wide_notes["loss"], rtol=0.01)
+        ratios.append(float(notes["norm"]) / float(wide_notes["norm"]))
+    np.testing.assert_allclose(ratios, 1, rtol=0.05)
+    np.testing.assert_allclose(np.median(ratios), 1, rtol=0.01)
 
 
 def test_white_paper_begins_as_nothing_and_ink_does_not():
