@@ -34,11 +34,8 @@ _COMPILER_OPTIONS = {
     # since a loop counts as one thing. A step, or all of a loop's, is one graph then, that the
     # device runs by itself. Else the host would look at each condition, and what comes next would
     # begin when it had seen that this has ended.
-    "xla_gpu_enable_command_buffer": ",".join(
-        (
-            *("FUSION", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "DYNAMIC_SLICE_FUSION"),
-            *("CONDITIONAL", "WHILE"),
-        )
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
     ),
     "xla_gpu_graph_min_graph_size": 1,
 }
