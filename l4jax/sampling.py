@@ -1,6 +1,7 @@
 """From logits to a token, for each row by its own settings, whatever else is in the batch."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -130,9 +131,7 @@ def sample(
     best_R = jnp.argmax(from_RV, axis=-1)
 
     def draw() -> Array:
-        kept_RV = lax.cond(
-            _has_filter(controls), _filter, lambda x, _: x, _warm(from_RV, controls), controls
-        )
+        kept_RV = _filter(_warm(from_RV, controls), controls)
         noise_RV = jax.vmap(_make_noise, (0, 0, None))(
             controls.seed_R, position_R, logits_RV.shape[1]
         )
@@ -150,10 +149,6 @@ def sample(
     return Sampled(token_R, drawn_R, top_token_RL.astype(jnp.int32), top_RL)
 
 
-def _has_filter(controls: Controls) -> Array:
-    return ((controls.top_k_R > 0) | (controls.top_p_R < 1) | (controls.min_p_R > 0)).any()
-
-
 def _warm(logits_RV: Array, controls: Controls) -> Array:
     return logits_RV / jnp.where(controls.temperature_R > 0, controls.temperature_R, 1)[:, None]
 
@@ -164,22 +159,29 @@ def _filter(logits_RV: Array, controls: Controls) -> Array:
 
     Each filter is a threshold on the logit, so that tokens of equal logit stay or go together.
     """
-    vocab = logits_RV.shape[1]
-    peak_R = logits_RV.max(axis=-1)
-    k_R = jnp.where(controls.top_k_R > 0, jnp.minimum(controls.top_k_R, vocab), vocab)
-    last_R = _find_floor(logits_RV, jnp.ones_like(logits_RV), k_R)
+    vocab, peak_R = logits_RV.shape[1], logits_RV.max(axis=-1)
+    everything_R = jnp.full_like(peak_R, -jnp.inf)
+
+    def find(is_wanted_R: Array, search: Callable[[], Array]) -> Array:
+        found_R = lax.cond(is_wanted_R.any(), search, lambda: everything_R)
+        return jnp.where(is_wanted_R, found_R, everything_R)
+
+    def search_nucleus() -> Array:
+        weight_RV = jnp.exp(logits_RV - peak_R[:, None])
+        weight_RV = jnp.where(logits_RV >= floor_R[:, None], weight_RV, 0)
+        # A token is in it while those likelier than it do not reach top_p.
+        return _find_floor(logits_RV, weight_RV, controls.top_p_R * weight_RV.sum(axis=-1))
+
+    is_ranked_R = (controls.top_k_R > 0) & (controls.top_k_R < vocab)
+    last_R = find(is_ranked_R, lambda: _find_floor(logits_RV, 1, controls.top_k_R))
     floor_R = jnp.maximum(peak_R + jnp.log(controls.min_p_R), last_R)  # log 0 is -inf: keeps all
-    weight_RV = jnp.exp(logits_RV - peak_R[:, None])
-    weight_RV = jnp.where(logits_RV >= floor_R[:, None], weight_RV, 0)
-    # A token is in the nucleus while those likelier than it do not reach top_p.
-    nucleus_R = _find_floor(logits_RV, weight_RV, controls.top_p_R * weight_RV.sum(axis=-1))
-    floor_R = jnp.where(controls.top_p_R < 1, jnp.maximum(floor_R, nucleus_R), floor_R)
+    floor_R = jnp.maximum(floor_R, find(controls.top_p_R < 1, search_nucleus))
     return jnp.where(logits_RV >= jnp.minimum(floor_R, peak_R)[:, None], logits_RV, -jnp.inf)
 
 
-def _find_floor(logits_RV: Array, weight_RV: Array, wanted_R: Array) -> Array:
-    """The highest logit from which on upwards the weights add up to what is wanted; -inf where not
-    even all of them do.
+def _find_floor(logits_RV: Array, weight_RV: Array | int, wanted_R: Array) -> Array:
+    """The highest logit from which on upwards the weights, or one for all, add up to what is
+    wanted; -inf where not even all of them do.
 
     Found bit by bit, and not in the sorted logits: sorting a vocabulary takes several times its
     memory, and is nothing that a CUDA graph could hold.
