@@ -31,9 +31,9 @@ _COMPILER_OPTIONS = {
     # forgets that the kernel writes in place: it asks for a whole array of pages beside it.
     "xla_gpu_enable_dynamic_slice_fusion": False,
     # What may be in a CUDA graph: loops and branches beside what is by default; and of any size,
-    # since a loop counts as one thing. A step, or all of a loop's, is one graph then, that the
-    # device runs by itself. Else the host would look at each condition, and what comes next would
-    # begin when it had seen that this has ended.
+    # since a loop counts as one thing. A step, or all of a loop's, is one graph then, that a GPU
+    # runs by itself; on several, what lies between two collectives is. Else the host would look at
+    # each condition, and what comes next would begin when it had seen that this has ended.
     "xla_gpu_enable_command_buffer": (
         "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
     ),

@@ -186,9 +186,12 @@ def _find_floor(logits_RV: Array, weight_RV: Array | int, wanted_R: Array) -> Ar
     Found bit by bit, and not in the sorted logits: sorting a vocabulary takes several times its
     memory, and is nothing that a CUDA graph could hold.
     """
-    # As integers floats of either sign have the order that they have.
-    bits_RV = lax.bitcast_convert_type(logits_RV, jnp.int32)
-    key_RV = bits_RV ^ (bits_RV >> 31 & 0x7FFFFFFF)
+
+    def turn(bits: Array) -> Array:
+        """From a float's bits to an integer of the same order among all of them, and back."""
+        return bits ^ (bits >> 31 & 0x7FFFFFFF)
+
+    key_RV = turn(lax.bitcast_convert_type(logits_RV, jnp.int32))
 
     def decide(at: Array, floor_R: Array) -> Array:
         higher_R = floor_R ^ jnp.int32(1) << 31 - at
@@ -197,7 +200,7 @@ def _find_floor(logits_RV: Array, weight_RV: Array | int, wanted_R: Array) -> Ar
 
     lowest_R = jnp.full(len(logits_RV), jnp.iinfo(jnp.int32).min)
     key_R = lax.fori_loop(0, 32, decide, lowest_R)
-    floor_R = lax.bitcast_convert_type(key_R ^ (key_R >> 31 & 0x7FFFFFFF), logits_RV.dtype)
+    floor_R = lax.bitcast_convert_type(turn(key_R), logits_RV.dtype)
     return jnp.where(jnp.isnan(floor_R), -jnp.inf, floor_R)
 
 

@@ -9,7 +9,7 @@ from l4jax.engine.lookup import Speculation
 from l4jax.engine.scheduler import Limits
 
 TILES_PER_IMAGE = 17  # 16 tiles and the whole image, at most
-_LOGITS_AT_ONCE = 6  # arrays that sampling holds, somewhat fewer
+_LOGITS_AT_ONCE = 6  # arrays, one or two more than sampling holds
 _HIDDENS_AT_ONCE = 6  # arrays as wide as gate and up of an expert, 2 bytes each
 _COARSE = 64  # requests, from which on there are loops between those in fours ..
 _FINE = 32  # .. every so many rows, or a quarter of those where that is more

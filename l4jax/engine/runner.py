@@ -89,7 +89,8 @@ class Runner:
         self.tower = VisionTower(config.vision, config.text.width) if config.vision else None
         self.kv_scales: tuple[np.ndarray, np.ndarray] | None = None  # of a checkpoint that has them
         # A program that branches or loops on what it has found keeps the thread that calls it until
-        # then; so this one calls them all, one after the other, while plans are made for the next.
+        # then, where it is no CUDA graph; so this one calls them all, one after the other, while
+        # plans are made for the next.
         self._launcher = ThreadPoolExecutor(1, "launching")
         # On a GPU float32 would be multiplied as TF32, 13 bits shorter; bfloat16 stays as it is.
         self._precision = "highest" if self.dtype == jnp.float32 else "default"

@@ -51,11 +51,12 @@ def test_the_fast_kernels_score_as_the_portable_ones_do(quantization):
 def test_answers_of_the_fast_kernels_score_as_the_portable_ones_score_them():
     """What several rows drew step after step, each behind what it had stored: the other kernels
     find the same log-probabilities where they read prompt and answer at once."""
-    drawn, answers = find_answers(make_small("hopper", None), make_prompts(), 150)
-    whole = [ids + answer for ids, answer in zip(make_prompts(), answers, strict=True)]
+    prompts = make_prompts()
+    drawn, answers = find_answers(make_small("hopper", None), prompts, 150)
+    whole = [ids + answer for ids, answer in zip(prompts, answers, strict=True)]
     scored = find_scores(make_small("portable", None), whole)
     fast = np.concatenate(drawn)
-    found = zip(scored, make_prompts(), strict=True)
+    found = zip(scored, prompts, strict=True)
     portable = np.concatenate([scores[len(ids) - 1 :] for scores, ids in found])
     assert len(fast) == len(portable) == 150 * len(LENGTHS)
     assert np.sqrt(np.mean((fast - portable) ** 2)) < 0.05 * np.std(np.concatenate(scored))
