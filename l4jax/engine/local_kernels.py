@@ -48,6 +48,7 @@ def choose_kernels(name: str, device: Any) -> Kernels:
     return Kernels(
         normalize=hopper.normalize,
         attend=hopper.attend,
+        route=hopper.route,
         run_experts=hopper.run_experts,
         mix_experts=hopper.mix_experts,
         multiply=hopper.multiply,
@@ -79,6 +80,10 @@ def make_kernels(kernels: Kernels, local: Callable[..., Any]) -> Kernels:
         ins = (x, name_axes(qkv_KJHD, qkv), names, pool, pool, table, at, at)
         return local(kernels.attend, ins, (y, pool, pool))(x_TD, qkv_KJHD, turn, *pool_and_where)
 
+    def route(x_TD: Any, router_ED: Any) -> tuple[Any, Any, Any]:
+        ins = (x, name_axes(router_ED, (axes.EXPERTS, axes.WIDTH)))
+        return local(kernels.route, ins, ((axes.TOKENS, axes.EXPERTS), at, at))(x_TD, router_ED)
+
     def run_experts(x_TD: Any, expert_T: Any, gate_up_EcFD: Any, down_EDF: Any) -> jax.Array:
         ins = (x, at, name_axes(gate_up_EcFD, gate_up), name_axes(down_EDF, down))
         run = local(kernels.run_experts, ins, x, sum_over=axes.HIDDEN)
@@ -103,6 +108,7 @@ def make_kernels(kernels: Kernels, local: Callable[..., Any]) -> Kernels:
     return Kernels(
         normalize=jax.jit(normalize, static_argnums=2),
         attend=jax.jit(attend),
+        route=jax.jit(route),
         run_experts=jax.jit(run_experts),
         mix_experts=jax.jit(mix_experts),
         multiply=jax.jit(multiply, static_argnums=0),

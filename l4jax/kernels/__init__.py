@@ -19,6 +19,7 @@ class Kernels:
     normalize: Callable[..., Array] = reference.normalize
     attend: Callable[..., tuple[Array, Array, Array]] = reference.attend
     attend_all: Callable[..., Array] = reference.attend_all
+    route: Callable[..., tuple[Array, Array, Array]] = reference.route
     run_experts: Callable[..., Array] = reference.run_experts
     mix_experts: Callable[..., Array] = reference.mix_experts
     multiply: Callable[..., Array] = formats.multiply

@@ -17,9 +17,10 @@ from l4jax.kernels.formats import Adapted, Weight
 from l4jax.kernels.heads import place_heads
 from l4jax.kernels.products import Products
 from l4jax.kernels.reference import Turn
-from l4jax.kernels.rows import normalize_rows
+from l4jax.kernels.rows import normalize_rows, route_rows
 
 _THREADS = 128  # of a warpgroup: what a row is a multiple of
+_ROUTED = range(9, 257)  # tokens, of which a thread block each leaves no device empty, nor waits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,14 @@ class Hopper:
     def multiply(self, subscripts: str, x: Array, weight: Weight) -> Array:
         """`formats.multiply`."""
         return self._products.multiply(subscripts, x, weight)
+
+    def route(self, x_TD: Array, router_ED: Weight) -> tuple[Array, Array, Array]:
+        """`reference.route`, of a decode step in one launch."""
+        tokens, width = x_TD.shape
+        can_run = isinstance(router_ED, Array) and x_TD.dtype == router_ED.dtype == jnp.bfloat16
+        if not can_run or width % _THREADS or tokens not in _ROUTED:
+            return reference.route(x_TD, router_ED)
+        return route_rows(x_TD, router_ED, interpret=self.interpret)
 
     def run_experts(
         self, x_TD: Array, expert_T: Array, gate_up_EcFD: Weight, down_EDF: Weight

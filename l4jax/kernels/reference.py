@@ -196,6 +196,15 @@ def attend_all(q_IPNH: Array, k_IPNH: Array, v_IPNH: Array) -> Array:
     return jnp.einsum("INPQ,IQNH->IPNH", weight_INPQ.astype(q_IPNH.dtype), v_IPNH)
 
 
+def route(x_TD: Array, router_ED: Weight) -> tuple[Array, Array, Array]:
+    """Each token's scores [T, E]; the best-scored expert, [T] int32, the first of equal ones; and
+    the sigmoid of its score, [T] float32: the gate that scales its input."""
+    score_TE = multiply("TD,ED->TE", x_TD, router_ED)
+    expert_T = jnp.argmax(score_TE, axis=-1).astype(jnp.int32)
+    # The sigmoid of the largest, taken before the maximum: one launch for both.
+    return score_TE, expert_T, jax.nn.sigmoid(score_TE.astype(jnp.float32)).max(axis=-1)
+
+
 def run_experts(x_TD: Array, expert_T: Array, gate_up_EcFD: Weight, down_EDF: Weight) -> Array:
     """Each token through its own expert: `down @ (silu(gate @ x) * (up @ x))`.
 

@@ -30,6 +30,7 @@ _load: Any = plgpu.load  # whose parameters differ between versions of jax
 _WARPS = 4  # of a warpgroup
 _MOST_SHARES = 5  # of a row: each warp reads what every other one found
 _FEW_ROWS = 64  # which leave the device empty
+_ROUTED = 8  # experts whose scores are found at once: what a thread can hold
 _VECTOR = 8  # elements that a thread reads at once: of bfloat16 16 bytes, and none reads more
 
 
@@ -49,6 +50,64 @@ def normalize_rows(x_TU: Array, scale_U: Array, *, eps: float, interpret: Any = 
     cut = _cut(width, rows)
     operands = x_TU.reshape(rows, *cut), scale_U.reshape(cut)
     return _launch(norm_body, *operands, rows=rows, out=(rows, *cut), interpret=interpret)
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def route_rows(
+    x_TU: Array, router_EU: Array, *, interpret: Any = None
+) -> tuple[Array, Array, Array]:
+    """`reference.route` of bfloat16, a warpgroup to a token."""
+    (tokens, width), experts = x_TU.shape, router_EU.shape[0]
+
+    def route_body(
+        x: Any, router: Any, score: Any, expert: Any, gate: Any, *, found_smem: Any, met: Any
+    ) -> None:
+        token = lax.axis_index("row")
+        mine, found = _read(x.at[token]), []
+        for first in range(0, experts, _ROUTED):
+            several = range(first, min(first + _ROUTED, experts))
+            theirs = [_read(router.at[at]) for at in several]  # all under way before any is needed
+            found += [jnp.sum(mine * weight, axis=1) for weight in theirs]
+        for at, found_W in enumerate(found):
+            found_smem[at] = found_W
+        plgpu.barrier_arrive(met)
+        plgpu.barrier_wait(met)
+        best, highest = jnp.int32(0), jnp.float32(-jnp.inf)
+        for at in range(experts):
+            one, two, three, four = (found_smem[at, warp] for warp in range(_WARPS))
+            # Rounded before they are compared, as the definition is.
+            total = ((one + two) + (three + four)).astype(jnp.bfloat16)
+            score[token, at] = total
+            total = total.astype(jnp.float32)
+            best = jnp.where(total > highest, at, best)
+            highest = jnp.maximum(highest, total)
+        expert[token] = best
+        gate[token] = 1 / (1 + jnp.exp(-highest))
+
+    kernel = plgpu.kernel(
+        route_body,
+        out_type=[
+            jax.ShapeDtypeStruct((tokens, experts), jnp.bfloat16),
+            jax.ShapeDtypeStruct((tokens,), jnp.int32),
+            jax.ShapeDtypeStruct((tokens,), jnp.float32),
+        ],
+        grid=(tokens,),
+        grid_names=("row",),
+        num_threads=1,
+        thread_name="share",
+        scratch_types=dict(
+            found_smem=plgpu.SMEM((experts, _WARPS), jnp.float32),
+            met=plgpu.Barrier(num_arrivals=1),
+        ),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            unsafe_no_auto_barriers=True,
+        ),
+        interpret=interpret,
+    )
+    cut = _WARPS, width // _WARPS
+    return tuple(kernel(x_TU.reshape(tokens, *cut), router_EU.reshape(experts, *cut)))
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "has_leading", "interpret"))

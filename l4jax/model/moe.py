@@ -1,14 +1,12 @@
 """The mixture of experts: one routed expert a token, and one that every token shares."""
 
-import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
 from l4jax import axes
 from l4jax.config import TextConfig
 from l4jax.kernels import Kernels
-from l4jax.model.layers import GatedMLP, declare, project
+from l4jax.model.layers import GatedMLP, declare
 
 
 class MixtureOfExperts(nn.Module):
@@ -38,14 +36,7 @@ class MixtureOfExperts(nn.Module):
             (axes.EXPERTS, axes.WIDTH, axes.HIDDEN),
         )
         shared = GatedMLP(c.width, c.expert_width, self.kernels, name="shared")
-        score_TE = project("TD,ED->TE", x_TD, router_ED)
+        score_TE, expert_T, gate_T = self.kernels.route(x_TD, router_ED)
         self.sow("intermediates", "score_TE", score_TE)  # kept where training asks for it
         weights = (gate_up_EcFD, down_EDF, shared.gate_up_cFD, shared.down_DF)
-        return self.kernels.mix_experts(x_TD, *route(score_TE), *weights)
-
-
-def route(score_TE: Array) -> tuple[Array, Array]:
-    """The expert of each token, [T] int32, and the gate that scales its input, [T] float32."""
-    expert_T = jnp.argmax(score_TE, axis=-1).astype(jnp.int32)
-    # The sigmoid of the largest, taken before the maximum: one launch for both.
-    return expert_T, jax.nn.sigmoid(score_TE.astype(jnp.float32)).max(axis=-1)
+        return self.kernels.mix_experts(x_TD, expert_T, gate_T, *weights)

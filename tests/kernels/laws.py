@@ -102,6 +102,25 @@ def check_norm(kernels: Any, tokens: int, sizes: Sizes) -> None:
     np.testing.assert_array_equal(first, second)
 
 
+def check_route(kernels: Any, tokens: int, sizes: Sizes) -> None:
+    """Scores equal their definition, and come as it gives them; the first of the best-scored
+    experts is taken, and its sigmoid; twice the same."""
+    rng = np.random.default_rng(tokens)
+    x_TD, router_ED = (make_tokens(rng, count, sizes.width) for count in (tokens, 16))
+    router_ED = router_ED.at[11].set(router_ED[3]).at[7].multiply(2)
+    run = jax.jit(kernels.route)
+    first, second = (jax.tree.map(np.asarray, run(x_TD, router_ED)) for _ in range(2))
+    wanted = define(reference.route, x_TD, router_ED)
+    assert jax.tree.structure(first) == jax.tree.structure(wanted)
+    score_TE, expert_T, gate_T = first
+    assert_close(score_TE, wanted[0], BOUND["bfloat16"])
+    np.testing.assert_array_equal(expert_T, score_TE.argmax(axis=1))
+    highest_T = score_TE.astype(np.float32).max(axis=1)
+    np.testing.assert_allclose(gate_T, 1 / (1 + np.exp(-highest_T)), rtol=1e-5)
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def check_slots(
     assign: Any, tokens: int, *, experts: int, leading: int, interpret: Any = None
 ) -> None:

@@ -29,6 +29,11 @@ def test_norms_of_scout_equal_their_definition(kernels, tokens):
     laws.check_norm(kernels, tokens, SCOUT)
 
 
+@pytest.mark.parametrize("tokens", [1, 8, 9, 128, 256, 300])
+def test_routes_of_scout_equal_their_definition(kernels, tokens):
+    laws.check_route(kernels, tokens, SCOUT)
+
+
 @pytest.mark.parametrize("leading", [0, 3])
 @pytest.mark.parametrize("tokens", [4, 8, 128, 256])
 def test_in_one_launch_tokens_go_where_the_definition_puts_them(tokens, leading):

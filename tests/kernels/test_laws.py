@@ -31,6 +31,11 @@ def test_a_norm_equals_its_definition(kernels, tokens):
     laws.check_norm(kernels, tokens, SIZES)
 
 
+@pytest.mark.parametrize("tokens", [1, 13])
+def test_routes_equal_their_definition(kernels, tokens):
+    laws.check_route(kernels, tokens, SIZES)
+
+
 @pytest.mark.parametrize("choice", laws.CHOICES)
 @pytest.mark.parametrize("form", laws.FORMATS)
 def test_experts_equal_their_definition(kernels, form, choice):
