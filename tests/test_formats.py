@@ -85,9 +85,9 @@ def test_experts_run_in_every_format(make):
         for shape in ((E, 2, F, D), (E, D, F))
     )
     x_TD, expert_T = rng.standard_normal((T, D)).astype(np.float32), rng.integers(0, E, T)
-    found = reference.run_experts(x_TD, jnp.asarray(expert_T), up, down)
+    found = reference.run_experts(x_TD, None, jnp.asarray(expert_T), up, down)
     plain = [dequantize(weight, jnp.float32) for weight in (up, down)]
-    wanted = reference.run_experts(x_TD, jnp.asarray(expert_T), *plain)
+    wanted = reference.run_experts(x_TD, None, jnp.asarray(expert_T), *plain)
     error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
     assert error < (0.05 if make == "fp8" else 1e-6)
 

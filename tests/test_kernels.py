@@ -96,7 +96,7 @@ def test_experts_equal_each_token_alone(experts):
     gate_up = rng.standard_normal((E, 2, F, D)).astype(np.float32)
     down = rng.standard_normal((E, D, F)).astype(np.float32)
     expert_T = rng.integers(0, E, T) if experts == "spread" else np.full(T, 2)
-    found = np.asarray(reference.run_experts(x_TD, jnp.asarray(expert_T), gate_up, down))
+    found = np.asarray(reference.run_experts(x_TD, None, jnp.asarray(expert_T), gate_up, down))
     for x_D, e, y_D in zip(x_TD, expert_T, found, strict=True):
         gate_F, up_F = gate_up[e] @ x_D
         np.testing.assert_allclose(

@@ -146,7 +146,7 @@ def test_a_local_layer_computes_the_same_in_every_chunk():
         tables = cache.Tables(np.zeros((1, 1), np.int32), np.array([[[1, 0]]] * 3, np.int32))
         batch = cache.Batch(np.zeros_like(at_T), at_T, np.zeros_like(at_T), tables)
         positions = Positions.of(batch, text, 0)
-        y_TD, _, _ = module.apply({"params": params}, x_TD, pool.k[0], pool.v[0], positions)
+        y_TD, _, _ = module.apply({"params": params}, x_TD, None, pool.k[0], pool.v[0], positions)
         found.append(np.asarray(y_TD))
     np.testing.assert_array_equal(found[1], found[0])
     np.testing.assert_array_equal(found[2], found[0])

@@ -9,7 +9,7 @@ import jax
 from l4jax import axes, cache
 from l4jax.kernels import PORTABLE, Kernels
 from l4jax.kernels.formats import name_axes
-from l4jax.kernels.reference import Turn
+from l4jax.kernels.reference import Norm, Turn
 
 # What the letters of a product stand for; of those that are summed, the first may be cut.
 _AXES = {
@@ -67,33 +67,43 @@ def make_kernels(kernels: Kernels, local: Callable[..., Any]) -> Kernels:
     x, gate_up = (axes.TOKENS, axes.WIDTH), (axes.EXPERTS, axes.GATE_UP, axes.HIDDEN, axes.WIDTH)
     down = (axes.EXPERTS, axes.WIDTH, axes.HIDDEN)
 
-    def normalize(x_TD: Any, scale_D: Any, eps: float) -> jax.Array:
-        return local(lambda *both: kernels.normalize(*both, eps), (x, x[1:]), x)(x_TD, scale_D)
+    def read(norm: Norm) -> tuple[Any, Any]:
+        """The names of the axes of what is read through a norm."""
+        return x, Norm(x[1:], norm.eps)
 
-    def attend(x_TD: Any, qkv_KJHD: Any, turn: Any, *pool_and_where: Any) -> tuple[Any, Any, Any]:
+    def normalize(x_TD: Any, norm: Norm) -> jax.Array:
+        return local(kernels.normalize, read(norm), x)(x_TD, norm)
+
+    def attend(
+        x_TD: Any, norm: Norm, qkv_KJHD: Any, turn: Turn, *pool_and_where: Any
+    ) -> tuple[Any, Any, Any]:
         names = Turn(
             angle_TH=None if turn.angle_TH is None else (axes.TOKENS, axes.HEAD_DIM),
             eps=turn.eps,
             factor_T=None if turn.factor_T is None else at,
             scales=None if turn.scales is None else ((), ()),
         )
-        ins = (x, name_axes(qkv_KJHD, qkv), names, pool, pool, table, at, at)
-        return local(kernels.attend, ins, (y, pool, pool))(x_TD, qkv_KJHD, turn, *pool_and_where)
+        ins = (*read(norm), name_axes(qkv_KJHD, qkv), names, pool, pool, table, at, at)
+        run = local(kernels.attend, ins, (y, pool, pool))
+        return run(x_TD, norm, qkv_KJHD, turn, *pool_and_where)
 
-    def route(x_TD: Any, router_ED: Any) -> tuple[Any, Any, Any]:
-        ins = (x, name_axes(router_ED, (axes.EXPERTS, axes.WIDTH)))
-        return local(kernels.route, ins, ((axes.TOKENS, axes.EXPERTS), at, at))(x_TD, router_ED)
+    def route(x_TD: Any, norm: Norm, router_ED: Any) -> tuple[Any, Any, Any]:
+        ins = (*read(norm), name_axes(router_ED, (axes.EXPERTS, axes.WIDTH)))
+        outs = ((axes.TOKENS, axes.EXPERTS), at, at)
+        return local(kernels.route, ins, outs)(x_TD, norm, router_ED)
 
-    def run_experts(x_TD: Any, expert_T: Any, gate_up_EcFD: Any, down_EDF: Any) -> jax.Array:
-        ins = (x, at, name_axes(gate_up_EcFD, gate_up), name_axes(down_EDF, down))
+    def run_experts(
+        x_TD: Any, norm: Norm, expert_T: Any, gate_up_EcFD: Any, down_EDF: Any
+    ) -> jax.Array:
+        ins = (*read(norm), at, name_axes(gate_up_EcFD, gate_up), name_axes(down_EDF, down))
         run = local(kernels.run_experts, ins, x, sum_over=axes.HIDDEN)
-        return run(x_TD, expert_T, gate_up_EcFD, down_EDF)
+        return run(x_TD, norm, expert_T, gate_up_EcFD, down_EDF)
 
-    def mix_experts(x_TD: Any, expert_T: Any, gate_T: Any, *weights: Any) -> jax.Array:
+    def mix_experts(x_TD: Any, norm: Norm, expert_T: Any, gate_T: Any, *weights: Any) -> jax.Array:
         names = (gate_up, down, gate_up[1:], down[1:])
-        ins = (x, at, at, *(name_axes(w, n) for w, n in zip(weights, names, strict=True)))
+        ins = (*read(norm), at, at, *(name_axes(w, n) for w, n in zip(weights, names, strict=True)))
         run = local(kernels.mix_experts, ins, x, sum_over=axes.HIDDEN)
-        return run(x_TD, expert_T, gate_T, *weights)
+        return run(x_TD, norm, expert_T, gate_T, *weights)
 
     def multiply(subscripts: str, x: Any, weight: Any) -> jax.Array:
         ins, out = subscripts.split("->")
@@ -106,7 +116,7 @@ def make_kernels(kernels: Kernels, local: Callable[..., Any]) -> Kernels:
         return local(run, ins, out_axes, sum_over=summed)(x, weight)
 
     return Kernels(
-        normalize=jax.jit(normalize, static_argnums=2),
+        normalize=jax.jit(normalize),
         attend=jax.jit(attend),
         route=jax.jit(route),
         run_experts=jax.jit(run_experts),

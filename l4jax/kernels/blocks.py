@@ -28,6 +28,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from l4jax.kernels.formats import find_factor
+from l4jax.kernels.reference import Norm
 
 _load: Any = plgpu.load  # whose parameters differ between versions of jax
 _inline: Any = plgpu.inline_mgpu  # whose type knows no arguments
@@ -111,6 +112,7 @@ def multiply_blocks(
 )
 def multiply_held(
     x_TU: Array,
+    norm: Norm | None,
     weights: tuple[Array, ...],
     scales: tuple[Array, ...],
     expert_I: Array,
@@ -124,10 +126,12 @@ def multiply_held(
     interpret: Any = None,
 ) -> tuple[Array, Array]:
     """All tokens, in bfloat16, times the matrices of several experts in e4m3. Each multiprocessor
-    rounds the tokens for itself, while the first weights are on their way: it costs no launch.
+    reads and rounds the tokens for itself, while the first weights are on their way: it costs no
+    launch.
 
     Args:
         x_TU: the tokens, no more than slots.
+        norm: how they are read.
         slots: of a block, in the first of which the tokens stand in order.
         weights, scales, expert_I, count, tiles, dtype, sms, leading, interpret: as above.
 
@@ -137,7 +141,7 @@ def multiply_held(
     """
     case = x_TU, weights, scales, expert_I, count
     how: Any = dict(tiles=tiles, dtype=dtype, sms=sms, leading=leading, interpret=interpret)
-    return _launch(*case, blocks=leading + len(expert_I), slots=slots, **how)
+    return _launch(*case, norm=norm, blocks=leading + len(expert_I), slots=slots, **how)
 
 
 def _launch(
@@ -147,6 +151,7 @@ def _launch(
     expert_I: Array,
     count: Array,
     *,
+    norm: Norm | None = None,
     blocks: int,
     slots: int,
     tiles: Tiles,
@@ -182,6 +187,7 @@ def _launch(
     ) -> None:
         x, expert, counts, *others = refs
         inputs = len(weights) + len(scales)
+        weight = None if norm is None else others.pop(inputs)
         matrices, (out, *x_scale) = others[: len(stacks)], others[inputs:]
         scale_refs = others[len(stacks) : inputs] or [None] * len(stacks)
         warpgroup, live = lax.axis_index("warpgroup"), counts[0]
@@ -250,7 +256,8 @@ def _launch(
             plgpu.set_max_registers(count_registers(multipliers), action="increase")
             mine = pl.ds(warpgroup * part, part)
             if tiles.is_held:
-                _hold_tokens(x, x_smem, x_scale[0], tokens, multipliers, **meeting)
+                read = None if norm is None else Norm(weight, norm.eps)
+                _hold_tokens(x, read, x_smem, x_scale[0], tokens, multipliers, **meeting)
 
             def multiply(first: Any, split: Any) -> Any:
                 """Both operands straight from shared memory, two stages at a time."""
@@ -373,7 +380,9 @@ def _launch(
         scratch["scale_smem"] = plgpu.SMEM((stages, tiles.rows, SCALES), jnp.float32)
     if tiles.is_held:
         out_types.append(jax.ShapeDtypeStruct((slots,), jnp.float32))
-        scratch["largest_smem"] = plgpu.SMEM((multipliers, slots), jnp.float32)
+        scratch["found_smem"] = plgpu.SMEM(
+            (1 + (norm is not None), multipliers, slots), jnp.float32
+        )
         scratch["met"] = plgpu.Barrier(num_arrivals=multipliers, num_barriers=2)
     kernel = plgpu.kernel(
         blocks_body,
@@ -402,7 +411,8 @@ def _launch(
         ),
         interpret=interpret,
     )
-    return kernel(x_SU, expert_I, count, *weights, *scales)
+    operands = x_SU, expert_I, count, *weights, *scales
+    return kernel(*operands, *([] if norm is None else [norm.scale_D]))
 
 
 # Of eight rows two to a warp, and a thread reads eight neighbors at once.
@@ -433,42 +443,55 @@ def stack_rows(rows: list[Array]) -> Array:
 
 def _hold_tokens(
     x: Any,
+    norm: Norm | None,
     x_smem: Any,
     scale: Any,
     tokens: int,
     warpgroups: int,
     *,
-    largest_smem: Any,
+    found_smem: Any,
     met: Any,
 ) -> None:
-    """Tokens rounded to e4m3 in shared memory, by warpgroups of which each has some columns."""
+    """Tokens rounded to e4m3 in shared memory, by warpgroups of which each has some columns. What a
+    norm divides them by goes into their scales."""
     warpgroup = lax.axis_index("warpgroup")
     steps, slots, depth = x_smem.shape
     mine, shape = steps // warpgroups, (slots, depth)
+    places = [pl.ds((warpgroup * mine + step) * depth, depth) for step in range(mine)]
 
-    def read(step: int) -> Array:
-        here = pl.ds((warpgroup * mine + step) * depth, depth)
+    def read(here: Any) -> Array:
         if tokens == slots:
             return _load(x.at[:, here], layout=EIGHT_ROWS, optimized=False)
         return stack_rows([load_row(x.at[token, here]) for token in range(tokens)])
 
-    found = [read(step) for step in range(mine)]  # all under way before any of it is needed
+    found = [read(here) for here in places]  # all under way before any of it is needed
+    weights = [] if norm is None else [load_row(norm.scale_D.at[here]) for here in places]
     wide = [x_TU.astype(jnp.float32) for x_TU in found]
-    largest_T = functools.reduce(jnp.maximum, map(jnp.abs, wide)).max(axis=1)
-    largest_smem[warpgroup] = largest_T
+    if norm is not None:
+        squares_T = functools.reduce(jnp.add, (x_TU * x_TU for x_TU in wide)).sum(axis=1)
+        found_smem[1, warpgroup] = squares_T
+        spread_out = (stack_rows([row]).astype(jnp.float32) for row in weights)
+        wide = [x_TU * weight for x_TU, weight in zip(wide, spread_out, strict=True)]
+    found_smem[0, warpgroup] = functools.reduce(jnp.maximum, map(jnp.abs, wide)).max(axis=1)
     plgpu.barrier_arrive(met.at[0])
     plgpu.barrier_wait(met.at[0])
-    for other in range(warpgroups):
-        theirs_T = _load(largest_smem.at[other], layout=EIGHT_ROWS.reduce(1), optimized=False)
-        largest_T = jnp.maximum(largest_T, theirs_T)
-    factor_T = find_factor(largest_T)
+
+    def join_all(at: int, join: Any) -> Array:
+        layout, refs = EIGHT_ROWS.reduce(1), [found_smem.at[at, one] for one in range(warpgroups)]
+        return functools.reduce(join, [_load(x, layout=layout, optimized=False) for x in refs])
+
+    factor_T = find_factor(join_all(0, jnp.maximum))
     for step, x_TU in enumerate(wide):
         rounded = (x_TU * spread(1 / factor_T, shape)).astype(x_smem.dtype)
         x_smem[warpgroup * mine + step] = rounded
 
     @pl.when((lax.axis_index("sm") == 0) & (warpgroup == 0))
     def _() -> None:
-        scale[...] = factor_T
+        if norm is None:
+            scale[...] = factor_T
+        else:
+            mean_T = join_all(1, jnp.add) * (1 / x.shape[1])
+            scale[...] = factor_T * lax.rsqrt(mean_T + norm.eps)
 
     plgpu.commit_smem()
     plgpu.barrier_arrive(met.at[1])

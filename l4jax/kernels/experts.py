@@ -21,6 +21,7 @@ from l4jax.kernels.products import (
     multiply_by_xla,
     stack,
 )
+from l4jax.kernels.reference import Norm
 from l4jax.kernels.routing import Slots
 from l4jax.kernels.rows import activate_rows
 
@@ -38,6 +39,7 @@ class Experts:
     def run(
         self,
         x_TD: Array,
+        norm: Norm | None,
         expert_T: Array,
         gate_up_EcFD: Weight,
         down_EDF: Weight,
@@ -47,18 +49,21 @@ class Experts:
         tokens, (experts, _, hidden, _) = x_TD.shape[0], gate_up_EcFD.shape
         up_EOD = stack(gate_up_EcFD, experts, 2 * hidden)
         plans = self._plan(up_EOD, down_EDF, tokens)
+        x_TD, norm = self.products.prepare(x_TD, norm, gate_up_EcFD)
         if plans is None or x_TD.dtype != jnp.bfloat16:
+            x_TD = self.products.normalize(x_TD, norm)
             x_TD = x_TD if gate_T is None else x_TD * gate_T[:, None].astype(x_TD.dtype)
-            return reference.run_experts(x_TD, expert_T, gate_up_EcFD, down_EDF)
+            return reference.run_experts(x_TD, None, expert_T, gate_up_EcFD, down_EDF)
         if experts == 1 and tokens > FEW and gate_T is None:
-            return self._run_one(x_TD, up_EOD, down_EDF)
+            return self._run_one(x_TD, norm, up_EOD, down_EDF)
         where = self.products.assign(expert_T, experts, plans[0])
-        y_TD = self._run_slots(x_TD, where, (up_EOD,), (down_EDF,), plans, gate_T)
+        y_TD = self._run_slots(x_TD, norm, where, (up_EOD,), (down_EDF,), plans, gate_T)
         return y_TD.astype(x_TD.dtype)
 
     def mix(
         self,
         x_TD: Array,
+        norm: Norm | None,
         expert_T: Array,
         gate_T: Array,
         gate_up_EcFD: Weight,
@@ -73,6 +78,7 @@ class Experts:
         ups = tuple(stack(w, w.shape[0], 2 * hidden) for w in (gate_up_EcFD, shared[0]))
         downs = (down_EDF, shared[1])
         plans = self._plan(ups[0], down_EDF, tokens, has_shared=True)
+        x_TD, norm = self.products.prepare(x_TD, norm, gate_up_EcFD)
         formats_found = {get_data(w).dtype for w in (*ups, *downs)}
         if (
             plans is None
@@ -80,11 +86,11 @@ class Experts:
             or tokens > (plans[0].slots if jnp.dtype(jnp.int4) in formats_found else _MIXED)
             or x_TD.dtype != jnp.bfloat16
         ):
-            shared_TD = self.run(x_TD, jnp.zeros_like(expert_T), *shared)
-            return shared_TD + self.run(x_TD, expert_T, gate_up_EcFD, down_EDF, gate_T)
+            shared_TD = self.run(x_TD, norm, jnp.zeros_like(expert_T), *shared)
+            return shared_TD + self.run(x_TD, norm, expert_T, gate_up_EcFD, down_EDF, gate_T)
         leading = -(-tokens // plans[0].slots)
         where = self.products.assign(expert_T, experts, plans[0], leading)
-        y_TD = self._run_slots(x_TD, where, ups, downs, plans, gate_T, leading=leading)
+        y_TD = self._run_slots(x_TD, norm, where, ups, downs, plans, gate_T, leading=leading)
         return y_TD.astype(x_TD.dtype)
 
     def _plan(
@@ -99,6 +105,7 @@ class Experts:
     def _run_slots(
         self,
         x_TD: Array,
+        norm: Norm | None,
         where: Slots,
         ups: tuple[Weight, ...],
         downs: tuple[Weight, ...],
@@ -109,7 +116,9 @@ class Experts:
     ) -> Array:
         """[T, D] float32 of tokens through their experts, counted through the stacks; the leading
         blocks are the shared expert's, which no gate scales, and what it gives is added."""
-        parts_PSO, x_scale_T = self.products.multiply_tokens(x_TD, ups, where, plans[0], leading)
+        parts_PSO, x_scale_T = self.products.multiply_tokens(
+            x_TD, norm, ups, where, plans[0], leading
+        )
         dtype = get_data(downs[0]).dtype
         if dtype == jnp.int4 and x_scale_T is None and len(x_TD) <= FEW:
             # Not in a kernel of ours: XLA changes the order of their columns in the same launch.
@@ -140,10 +149,10 @@ class Experts:
         y_TD = take(where.slot_T)
         return take(jnp.arange(len(x_TD))) + y_TD if leading else y_TD
 
-    def _run_one(self, x_TD: Array, up_EOD: Weight, down_EDF: Weight) -> Array:
+    def _run_one(self, x_TD: Array, norm: Norm | None, up_EOD: Weight, down_EDF: Weight) -> Array:
         """Many tokens through one expert: the library's products are the fastest."""
         is_rounded, interpret = get_data(down_EDF).dtype == FP8, self.products.interpret
-        up = multiply_by_xla(*self.products.round(x_TD, get_data(up_EOD).dtype), up_EOD)
+        up = multiply_by_xla(*self.products.round(x_TD, norm, up_EOD), up_EOD)
         hidden = activate_rows(
             up.parts_PSO, up.scale_S, None, up.scale_O, is_rounded=is_rounded, interpret=interpret
         )

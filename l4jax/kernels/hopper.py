@@ -16,11 +16,11 @@ from l4jax.kernels.experts import Experts
 from l4jax.kernels.formats import Adapted, Weight
 from l4jax.kernels.heads import place_heads
 from l4jax.kernels.products import Products
-from l4jax.kernels.reference import Turn
-from l4jax.kernels.rows import normalize_rows, route_rows
+from l4jax.kernels.reference import Norm, Turn
+from l4jax.kernels.rows import THREADS, route_rows
 
-_THREADS = 128  # of a warpgroup: what a row is a multiple of
-_ROUTED = range(9, 257)  # tokens, of which a thread block each leaves no device empty, nor waits
+_ROUTED = 256  # tokens up to which a thread block each is faster than a product
+_MOST_EXPERTS = 32  # whose scores a thread block finds before it is what a step waits for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,37 +39,45 @@ class Hopper:
     def _products(self) -> Products:
         return Products(self.sms, self.interpret)
 
-    def normalize(self, x_TD: Array, scale_D: Array, eps: float) -> Array:
-        """`reference.normalize`, in one launch where XLA makes two."""
-        if x_TD.shape[1] % _THREADS or x_TD.dtype != jnp.bfloat16:
-            return reference.normalize(x_TD, scale_D, eps)
-        return normalize_rows(x_TD, scale_D, eps=eps, interpret=self.interpret)
+    def normalize(self, x_TD: Array, norm: Norm | None) -> Array:
+        """`reference.normalize`."""
+        return self._products.normalize(x_TD, norm)
 
     def multiply(self, subscripts: str, x: Array, weight: Weight) -> Array:
         """`formats.multiply`."""
         return self._products.multiply(subscripts, x, weight)
 
-    def route(self, x_TD: Array, router_ED: Weight) -> tuple[Array, Array, Array]:
+    def route(
+        self, x_TD: Array, norm: Norm | None, router_ED: Weight
+    ) -> tuple[Array, Array, Array]:
         """`reference.route`, of a decode step in one launch."""
-        tokens, width = x_TD.shape
+        (tokens, width), experts = x_TD.shape, router_ED.shape[0]
         can_run = isinstance(router_ED, Array) and x_TD.dtype == router_ED.dtype == jnp.bfloat16
-        if not can_run or width % _THREADS or tokens not in _ROUTED:
-            return reference.route(x_TD, router_ED)
-        return route_rows(x_TD, router_ED, interpret=self.interpret)
+        if not can_run or width % THREADS or tokens > _ROUTED or experts > _MOST_EXPERTS:
+            return reference.route(self.normalize(x_TD, norm), None, router_ED)
+        return route_rows(x_TD, norm, router_ED, interpret=self.interpret)
 
     def run_experts(
-        self, x_TD: Array, expert_T: Array, gate_up_EcFD: Weight, down_EDF: Weight
+        self,
+        x_TD: Array,
+        norm: Norm | None,
+        expert_T: Array,
+        gate_up_EcFD: Weight,
+        down_EDF: Weight,
     ) -> Array:
         """`reference.run_experts`."""
-        return Experts(self._products).run(x_TD, expert_T, gate_up_EcFD, down_EDF)
+        return Experts(self._products).run(x_TD, norm, expert_T, gate_up_EcFD, down_EDF)
 
-    def mix_experts(self, x_TD: Array, expert_T: Array, gate_T: Array, *weights: Weight) -> Array:
+    def mix_experts(
+        self, x_TD: Array, norm: Norm | None, expert_T: Array, gate_T: Array, *weights: Weight
+    ) -> Array:
         """`reference.mix_experts`."""
-        return Experts(self._products).mix(x_TD, expert_T, gate_T, *weights)
+        return Experts(self._products).mix(x_TD, norm, expert_T, gate_T, *weights)
 
     def attend(
         self,
         x_TD: Array,
+        norm: Norm | None,
         qkv_KJHD: Weight,
         turn: Turn,
         k_PKZH: Array,
@@ -81,9 +89,9 @@ class Hopper:
         """`reference.attend`."""
         where, shape = (table_RB, row_T, position_T), qkv_KJHD.shape[:3]
         if not pages.is_supported(x_TD.dtype, shape[1], k_PKZH) or isinstance(qkv_KJHD, Adapted):
-            case = (x_TD, qkv_KJHD, turn, k_PKZH, v_PKZH, *where)
+            case = (self.normalize(x_TD, norm), None, qkv_KJHD, turn, k_PKZH, v_PKZH, *where)
             return portable.attend(*case, multiply=self.multiply)
-        qkv = self._products.multiply_rows(x_TD, qkv_KJHD, math.prod(shape))
+        qkv = self._products.multiply_rows(x_TD, norm, qkv_KJHD, math.prod(shape))
         x_TKUH, k_PKZH, v_PKZH = place_heads(
             qkv.parts_PSO.reshape(*qkv.parts_PSO.shape[:2], *shape),
             qkv.scale_S,

@@ -8,11 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from l4jax.kernels import formats
+from l4jax.kernels import formats, reference
 from l4jax.kernels.blocks import GROUP, multiply_blocks, multiply_held, permute_columns
 from l4jax.kernels.formats import FP8, Quantized, Weight
+from l4jax.kernels.reference import Norm
 from l4jax.kernels.routing import Slots, assign_slots, count_blocks, keep_order
-from l4jax.kernels.rows import round_rows
+from l4jax.kernels.rows import THREADS, normalize_rows, round_rows
 from l4jax.kernels.slots import assign_at_once, can_assign
 from l4jax.kernels.tiles import Tiles, choose_slots, choose_tiles
 
@@ -59,6 +60,19 @@ class Products:
     sms: int
     interpret: Any
 
+    def normalize(self, x_TU: Array, norm: Norm | None) -> Array:
+        """`reference.normalize`, in one launch where XLA makes two."""
+        if norm is None or x_TU.shape[1] % THREADS or x_TU.dtype != jnp.bfloat16:
+            return reference.normalize(x_TU, norm)
+        return normalize_rows(x_TU, norm, interpret=self.interpret)
+
+    def prepare(self, x_TU: Array, norm: Norm | None, weight: Weight) -> tuple[Array, Norm | None]:
+        """Tokens for a weight, and the norm that they are yet to be read through: what rounds them
+        for fp8 does that, too."""
+        if get_data(weight).dtype == FP8 and x_TU.dtype == jnp.bfloat16:
+            return x_TU, norm
+        return self.normalize(x_TU, norm), None
+
     def multiply(self, subscripts: str, x: Array, weight: Weight) -> Array:
         """`formats.multiply`."""
         ins, out = subscripts.split("->")
@@ -74,14 +88,15 @@ class Products:
             return formats.multiply(subscripts, x, weight)
         tokens = math.prod(x.shape[: len(x_left)])
         rows = math.prod(weight.shape[: len(w_left)])
-        y_TO = self.multiply_rows(x.reshape(tokens, -1), weight, rows).finish(tokens)
+        y_TO = self.multiply_rows(x.reshape(tokens, -1), None, weight, rows).finish(tokens)
         shape = (*x.shape[: len(x_left)], *weight.shape[: len(w_left)])
         order = [(x_left + w_left).index(letter) for letter in out]
         return y_TO.astype(x.dtype).reshape(shape).transpose(order)
 
-    def multiply_rows(self, x_TU: Array, weight: Weight, rows: int) -> Parts:
-        """Tokens in bfloat16 times one matrix of so many rows."""
+    def multiply_rows(self, x_TU: Array, norm: Norm | None, weight: Weight, rows: int) -> Parts:
+        """Tokens in bfloat16, read through a norm, times one matrix of so many rows."""
         tokens = x_TU.shape[0]
+        x_TU, norm = self.prepare(x_TU, norm, weight)
         is_tall = rows >= _TALL * x_TU.shape[1] and tokens <= FEW
         if not isinstance(weight, Quantized) and not is_tall:
             # In two axes each: of more that are summed over XLA writes the whole weight down anew,
@@ -90,9 +105,9 @@ class Products:
         weight_EOU = stack(weight, 1, rows)
         plan = self.plan(weight_EOU, tokens)
         if plan is None or tokens > FEW:
-            return multiply_by_xla(*self.round(x_TU, get_data(weight_EOU).dtype), weight_EOU)
+            return multiply_by_xla(*self.round(x_TU, norm, weight_EOU), weight_EOU)
         where = self.assign(jnp.zeros(tokens, jnp.int32), 1, plan)
-        return Parts(*self.multiply_tokens(x_TU, (weight_EOU,), where, plan))
+        return Parts(*self.multiply_tokens(x_TU, norm, (weight_EOU,), where, plan))
 
     def assign(self, expert_T: Array, experts: int, plan: Plan, leading: int = 0) -> Slots:
         """`assign_slots`, of few tokens in one launch."""
@@ -137,24 +152,32 @@ class Products:
         )
         return None if tiles is None else Plan(slots, blocks, tiles)
 
-    def round(self, x_TU: Array, dtype: Any) -> tuple[Array, Array | None]:
-        """Tokens as weights of a dtype want them, and the scales of fp8."""
-        if dtype == FP8:
-            return round_rows(x_TU, slots=len(x_TU), interpret=self.interpret)
+    def round(self, x_TU: Array, norm: Norm | None, weight: Weight) -> tuple[Array, Array | None]:
+        """What `prepare` gave as the weight wants it, and the scales of fp8."""
+        if get_data(weight).dtype == FP8:
+            return round_rows(x_TU, norm, slots=len(x_TU), interpret=self.interpret)
         return x_TU, None
 
     def multiply_tokens(
-        self, x_TU: Array, weights: tuple[Weight, ...], where: Slots, plan: Plan, leading: int = 0
+        self,
+        x_TU: Array,
+        norm: Norm | None,
+        weights: tuple[Weight, ...],
+        where: Slots,
+        plan: Plan,
+        leading: int = 0,
     ) -> tuple[Array, Array | None]:
-        """`multiply_slots` of tokens that are yet to take their slots, and their scales in fp8."""
+        """`multiply_slots` of what `prepare` gave, which is yet to take its slots, and the scales
+        of fp8."""
         if plan.tiles.is_held:
             operands, options = _list_operands(weights, where), self._list_options(plan, leading)
-            return multiply_held(x_TU, *operands, slots=plan.slots, **options)
+            return multiply_held(x_TU, norm, *operands, slots=plan.slots, **options)
         is_in_order = is_alone(weights)
         slots, scale_T = plan.blocks * plan.slots, None
         if get_data(weights[0]).dtype == FP8:
             x_SU, scale_T = round_rows(
                 x_TU,
+                norm,
                 None if is_in_order else where.slot_T,
                 slots=slots,
                 has_leading=leading > 0,

@@ -16,12 +16,26 @@ from jax import Array
 from l4jax.kernels.formats import Weight, multiply, narrow
 
 
-def normalize(x_TD: Array, scale_D: Array, eps: float) -> Array:
-    """RMSNorm: `norm`, then times a weight per channel."""
-    return norm(x_TD, eps) * scale_D
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["scale_D"], meta_fields=["eps"])
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """RMSNorm, through which tokens are read: `normalize`.
+
+    Attributes:
+        scale_D: a weight per channel.
+        eps: what is added to the mean square.
+    """
+
+    scale_D: Any
+    eps: float
 
 
-def norm(x_D: Array, eps: float) -> Array:
+def normalize(x_TD: Array, norm: Norm | None) -> Array:
+    """Tokens as they are read through a norm; without one as they are."""
+    return x_TD if norm is None else divide_by_rms(x_TD, norm.eps) * norm.scale_D
+
+
+def divide_by_rms(x_D: Array, eps: float) -> Array:
     """Divide the last axis by its root mean square, in float32; back in the dtype of x."""
     x32_D = x_D.astype(jnp.float32)
     mean_square = jnp.mean(x32_D * x32_D, axis=-1, keepdims=True)
@@ -67,22 +81,28 @@ def rotate(x_H: Array, angle_H: Array | np.ndarray) -> Array:
 
 
 def project_heads(
-    x_TD: Array, qkv_KJHD: Weight, turn: Turn, *, multiply: Callable[..., Array] = multiply
+    x_TD: Array,
+    norm: Norm | None,
+    qkv_KJHD: Weight,
+    turn: Turn,
+    *,
+    multiply: Callable[..., Array] = multiply,
 ) -> tuple[Array, Array, Array]:
     """The queries [T, K, G, H], keys and values [T, K, H] of tokens, as they meet.
 
     Args:
         x_TD: the tokens.
+        norm: how they are read.
         qkv_KJHD: of each kv head the G queries, the key and the value, in any format.
         turn: what happens to them.
         multiply: what projects, with the signature of `formats.multiply`.
     """
-    qkv_TKJH = multiply("TD,KJHD->TKJH", x_TD, qkv_KJHD)
+    qkv_TKJH = multiply("TD,KJHD->TKJH", normalize(x_TD, norm), qkv_KJHD)
     qk_TKJH, v_TKH = qkv_TKJH[:, :, :-1], qkv_TKJH[:, :, -1]
     if turn.angle_TH is not None:
         qk_TKJH = rotate(qk_TKJH, turn.angle_TH[:, None, None])
     if turn.eps is not None:
-        qk_TKJH = norm(qk_TKJH, turn.eps)
+        qk_TKJH = divide_by_rms(qk_TKJH, turn.eps)
     q_TKGH, k_TKH = qk_TKJH[:, :, :-1], qk_TKJH[:, :, -1]
     if turn.factor_T is not None:
         q_TKGH = (q_TKGH * turn.factor_T[:, None, None, None]).astype(x_TD.dtype)
@@ -161,6 +181,7 @@ def _gather(pages_PKZH: Array, table_TB: Array) -> Array:
 
 def attend(
     x_TD: Array,
+    norm: Norm | None,
     qkv_KJHD: Weight,
     turn: Turn,
     k_PKZH: Array,
@@ -183,7 +204,7 @@ def attend(
         What `attend_pages` returns, and the pool's arrays with the writes done.
     """
     where = (table_RB, row_T, position_T)
-    q_TKGH, k_TKH, v_TKH = project_heads(x_TD, qkv_KJHD, turn, multiply=multiply)
+    q_TKGH, k_TKH, v_TKH = project_heads(x_TD, norm, qkv_KJHD, turn, multiply=multiply)
     k_PKZH, v_PKZH = store(k_PKZH, v_PKZH, k_TKH, v_TKH, *where)
     y_TKGH = read(q_TKGH, k_PKZH, v_PKZH, *where)
     return turn.restore(y_TKGH), k_PKZH, v_PKZH
@@ -196,25 +217,33 @@ def attend_all(q_IPNH: Array, k_IPNH: Array, v_IPNH: Array) -> Array:
     return jnp.einsum("INPQ,IQNH->IPNH", weight_INPQ.astype(q_IPNH.dtype), v_IPNH)
 
 
-def route(x_TD: Array, router_ED: Weight) -> tuple[Array, Array, Array]:
-    """Each token's scores [T, E]; the best-scored expert, [T] int32, the first of equal ones; and
-    the sigmoid of its score, [T] float32: the gate that scales its input."""
-    score_TE = multiply("TD,ED->TE", x_TD, router_ED)
+def route(x_TD: Array, norm: Norm | None, router_ED: Weight) -> tuple[Array, Array, Array]:
+    """Tokens, read through a norm, and the experts.
+
+    Returns:
+        Each token's scores, [T, E]; the best-scored expert, [T] int32, the first of equal ones; and
+        the sigmoid of its score, [T] float32: the gate that scales its input.
+    """
+    score_TE = multiply("TD,ED->TE", normalize(x_TD, norm), router_ED)
     expert_T = jnp.argmax(score_TE, axis=-1).astype(jnp.int32)
     # The sigmoid of the largest, taken before the maximum: one launch for both.
     return score_TE, expert_T, jax.nn.sigmoid(score_TE.astype(jnp.float32)).max(axis=-1)
 
 
-def run_experts(x_TD: Array, expert_T: Array, gate_up_EcFD: Weight, down_EDF: Weight) -> Array:
+def run_experts(
+    x_TD: Array, norm: Norm | None, expert_T: Array, gate_up_EcFD: Weight, down_EDF: Weight
+) -> Array:
     """Each token through its own expert: `down @ (silu(gate @ x) * (up @ x))`.
 
     Args:
         x_TD: the tokens, already scaled by their router's gate.
+        norm: how they are read.
         expert_T: int32 expert of each token.
         gate_up_EcFD: gate (c = 0) and up (c = 1) matrices of all experts, in any format.
         down_EDF: down matrices of all experts.
     """
     experts = jnp.arange(gate_up_EcFD.shape[0])
+    x_TD = normalize(x_TD, norm)
     # An expert maps zeros to zeros, so what it is not asked for it does not add to.
     x_ETD = jnp.where((experts[:, None] == expert_T)[..., None], x_TD, 0)
     hidden_EcTF = multiply("ETD,EcFD->EcTF", x_ETD, gate_up_EcFD)
@@ -224,6 +253,7 @@ def run_experts(x_TD: Array, expert_T: Array, gate_up_EcFD: Weight, down_EDF: We
 
 def mix_experts(
     x_TD: Array,
+    norm: Norm | None,
     expert_T: Array,
     gate_T: Array,
     gate_up_EcFD: Weight,
@@ -235,6 +265,7 @@ def mix_experts(
 
     Args:
         x_TD: the tokens.
+        norm: how they are read.
         expert_T: int32 expert of each token.
         gate_T: float32, what scales the input of that expert.
         gate_up_EcFD, down_EDF: as for `run_experts`.
@@ -242,6 +273,7 @@ def mix_experts(
     """
     alone_T = jnp.zeros_like(expert_T)
     shared = jax.tree.map(lambda w: w[None], (shared_gate_up_cFD, shared_down_DF))
+    x_TD = normalize(x_TD, norm)
     scaled_TD = x_TD * gate_T[:, None].astype(x_TD.dtype)
-    routed_TD = run_experts(scaled_TD, expert_T, gate_up_EcFD, down_EDF)
-    return run_experts(x_TD, alone_T, *shared) + routed_TD
+    routed_TD = run_experts(scaled_TD, None, expert_T, gate_up_EcFD, down_EDF)
+    return run_experts(x_TD, None, alone_T, *shared) + routed_TD

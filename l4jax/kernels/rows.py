@@ -24,66 +24,85 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from l4jax.kernels.formats import FP8, find_factor
+from l4jax.kernels.reference import Norm
 
 _load: Any = plgpu.load  # whose parameters differ between versions of jax
 
 _WARPS = 4  # of a warpgroup
+THREADS = 32 * _WARPS  # what a row is a multiple of
 _MOST_SHARES = 5  # of a row: each warp reads what every other one found
 _FEW_ROWS = 64  # which leave the device empty
-_ROUTED = 8  # experts whose scores are found at once: what a thread can hold
+_ROUTERS = 4  # warpgroups that find scores of a token
+_AHEAD = 4  # experts whose weights are under way to each: what a thread can hold
 _VECTOR = 8  # elements that a thread reads at once: of bfloat16 16 bytes, and none reads more
+_COMPILED = plgpu.CompilerParams(
+    approx_math=True,
+    lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+    unsafe_no_auto_barriers=True,
+)
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "interpret"))
-def normalize_rows(x_TU: Array, scale_U: Array, *, eps: float, interpret: Any = None) -> Array:
+@functools.partial(jax.jit, static_argnames="interpret")
+def normalize_rows(x_TU: Array, norm: Norm, *, interpret: Any = None) -> Array:
     """`reference.normalize` of bfloat16."""
     rows, width = x_TU.shape
 
     def norm_body(x: Any, scale: Any, out: Any, **meeting: Any) -> None:
         row, share = lax.axis_index("row"), lax.axis_index("share")
         found, weight = _read(x.at[row, share]), _read(scale.at[share])
-        total = _join(jnp.sum(found * found, axis=1), jnp.add, share, **meeting)
+        (square,) = _join(share, (jnp.sum(found * found, axis=1), jnp.add), **meeting)
         # Rounded before the weight as behind it, as the definition is.
-        normed = (found * lax.rsqrt(total * (1 / width) + eps)).astype(jnp.bfloat16)
+        normed = (found * lax.rsqrt(square * (1 / width) + norm.eps)).astype(jnp.bfloat16)
         out[row, share] = (normed.astype(jnp.float32) * weight).astype(out.dtype)
 
     cut = _cut(width, rows)
-    operands = x_TU.reshape(rows, *cut), scale_U.reshape(cut)
+    operands = x_TU.reshape(rows, *cut), norm.scale_D.reshape(cut)
     return _launch(norm_body, *operands, rows=rows, out=(rows, *cut), interpret=interpret)
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def route_rows(
-    x_TU: Array, router_EU: Array, *, interpret: Any = None
+    x_TU: Array, norm: Norm | None, router_EU: Array, *, interpret: Any = None
 ) -> tuple[Array, Array, Array]:
-    """`reference.route` of bfloat16, a warpgroup to a token."""
+    """`reference.route` of bfloat16: a thread block to a token, in which each warpgroup finds the
+    scores of some experts. What a norm divides a token by, it divides the scores by."""
     (tokens, width), experts = x_TU.shape, router_EU.shape[0]
+    shares = math.gcd(experts, _ROUTERS)
 
-    def route_body(
-        x: Any, router: Any, score: Any, expert: Any, gate: Any, *, found_smem: Any, met: Any
-    ) -> None:
-        token = lax.axis_index("row")
-        mine, found = _read(x.at[token]), []
-        for first in range(0, experts, _ROUTED):
-            several = range(first, min(first + _ROUTED, experts))
-            theirs = [_read(router.at[at]) for at in several]  # all under way before any is needed
-            found += [jnp.sum(mine * weight, axis=1) for weight in theirs]
-        for at, found_W in enumerate(found):
-            found_smem[at] = found_W
+    def route_body(x: Any, router: Any, *refs: Any, found_smem: Any, met: Any) -> None:
+        *scales, score, expert, gate = refs
+        token, share = lax.axis_index("row"), lax.axis_index("share")
+        places = [share * (experts // shares) + at for at in range(experts // shares)]
+        mine, weights = _read(x.at[token]), [_read(scale) for scale in scales]
+        theirs = [_read(router.at[at]) for at in places[:_AHEAD]]
+        found_smem[experts + share] = jnp.sum(mine * mine, axis=1)
+        for weight in weights:
+            mine *= weight
+        for at, place in enumerate(places):
+            found_smem[place] = jnp.sum(mine * theirs[at], axis=1)
+            theirs += [_read(router.at[following]) for following in places[at + _AHEAD :][:1]]
         plgpu.barrier_arrive(met)
         plgpu.barrier_wait(met)
-        best, highest = jnp.int32(0), jnp.float32(-jnp.inf)
-        for at in range(experts):
-            one, two, three, four = (found_smem[at, warp] for warp in range(_WARPS))
-            # Rounded before they are compared, as the definition is.
-            total = ((one + two) + (three + four)).astype(jnp.bfloat16)
-            score[token, at] = total
-            total = total.astype(jnp.float32)
-            best = jnp.where(total > highest, at, best)
-            highest = jnp.maximum(highest, total)
-        expert[token] = best
-        gate[token] = 1 / (1 + jnp.exp(-highest))
 
+        def join(at: int) -> Any:
+            one, two, three, four = (found_smem[at, warp] for warp in range(_WARPS))
+            return (one + two) + (three + four)
+
+        @pl.when(share == 0)
+        def _choose() -> None:
+            factor = 1.0 if norm is None else lax.rsqrt(join(experts) * (1 / width) + norm.eps)
+            best, highest = jnp.int32(0), jnp.float32(-jnp.inf)
+            for at in range(experts):
+                # Rounded before they are compared, as the definition is.
+                total = (join(at) * factor).astype(jnp.bfloat16)
+                score[token, at] = total
+                total = total.astype(jnp.float32)
+                best = jnp.where(total > highest, at, best)
+                highest = jnp.maximum(highest, total)
+            expert[token] = best
+            gate[token] = 1 / (1 + jnp.exp(-highest))
+
+    cut = _WARPS, width // _WARPS
     kernel = plgpu.kernel(
         route_body,
         out_type=[
@@ -93,36 +112,36 @@ def route_rows(
         ],
         grid=(tokens,),
         grid_names=("row",),
-        num_threads=1,
+        num_threads=shares,
         thread_name="share",
         scratch_types=dict(
-            found_smem=plgpu.SMEM((experts, _WARPS), jnp.float32),
-            met=plgpu.Barrier(num_arrivals=1),
+            found_smem=plgpu.SMEM((experts + shares, _WARPS), jnp.float32),
+            met=plgpu.Barrier(num_arrivals=shares),
         ),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-            unsafe_no_auto_barriers=True,
-        ),
+        compiler_params=_COMPILED,
         interpret=interpret,
     )
-    cut = _WARPS, width // _WARPS
-    return tuple(kernel(x_TU.reshape(tokens, *cut), router_EU.reshape(experts, *cut)))
+    scales = [] if norm is None else [norm.scale_D.reshape(cut)]
+    operands = x_TU.reshape(tokens, *cut), router_EU.reshape(experts, *cut), *scales
+    return tuple(kernel(*operands))
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "has_leading", "interpret"))
 def round_rows(
     x_TU: Array,
+    norm: Norm | None = None,
     slot_T: Array | None = None,
     *,
     slots: int,
     has_leading: bool = False,
     interpret: Any = None,
 ) -> tuple[Array, Array]:
-    """`formats.quantize_tokens`, of each token in its slot.
+    """`formats.quantize_tokens`, of each token in its slot. What a norm divides it by goes into its
+    scale.
 
     Args:
         x_TU: the tokens.
+        norm: how they are read.
         slot_T: int32 slot of each, where these are not the first ones in order.
         slots: how many there are; what stands in one that no token has is undefined.
         has_leading: whether each token also stands in the first slots, in order.
@@ -133,24 +152,36 @@ def round_rows(
     """
     tokens, width = x_TU.shape
     cut = _cut(width, tokens)
+    operands = {
+        "slot": slot_T,
+        "weight": None if norm is None else norm.scale_D.reshape(cut),
+    }
+    operands = {name: x for name, x in operands.items() if x is not None}
 
     def round_body(x: Any, *refs: Any, **meeting: Any) -> None:
-        *slot_of, out, scale = refs
+        of, (out, scale) = dict(zip(operands, refs, strict=False)), refs[len(operands) :]
         token, share = lax.axis_index("row"), lax.axis_index("share")
-        data, factor = _round(_read(x.at[token, share]), share, **meeting)
-        for slot in slot_of:
-            out[slot[token], share] = data
-        if has_leading or not slot_of:
+        wide, sums = _read(x.at[token, share]), []
+        if norm is not None:
+            sums = [(jnp.sum(wide * wide, axis=1), jnp.add)]
+            wide *= _read(of["weight"].at[share])
+        data, factor, *squares = _round(wide, share, *sums, **meeting)
+        if norm is not None:
+            factor *= lax.rsqrt(squares[0] * (1 / width) + norm.eps)
+        if "slot" in of:
+            out[of["slot"][token], share] = data
+        if has_leading or "slot" not in of:
             out[token, share] = data
         _write_once(scale, token, factor, share)
 
     return _launch(
         round_body,
         x_TU.reshape(tokens, *cut),
-        *([] if slot_T is None else [slot_T]),
+        *operands.values(),
         rows=tokens,
         out=(slots, *cut),
         scaled=tokens,
+        joins=1 if norm is None else 2,
         interpret=interpret,
     )
 
@@ -229,7 +260,7 @@ def activate_rows(
         *operands.values(),
         rows=rows,
         out=(slots, *cut),
-        is_joined=is_rounded,
+        joins=1 if is_rounded else 0,
         scaled=slots if is_rounded else 0,
         interpret=interpret,
     )
@@ -276,9 +307,7 @@ def join_rows(
 
     rows, cut = tokens * kv_heads * heads, _cut(head_dim)
     operands = parts.reshape(*parts.shape[:-1], *cut), peaks, totals
-    return _launch(
-        join_body, *operands, rows=rows, out=(rows, *cut), is_joined=False, interpret=interpret
-    )
+    return _launch(join_body, *operands, rows=rows, out=(rows, *cut), joins=0, interpret=interpret)
 
 
 def _cut(width: int, rows: int = 0, of_many: int = 1) -> tuple[int, int, int]:
@@ -303,29 +332,36 @@ def _read(ref: Any) -> Array:
     return _load(ref, layout=layout, optimized=False).astype(jnp.float32)
 
 
-def _join(found_W: Array, join: Any, share: Any, *, found_smem: Any, met: Any) -> Any:
-    """What each warp found in its line, joined over the row; once in a kernel.
+def _join(share: Any, *finds: tuple[Array, Any], found_smem: Any, met: Any) -> list[Any]:
+    """What each warp found in its line, and how that is joined over the row; once in a kernel.
 
     Nothing else may be joined over warps: Pallas would do it in shared memory that it gives to all
     warpgroups alike.
     """
-    found_smem[share] = found_W
+    for at, (found_W, _) in enumerate(finds):
+        found_smem[at, share] = found_W
     plgpu.barrier_arrive(met)
     plgpu.barrier_wait(met)
-    shares, warps = found_smem.shape
-    found = [found_smem[at, warp] for at in range(shares) for warp in range(warps)]
-    while len(found) > 1:  # in pairs: in a chain each would wait for the one before
-        pairs = itertools.zip_longest(found[::2], found[1::2])
-        found = [one if other is None else join(one, other) for one, other in pairs]
-    return found[0]
+    _, shares, warps = found_smem.shape
+
+    def join_all(at: int, join: Any) -> Any:
+        found = [found_smem[at, other, warp] for other in range(shares) for warp in range(warps)]
+        while len(found) > 1:  # in pairs: in a chain each would wait for the one before
+            pairs = itertools.zip_longest(found[::2], found[1::2])
+            found = [one if other is None else join(one, other) for one, other in pairs]
+        return found[0]
+
+    return [join_all(at, join) for at, (_, join) in enumerate(finds)]
 
 
-def _round(x_WL: Array, share: Any, **meeting: Any) -> tuple[Array, Any]:
-    """A share in e4m3, and the scale of its row."""
-    largest = _join(jnp.max(jnp.abs(x_WL), axis=1), jnp.maximum, share, **meeting)
+def _round(x_WL: Array, share: Any, *finds: tuple[Array, Any], **meeting: Any) -> list[Any]:
+    """A share in e4m3, the scale of its row, and what else is joined with it."""
+    largest, *others = _join(
+        share, (jnp.max(jnp.abs(x_WL), axis=1), jnp.maximum), *finds, **meeting
+    )
     factor = find_factor(largest)
     # Nothing is clipped: what came out a little above the largest e4m3 is rounded to it.
-    return (x_WL * (1 / factor)).astype(FP8), factor
+    return [(x_WL * (1 / factor)).astype(FP8), factor, *others]
 
 
 def _write_once(ref: Any, at: Any, value: Any, share: Any) -> None:
@@ -339,37 +375,33 @@ def _launch(
     *operands: Array,
     rows: int,
     out: tuple[int, ...],
-    is_joined: bool = True,
+    joins: int = 1,
     scaled: int = 0,
     interpret: Any,
 ) -> Any:
     """The body on each share of each row; `out` is the shape of what is written, cut into shares:
-    bfloat16 or, with scales of so many, e4m3. What is joined over a row has warpgroups for its
-    shares, and where these meet."""
+    bfloat16 or, with scales of so many, e4m3. Where so many things are joined over a row, its
+    shares have warpgroups, and these a place to meet."""
     written, *cut = out
     out_types = [jax.ShapeDtypeStruct(out, FP8 if scaled else jnp.bfloat16)]
     if scaled:
         out_types.append(jax.ShapeDtypeStruct((scaled,), jnp.float32))
     launch: Any = dict(grid=(rows, cut[0]), grid_names=("row", "share"))
-    if is_joined:
+    if joins:
         launch = dict(
             grid=(rows,),
             grid_names=("row",),
             num_threads=cut[0],
             thread_name="share",
             scratch_types=dict(
-                found_smem=plgpu.SMEM(tuple(cut[:2]), jnp.float32),
+                found_smem=plgpu.SMEM((joins, *cut[:2]), jnp.float32),
                 met=plgpu.Barrier(num_arrivals=cut[0]),
             ),
         )
     kernel = plgpu.kernel(
         body,
         out_type=out_types,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-            unsafe_no_auto_barriers=True,
-        ),
+        compiler_params=_COMPILED,
         interpret=interpret,
         **launch,
     )

@@ -17,7 +17,7 @@ from l4jax import axes
 from l4jax.cache import Batch
 from l4jax.config import TextConfig
 from l4jax.kernels import Kernels
-from l4jax.kernels.reference import Turn
+from l4jax.kernels.reference import Norm, Turn
 from l4jax.model.layers import declare
 from l4jax.model.rope import find_angles, scale_frequencies
 
@@ -52,6 +52,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_TD: Array,
+        norm: Norm | None,
         k_PKZH: Array,
         v_PKZH: Array,
         positions: Positions,
@@ -73,7 +74,9 @@ class Attention(nn.Module):
         )
         turn = self.find_turn(positions, scales)
         where = (positions.table_RB, positions.row_T, positions.position_T)
-        y_TKGH, k_PKZH, v_PKZH = self.kernels.attend(x_TD, qkv_KJHD, turn, k_PKZH, v_PKZH, *where)
+        y_TKGH, k_PKZH, v_PKZH = self.kernels.attend(
+            x_TD, norm, qkv_KJHD, turn, k_PKZH, v_PKZH, *where
+        )
         y_TD = self.kernels.multiply("TKGH,DKGH->TD", y_TKGH, out_DKGH)
         return y_TD, k_PKZH, v_PKZH
 

@@ -9,6 +9,7 @@ from jax import Array
 from l4jax import axes
 from l4jax.kernels import Kernels
 from l4jax.kernels.formats import Weight, multiply
+from l4jax.kernels.reference import Norm
 
 
 def declare(module: nn.Module, name: str, shape: tuple[int, ...], names: tuple[str, ...]) -> Array:
@@ -33,15 +34,15 @@ def constrain(x: Array, *names: str) -> Array:
 
 
 class RMSNorm(nn.Module):
-    """Each token divided by its root mean square, then times a weight per channel."""
+    """A norm, for what reads tokens through it: each divided by its root mean square, then times a
+    weight per channel."""
 
+    width: int
     eps: float
-    kernels: Kernels = Kernels()
 
     @nn.compact
-    def __call__(self, x_TD: Array) -> Array:
-        scale_D = declare(self, "scale", x_TD.shape[-1:], (axes.WIDTH,))
-        return self.kernels.normalize(x_TD, scale_D, self.eps)
+    def __call__(self) -> Norm:
+        return Norm(declare(self, "scale", (self.width,), (axes.WIDTH,)), self.eps)
 
 
 class GatedMLP(nn.Module):
@@ -56,10 +57,10 @@ class GatedMLP(nn.Module):
         self.gate_up_cFD = declare(self, "gate_up", shape, names)
         self.down_DF = declare(self, "down", shape[:0:-1], names[:0:-1])
 
-    def __call__(self, x_TD: Array) -> Array:
+    def __call__(self, x_TD: Array, norm: Norm | None) -> Array:
         alone_T = jnp.zeros(x_TD.shape[0], jnp.int32)  # an expert, and no other
         weights = jax.tree.map(lambda w: w[None], (self.gate_up_cFD, self.down_DF))
-        return self.kernels.run_experts(x_TD, alone_T, *weights)
+        return self.kernels.run_experts(x_TD, norm, alone_T, *weights)
 
 
 class LayerNorm(nn.Module):

@@ -6,6 +6,7 @@ from jax import Array
 from l4jax import axes
 from l4jax.config import TextConfig
 from l4jax.kernels import Kernels
+from l4jax.kernels.reference import Norm
 from l4jax.model.layers import GatedMLP, declare
 
 
@@ -20,7 +21,7 @@ class MixtureOfExperts(nn.Module):
     kernels: Kernels
 
     @nn.compact
-    def __call__(self, x_TD: Array) -> Array:
+    def __call__(self, x_TD: Array, norm: Norm | None) -> Array:
         c = self.config
         router_ED = declare(self, "router", (c.experts, c.width), (axes.EXPERTS, axes.WIDTH))
         gate_up_EcFD = declare(
@@ -36,7 +37,7 @@ class MixtureOfExperts(nn.Module):
             (axes.EXPERTS, axes.WIDTH, axes.HIDDEN),
         )
         shared = GatedMLP(c.width, c.expert_width, self.kernels, name="shared")
-        score_TE, expert_T, gate_T = self.kernels.route(x_TD, router_ED)
+        score_TE, expert_T, gate_T = self.kernels.route(x_TD, norm, router_ED)
         self.sow("intermediates", "score_TE", score_TE)  # kept where training asks for it
         weights = (gate_up_EcFD, down_EDF, shared.gate_up_cFD, shared.down_DF)
-        return self.kernels.mix_experts(x_TD, expert_T, gate_T, *weights)
+        return self.kernels.mix_experts(x_TD, norm, expert_T, gate_T, *weights)

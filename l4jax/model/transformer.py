@@ -41,14 +41,14 @@ class Layer(nn.Module):
     ) -> tuple[Array, Array, Array]:
         c = self.config
         attention = Attention(c, self.is_nope, self.kernels, name="attention")
-        y_TD = RMSNorm(c.norm_eps, self.kernels, name="attention_norm")(x_TD)
-        y_TD, k_PKZH, v_PKZH = attention(y_TD, k_PKZH, v_PKZH, positions, scales)
+        norm = RMSNorm(c.width, c.norm_eps, name="attention_norm")()
+        y_TD, k_PKZH, v_PKZH = attention(x_TD, norm, k_PKZH, v_PKZH, positions, scales)
         x_TD = constrain(x_TD + y_TD, axes.TOKENS, axes.WIDTH)
-        y_TD = RMSNorm(c.norm_eps, self.kernels, name="feed_forward_norm")(x_TD)
+        norm = RMSNorm(c.width, c.norm_eps, name="feed_forward_norm")()
         if self.is_moe:
-            y_TD = MixtureOfExperts(c, self.kernels, name="feed_forward")(y_TD)
+            y_TD = MixtureOfExperts(c, self.kernels, name="feed_forward")(x_TD, norm)
         else:
-            y_TD = GatedMLP(c.width, c.dense_width, self.kernels, name="feed_forward")(y_TD)
+            y_TD = GatedMLP(c.width, c.dense_width, self.kernels, name="feed_forward")(x_TD, norm)
         return constrain(x_TD + y_TD, axes.TOKENS, axes.WIDTH), k_PKZH, v_PKZH
 
 
@@ -66,7 +66,7 @@ class Llama4(nn.Module):
             Layer(c, c.is_nope(i), c.is_moe(i), self.kernels, name=f"layer_{i}")
             for i in range(c.layers)
         ]
-        self.norm = RMSNorm(c.norm_eps, self.kernels)
+        self.norm = RMSNorm(c.width, c.norm_eps)
         self.head_VD = declare(self, "head", (c.vocab, c.width), names)
 
     def __call__(
@@ -96,7 +96,8 @@ class Llama4(nn.Module):
             x_TD, k[repetition], v[repetition] = layer(
                 x_TD, k[repetition], v[repetition], positions, pool.find_scales(i)
             )
-        return self.norm(x_TD), dataclasses.replace(pool, k=tuple(k), v=tuple(v))
+        x_TD = self.kernels.normalize(x_TD, self.norm())
+        return x_TD, dataclasses.replace(pool, k=tuple(k), v=tuple(v))
 
     def find_logits(self, x_RD: Array) -> Array:
         """[R, V] float32 logits of hidden states [R, D]."""

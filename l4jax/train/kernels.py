@@ -69,6 +69,7 @@ def _attend_all(q_IPNH: Array, k_IPNH: Array, v_IPNH: Array, *, attention: str) 
 
 def attend(
     x_TD: Array,
+    norm: reference.Norm | None,
     qkv_KJHD: Weight,
     turn: reference.Turn,
     k_pool: Array,
@@ -87,7 +88,7 @@ def attend(
     own. Softmax in float32. What comes out for padding, at position -1, means nothing.
 
     Args:
-        x_TD, qkv_KJHD, turn: as for `reference.project_heads`.
+        x_TD, norm, qkv_KJHD, turn: as for `reference.project_heads`.
         k_pool, v_pool: of `make_no_pool`, returned as they are.
         table_RB: the first run of each run's document (or the run itself), in every column.
         row_T: int32 run of each token.
@@ -95,7 +96,7 @@ def attend(
         chunk: of the model.
         attention: see `make_training_kernels`.
     """
-    q_TKGH, k_TKH, v_TKH = reference.project_heads(x_TD, qkv_KJHD, turn)
+    q_TKGH, k_TKH, v_TKH = reference.project_heads(x_TD, norm, qkv_KJHD, turn)
     tokens, kv_heads, queries, head_dim = q_TKGH.shape
     span = table_RB.shape[1] * chunk
     # Padding belongs to nobody, and sees itself, so that no softmax is empty.

@@ -46,7 +46,7 @@ def test_scales_are_those_of_the_keys_and_values_that_are_stored(name):
     largest = []
 
     def attend(*projected_and_pool):
-        _, *stored = reference.project_heads(*projected_and_pool[:3])
+        _, *stored = reference.project_heads(*projected_and_pool[:4])
         largest.append([np.abs(np.asarray(x)).max() for x in stored])
         return PORTABLE.attend(*projected_and_pool)
 
