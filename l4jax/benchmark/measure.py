@@ -165,7 +165,8 @@ class Bench:
             engine.warm_up(progress=True)
         with self._clock("warm-up"):
             self._serve(engine, [(length, min(wanted, 32)) for length, wanted in asked[:32]])
-        self.runner.wait_for_compilers()  # which would take time from the engine's thread
+        # Which would take time from the engine's thread; of no start, since others are served.
+        self.runner.wait_for_compilers(progress=True)
         started = time.perf_counter()
         out = self._serve(engine, asked)
         seconds = time.perf_counter() - started

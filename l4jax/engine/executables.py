@@ -18,8 +18,8 @@ import pickle
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +83,9 @@ class Executables:
 
     def compile(self, calls: Mapping[Hashable, Call], *, progress: bool = False) -> None:
         """Compile programs, several at a time, and wait for all of them."""
-        from tqdm import tqdm
-
         with ThreadPoolExecutor(min(os.cpu_count() or 1, _COMPILERS)) as threads:
             futures = {key: threads.submit(self._make, call) for key, call in calls.items()}
-            done = as_completed(futures.values())
-            for future in tqdm(
-                done, desc="compiling", total=len(calls), unit="program", disable=not progress
-            ):
+            for future in _watch(futures.values(), "compiling", progress):
                 future.result()
         self._found |= futures
 
@@ -130,9 +125,11 @@ class Executables:
         """Whether something is being compiled."""
         return not all(future.done() for future in self._found.values())
 
-    def wait(self) -> None:
+    def wait(self, *, progress: bool = False) -> None:
         """Wait for all that is being compiled."""
-        wait(self._found.values())
+        left = [future for future in self._found.values() if not future.done()]
+        for _ in _watch(left, "compiling the rest", progress):
+            pass
 
     def _make(self, call: Call) -> Any:
         file = self._locate(call)
@@ -161,6 +158,14 @@ class Executables:
             *(call.function.__name__, repr(static), *shapes),
         ]
         return self._folder / hashlib.sha256("\n".join(words).encode()).hexdigest()
+
+
+def _watch(futures: Collection[Future[Any]], what: str, progress: bool) -> Iterator[Future[Any]]:
+    """Programs as they are done, beneath a bar."""
+    from tqdm import tqdm
+
+    bar: Any = {"desc": what, "total": len(futures), "unit": "program", "disable": not progress}
+    yield from tqdm(as_completed(futures), **bar)
 
 
 @functools.cache

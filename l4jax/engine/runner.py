@@ -263,9 +263,9 @@ class Runner:
         """Whether programs that the warm-up left are still being compiled."""
         return self._executables.is_compiling
 
-    def wait_for_compilers(self) -> None:
+    def wait_for_compilers(self, *, progress: bool = False) -> None:
         """Wait for what the warm-up left to be compiled while others are served."""
-        self._executables.wait()
+        self._executables.wait(progress=progress)
 
     def _find_step(self, plan: Plan, is_adjusted: bool) -> tuple[int, int]:
         counts = [sum(run.stop - run.start for run in shard) for shard in plan.runs]

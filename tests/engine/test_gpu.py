@@ -20,8 +20,8 @@ from tests.engine.engines import GREEDY, assert_all_free, find_tiles, make_engin
 pytestmark = pytest.mark.gpu
 
 # Scout's widths, where the fast kernels have tiles for every product; three local layers and a
-# global one.
-SMALL_SCOUT = dataclasses.replace(SCOUT, vision=None).replace_text(layers=4, vocab=4096)
+# global one. Of fewer experts, so that several such tests have room side by side.
+SMALL_SCOUT = dataclasses.replace(SCOUT, vision=None).replace_text(layers=4, vocab=4096, experts=4)
 LENGTHS = (1, 40, 129, 700)  # the last one in several steps, beside the others' decoding
 
 
