@@ -20,9 +20,10 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 PROGRAMS = tempfile.TemporaryDirectory(prefix="l4jax-programs-")
 
 DEVICES = 8
-HAS_TORCH = importlib.util.find_spec("torch") is not None
+ORACLES = ("compressed_tensors", "peft", "torch", "transformers")
+MISSING = [name for name in ORACLES if importlib.util.find_spec(name) is None]
 
-collect_ignore = [] if HAS_TORCH else ["reference"]
+collect_ignore = ["reference"] if MISSING else []
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -66,8 +67,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     lines = [f"jax {jax.__version__}, {DEVICES} CPU devices"]
     if _wants_gpu(config) and not _has_gpu():
         lines.append("gpu tests: deselected, jax finds no GPU")
-    if not HAS_TORCH:
-        lines.append("tests/reference: left out, torch is not installed (the goldens remain)")
+    if MISSING:
+        lines.append(f"tests/reference: left out, no {', '.join(MISSING)} (the goldens remain)")
     return lines
 
 
