@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -48,7 +47,7 @@ class TilePlan:
     offset_I: Array  # what is added to the token of a query row to give its position
     last_I: Array  # position that the tile's last token stands at; -1 sees nothing
     stored_I: Array  # position that the row's last token stands at: beyond it lies what was left
-    count: Array  # [1]: tiles that are used, the first ones
+    count: Array | None = None  # [1]: tiles that are used, the first ones; by default all
 
 
 def is_supported(dtype: Any, rows: int, k_PKZH: Array) -> bool:
@@ -95,12 +94,11 @@ def _attend_each(
     """A tile for each token, of whose rows the first `heads` are queries."""
     tokens, kv_heads, _, head_dim = x_TKUH.shape
     at_T = jnp.arange(tokens, dtype=jnp.int32)
-    full = jnp.asarray(np.full(1, tokens, np.int32))
-    plan = TilePlan(row_T, at_T * heads, position_T - at_T, position_T, position_T, full)
+    plan = TilePlan(row_T, at_T * heads, position_T - at_T, position_T, position_T)
     out, softmax = run(x_TKUH, *pool, plan, heads=heads, splits=splits)
     if splits == 1:
-        return out[:, :, :heads]
-    joined = join_rows(out, *softmax, heads=heads, interpret=run.keywords["interpret"])
+        return out
+    joined = join_rows(out, *softmax, interpret=run.keywords["interpret"])
     return joined.reshape(tokens, kv_heads, heads, head_dim)
 
 
@@ -203,9 +201,9 @@ def _attend_tiles(
         sms, interpret: as for `attend`.
 
     Returns:
-        [I, K, U, H] like the queries; of more than one split, [splits, I, K, U, H] float32, not yet
-        divided by the total weight. And the softmax's peak and total, [splits, I, K, U] float32,
-        undefined where there is one split.
+        [I, K, U, H] like the queries, U being `size` or else `heads`; of more than one split,
+        [splits, I, K, U, H] float32, not yet divided by the total weight. And the softmax's peak
+        and total, [splits, I, K, U..] float32, undefined where there is one split.
     """
     (tiles,), (kv_heads, page, head_dim) = plan.row_I.shape, k_PKZH.shape[1:]
     height, out_dtype = size or q.shape[2], q.dtype
@@ -213,7 +211,8 @@ def _attend_tiles(
     dtype = jnp.float16 if is_narrow else out_dtype  # of what is multiplied
     q = q.astype(dtype)
     groups = -(-height // _ROWS)  # warpgroups that share a tile
-    kept = height // groups  # rows of each that are read and written
+    kept = height // groups  # rows of each that are read
+    given = kept if size else heads  # and written
     # In a decode step that fills the device, kv heads of a tile side by side, a warpgroup for each,
     # so that one of them works while the other waits: they have the same pages.
     side = 2 if groups == splits == 1 and kv_heads % 2 == 0 else 1
@@ -238,11 +237,11 @@ def _attend_tiles(
         v_free: Any,
         wide_smem: Any = None,
     ) -> None:
-        q, k, v, table, row, first_row, offset, last, stored, used, out, peaks, totals = refs
+        q, k, v, table, row, first_row, offset, last, stored, *used, out, peaks, totals = refs
         warpgroup = lax.axis_index("warpgroup")
         share: Any = functools.partial(
             plgpu.nd_loop,
-            (used[0] * (splits * kv_heads // side),),
+            ((used[0][0] if used else tiles) * (splits * kv_heads // side),),
             collective_axes="sm",
             init_carry=jnp.int32(0),  # spans that went before
         )
@@ -413,8 +412,8 @@ def _attend_tiles(
                 out_smem[warpgroup] = sum_UH.astype(out_dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(
-                    out_smem.at[warpgroup, pl.ds(0, kept)],
-                    out.at[split, tile, head + own, pl.ds(part * kept, kept)],
+                    out_smem.at[warpgroup, pl.ds(0, given)],
+                    out.at[split, tile, head + own, pl.ds(part * given, given)],
                 )
                 if is_split:
                     for at, to in enumerate((peaks, totals)):
@@ -430,7 +429,7 @@ def _attend_tiles(
     kernel = plgpu.kernel(
         pages_body,
         out_type=[
-            jax.ShapeDtypeStruct((splits, tiles, kv_heads, height, head_dim), out_dtype),
+            jax.ShapeDtypeStruct((splits, tiles, kv_heads, groups * given, head_dim), out_dtype),
             softmax,
             softmax,
         ],
@@ -442,7 +441,8 @@ def _attend_tiles(
             q_smem=_allocate((2, computing * _ROWS, head_dim), dtype),
             k_smem=_allocate((stages * side, span, head_dim), k_PKZH.dtype),
             v_smem=_allocate((stages * side, span, head_dim), v_PKZH.dtype),
-            out_smem=_allocate((computing, _ROWS, head_dim), out_dtype),
+            # In blocks of rows, but where fewer than such a block are written.
+            out_smem=(_allocate if size else plgpu.SMEM)((computing, _ROWS, head_dim), out_dtype),
             softmax_smem=plgpu.SMEM((computing, 2, _ROWS if is_split else 1), jnp.float32),
             q_full=plgpu.Barrier(num_arrivals=side, num_barriers=2),
             q_free=plgpu.Barrier(num_arrivals=computing, num_barriers=2),

@@ -276,22 +276,19 @@ def _place(row: Any, tokens: int, slot_T: Any, has_leading: bool) -> tuple[Any, 
     return token, jnp.where(row < tokens, row, slot_T[token])
 
 
-@functools.partial(jax.jit, static_argnames=("heads", "interpret"))
-def join_rows(
-    parts: Array, peaks: Array, totals: Array, *, heads: int, interpret: Any = None
-) -> Array:
+@functools.partial(jax.jit, static_argnames="interpret")
+def join_rows(parts: Array, peaks: Array, totals: Array, *, interpret: Any = None) -> Array:
     """Attention over parts of the positions, joined: each part weighs as its softmax did.
 
     Args:
-        parts: float32 [parts, T, K, U, H], not yet divided by the totals.
-        peaks, totals: float32 [parts, T, K, U..] of each part's softmax, in powers of two.
-        heads: how many of U count.
+        parts: float32 [parts, T, K, G, H], not yet divided by the totals.
+        peaks, totals: float32 [parts, T, K, G..] of each part's softmax, in powers of two.
         interpret: as for the other kernels.
 
     Returns:
         bfloat16 [T * K * G, H].
     """
-    count, tokens, kv_heads, _, head_dim = parts.shape
+    count, tokens, kv_heads, heads, head_dim = parts.shape
 
     def join_body(part: Any, peak: Any, total: Any, out: Any) -> None:
         row, mine = lax.axis_index("row"), lax.axis_index("share")

@@ -16,7 +16,7 @@ CONTEXTS = {
     **laws.make_contexts(SCOUT.page),
     "decode of many": ([1 + 7 * row for row in range(40)], [1] * 40, 0),
 }
-SPREAD = {"64 tokens": 64, "a prompt": 1500}
+SPREAD = {"64 tokens": 64, "an odd number": 101, "a prompt": 1500}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_norms_of_scout_equal_their_definition(kernels, tokens):
     laws.check_norm(kernels, tokens, SCOUT)
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 9, 128, 256, 300])
+@pytest.mark.parametrize("tokens", [1, 8, 128, 256, 300])
 def test_routes_of_scout_equal_their_definition(kernels, tokens):
     laws.check_route(kernels, tokens, SCOUT)
 
