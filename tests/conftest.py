@@ -20,10 +20,20 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 PROGRAMS = tempfile.TemporaryDirectory(prefix="l4jax-programs-")
 
 DEVICES = 8
+GPU_PROCESSES = 4  # side by side: what their tests wait for is a thread that compiles
 ORACLES = ("compressed_tensors", "peft", "torch", "transformers")
 MISSING = [name for name in ORACLES if importlib.util.find_spec(name) is None]
 
 collect_ignore = ["reference"] if MISSING else []
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Tests on a GPU run in several processes, unless `-n` says in how many."""
+    is_asked = getattr(config.option, "numprocesses", 0) is None  # of xdist, which may be missing
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    if is_asked and not is_worker and _wants_gpu(config) and not config.option.collectonly:
+        config.option.numprocesses = GPU_PROCESSES
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     else:
         # There it goes into trying products on the device, for programs that run once.
         os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several share the device
 
     import jax
 
