@@ -29,7 +29,7 @@ def test_norms_of_scout_equal_their_definition(kernels, tokens):
     laws.check_norm(kernels, tokens, SCOUT)
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 128, 256, 300])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 128, 256, 300])
 def test_routes_of_scout_equal_their_definition(kernels, tokens):
     laws.check_route(kernels, tokens, SCOUT)
 
