@@ -165,9 +165,10 @@ def count_program_bytes(text: TextConfig, rows: int, tokens: int) -> int:
 class Buckets:
     """The shapes that are compiled, per data shard: (tokens, rows) of steps, and rows of loops.
 
-    The coarse ones, about every other, hold whatever comes: a server begins once it has these.
-    The others waste less, and are compiled while it serves; so are those of `between`, which spare
-    many rows some padding, and which nobody waits for.
+    A server begins once it has the first ones, the least and the most, which hold whatever comes.
+    All others waste less, and are compiled while it serves: the coarse ones, about every other,
+    then the finer; among these are those of `between`, which spare many rows some padding, and
+    which nobody waits for.
     """
 
     steps: tuple[tuple[int, int], ...]
@@ -199,11 +200,21 @@ class Buckets:
         )
 
     @property
+    def first_steps(self) -> tuple[tuple[int, int], ...]:
+        return _take_ends(self.steps)
+
+    @property
+    def first_loops(self) -> tuple[int, ...]:
+        return _take_ends(self.loops)
+
+    @property
     def coarse_steps(self) -> tuple[tuple[int, int], ...]:
+        """The first ones among them."""
         return _thin(self.steps)
 
     @property
     def coarse_loops(self) -> tuple[int, ...]:
+        """The first ones among them."""
         return _thin(self.loops)
 
     @property
@@ -223,10 +234,10 @@ class Buckets:
         *,
         has: Callable[[tuple[int, int]], bool] = lambda shape: True,
     ) -> tuple[int, int]:
-        """The smallest step shape that holds as many tokens and rows: a coarse one, or one that is
+        """The smallest step shape that holds as many tokens and rows: a first one, or one that is
         there, as `has` says. Adjusted rows, which are rarer, have the coarse ones alone."""
-        finer = () if is_adjusted else filter(has, self.finer_steps)
-        return min((t, r) for t, r in (*self.coarse_steps, *finer) if t >= tokens and r >= rows)
+        others = self.coarse_steps if is_adjusted else filter(has, self.steps)
+        return min((t, r) for t, r in (*self.first_steps, *others) if t >= tokens and r >= rows)
 
     def fit_loop(
         self,
@@ -236,8 +247,12 @@ class Buckets:
         has: Callable[[int], bool] = lambda rows: True,
     ) -> int:
         """The same of loops."""
-        finer = () if is_adjusted else filter(has, self.finer_loops)
-        return min(r for r in (*self.coarse_loops, *finer) if r >= rows)
+        others = self.coarse_loops if is_adjusted else filter(has, (*self.loops, *self.between))
+        return min(r for r in (*self.first_loops, *others) if r >= rows)
+
+
+def _take_ends(shapes: tuple) -> tuple:
+    return tuple(dict.fromkeys((shapes[0], shapes[-1])))
 
 
 def _thin(shapes: tuple) -> tuple:

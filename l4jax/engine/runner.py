@@ -223,8 +223,8 @@ class Runner:
         return Flight(plan, shape, self._launcher.submit(launch))
 
     def warm_up(self, *, progress: bool = False) -> None:
-        """Compile what is needed for every plan, several programs at a time, and run each on
-        padding. What adjusted rows need, who are rarer, and what wastes less is compiled while
+        """Compile what is enough for every plan, several programs at a time, and run each on
+        padding. What wastes less, and what adjusted rows need, who are rarer, is compiled while
         others are served.
         """
         empty: list[list[Run]] = [[] for _ in range(self.limits.shards)]
@@ -242,7 +242,7 @@ class Runner:
 
         b = self.buckets
         with self._ready():
-            steps, loops = prepare_steps(b.coarse_steps), prepare_loops(b.coarse_loops)
+            steps, loops = prepare_steps(b.first_steps), prepare_loops(b.first_loops)
             parts = [self._prepare_tiles(*each) for each in tiles]
             self._executables.compile(call(*steps, *loops, *parts), progress=progress)
             self._set_seen(0, np.zeros(self.config.text.vocab, np.int32))
@@ -252,10 +252,12 @@ class Runner:
                 self._run_step(program)
             for program in loops:
                 self._run_loop(program)
+            coarse = prepare_steps(b.coarse_steps), prepare_loops(b.coarse_loops)
             adjusted = prepare_steps(b.coarse_steps, True), prepare_loops(b.coarse_loops, True)
             finer = prepare_steps(b.finer_steps), prepare_loops(b.finer_loops)
-            behind = call(*itertools.chain(*adjusted, *finer))
-            self._executables.compile_behind(behind)
+            behind = itertools.chain(*coarse, *adjusted, *finer)
+            there = {program.key for program in (*steps, *loops)}
+            self._executables.compile_behind(call(*(p for p in behind if p.key not in there)))
         jax.block_until_ready(self.pool)
 
     @property

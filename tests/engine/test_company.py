@@ -233,16 +233,20 @@ def test_a_speculation_that_cannot_be_had_is_refused_by_name(changes, says):
         Speculation(**{"num_speculative_tokens": 4, **changes})
 
 
-def test_adjusted_rows_and_a_server_that_begins_have_about_every_other_shape_and_one_that_fits():
+def test_a_server_begins_with_two_shapes_and_adjusted_rows_have_about_every_other():
     buckets = Buckets(((16, 9), (64, 9), (256, 9), (1024, 9), (2048, 9)), (1, 4, 16, 64))
     assert [tokens for tokens, _ in buckets.coarse_steps] == [16, 256, 2048]
     assert buckets.coarse_loops == (1, 4, 64)
+    assert buckets.first_steps == ((16, 9), (2048, 9)) and buckets.first_loops == (1, 64)
     assert buckets.fit(17, 9, True) == (256, 9) and buckets.fit(17, 9) == (64, 9)
     assert buckets.fit_loop(5, True) == 64 and buckets.fit_loop(5) == 16
-    assert buckets.fit(17, 9, has=lambda shape: False) == (256, 9)
+    assert buckets.fit(17, 9, has=lambda shape: False) == (2048, 9)
+    assert buckets.fit(16, 9, has=lambda shape: False) == (16, 9)
     assert buckets.fit(300, 9, has=lambda shape: shape == (1024, 9)) == (1024, 9)
     assert buckets.fit_loop(5, has=lambda rows: False) == 64
-    assert Buckets(((16, 2),), (1,)).coarse_steps == ((16, 2),)
+    alone = Buckets(((16, 2),), (1,))
+    assert alone.first_steps == alone.coarse_steps == ((16, 2),)
+    assert alone.first_loops == alone.coarse_loops == (1,)
 
 
 def test_many_rows_waste_less_than_a_few_once_the_loops_between_are_there():
@@ -252,7 +256,7 @@ def test_many_rows_waste_less_than_a_few_once_the_loops_between_are_there():
     for rows in range(17, 257):
         assert 0 <= buckets.fit_loop(rows, has=lambda _: True) - rows < 32
         there = buckets.fit_loop(rows, has=lambda found: found == 128)
-        assert there == next(x for x in (16, 128, 256) if x >= rows)
+        assert there == next(x for x in (128, 256) if x >= rows)
         assert buckets.fit_loop(rows, True, has=lambda _: True) == 256  # those are others
     assert not Buckets.of(make_limits(requests=64, rows=65, tokens=2048)).between
     many = Buckets.of(make_limits(requests=1024, rows=1025, tokens=2048))
@@ -260,7 +264,7 @@ def test_many_rows_waste_less_than_a_few_once_the_loops_between_are_there():
     assert all(many.fit_loop(rows, has=lambda _: True) < 1.5 * rows for rows in range(65, 1025))
 
 
-def test_a_server_begins_with_the_coarse_shapes_and_draws_the_same(monkeypatch):
+def test_a_server_begins_with_the_first_shapes_and_draws_the_same(monkeypatch):
     """What is compiled meanwhile is not waited for."""
     golden = weights.read_golden(NAME)
     first, shapes = [], []
