@@ -82,9 +82,16 @@ class Executables:
         return future.result()(*call.arguments)
 
     def compile(self, calls: Mapping[Hashable, Call], *, progress: bool = False) -> None:
-        """Compile programs, several at a time, and wait for all of them."""
+        """Compile programs, several at a time, and wait for all of them. They are lowered in this
+        order: those that take long to compile come first.
+        """
+        futures: dict[Hashable, Future[Any]] = {}
         with ThreadPoolExecutor(min(os.cpu_count() or 1, _COMPILERS)) as threads:
-            futures = {key: threads.submit(self._make, call) for key, call in calls.items()}
+            before = None
+            for key, call in calls.items():
+                lowered = threading.Event()
+                futures[key] = threads.submit(self._make, call, before, lowered)
+                before = lowered
             for future in _watch(futures.values(), "compiling", progress):
                 future.result()
         self._found |= futures
@@ -131,13 +138,27 @@ class Executables:
         for _ in _watch(left, "compiling the rest", progress):
             pass
 
-    def _make(self, call: Call) -> Any:
-        file = self._locate(call)
-        made = _read(file, self._devices) if file else None
-        if made is None:
-            # Python lowers one after the other; the compiler, which takes longer, needs no Python.
-            with self._lowering, self._entered():
-                lowered = call.function.lower(*call.arguments, **call.static)
+    def _make(
+        self,
+        call: Call,
+        before: threading.Event | None = None,
+        after: threading.Event | None = None,
+    ) -> Any:
+        """A program, as it was kept or anew: lowered once `before` is set, and then `after` is."""
+        file, made, lowered = None, None, None
+        try:
+            file = self._locate(call)
+            made = _read(file, self._devices) if file else None
+            if made is None:
+                if before is not None:
+                    before.wait()
+                # Python lowers one after the other; the compiler, which takes longer, needs none.
+                with self._lowering, self._entered():
+                    lowered = call.function.lower(*call.arguments, **call.static)
+        finally:
+            if after is not None:
+                after.set()
+        if lowered is not None:
             made = lowered.compile()
             if file:
                 _write(file, made)

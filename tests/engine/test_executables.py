@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import time
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +100,27 @@ def test_those_used_longest_ago_are_forgotten(tmp_path, monkeypatch):
     assert program.count == 0
     compile_one(tmp_path, program.call(5))
     assert program.count == 1
+
+
+def test_programs_are_lowered_in_their_order(tmp_path, monkeypatch):
+    """Whichever of their threads comes first."""
+    lowered, locate = [], Executables._locate
+
+    def tell(x, *, times: int):
+        lowered.append(times)
+        return times * x
+
+    def locate_slowly(self, call):
+        time.sleep(0.2 - 0.05 * call.static["times"])
+        return locate(self, call)
+
+    monkeypatch.setattr(Executables, "_locate", locate_slowly)
+    function = jax.jit(tell, static_argnames="times")
+    calls = {times: Call(function, (jnp.arange(3),), {"times": times}) for times in range(4)}
+    started = make(tmp_path)
+    started.compile(calls)
+    assert lowered == [0, 1, 2, 3]
+    assert started.run(3, calls[3]).tolist() == [0, 3, 6]
 
 
 def test_what_is_compiled_behind_is_awaited_and_its_failure_told(tmp_path):
