@@ -2,7 +2,7 @@
 for the next start.
 
 jax keeps what it compiled too, but finds it by the lowered program, and to lower one of 48 layers
-takes Python two seconds. Here it is found by what goes into that: sources, versions, devices,
+takes Python seconds. Here it is found by what goes into that: sources, versions, devices,
 shapes.
 """
 

@@ -253,12 +253,14 @@ class Runner:
                 self._run_step(program)
             for program in loops:
                 self._run_loop(program)
-            coarse = prepare_steps(b.coarse_steps), prepare_loops(b.coarse_loops)
+            coarse = (
+                prepare_steps([shape for shape in b.coarse_steps if shape not in b.first_steps]),
+                prepare_loops([rows for rows in b.coarse_loops if rows not in b.first_loops]),
+            )
             adjusted = prepare_steps(b.coarse_steps, True), prepare_loops(b.coarse_loops, True)
             finer = prepare_steps(b.finer_steps), prepare_loops(b.finer_loops)
-            behind = itertools.chain(*coarse, *adjusted, *finer)
-            there = {program.key for program in (*steps, *loops)}
-            self._executables.compile_behind(call(*(p for p in behind if p.key not in there)))
+            behind = call(*itertools.chain(*coarse, *adjusted, *finer))
+            self._executables.compile_behind(behind)
         jax.block_until_ready(self.pool)
 
     @property
