@@ -456,23 +456,19 @@ def _hold_tokens(
     norm divides them by goes into their scales."""
     warpgroup = lax.axis_index("warpgroup")
     steps, slots, depth = x_smem.shape
-    mine, shape = steps // warpgroups, (slots, depth)
-    places = [pl.ds((warpgroup * mine + step) * depth, depth) for step in range(mine)]
-
-    def read(here: Any) -> Array:
-        if tokens == slots:
-            return _load(x.at[:, here], layout=EIGHT_ROWS, optimized=False)
-        return stack_rows([load_row(x.at[token, here]) for token in range(tokens)])
-
-    found = [read(here) for here in places]  # all under way before any of it is needed
-    weights = [] if norm is None else [load_row(norm.scale_D.at[here]) for here in places]
-    wide = [x_TU.astype(jnp.float32) for x_TU in found]
+    mine = steps // warpgroups
+    # All in one array: Pallas looks for the layout of each for as long as there are others.
+    shape, here = (slots, mine * depth), pl.ds(warpgroup * (mine * depth), mine * depth)
+    if tokens == slots:
+        found = _load(x.at[:, here], layout=EIGHT_ROWS, optimized=False)
+    else:
+        found = stack_rows([load_row(x.at[token, here]) for token in range(tokens)])
+    wide = found.astype(jnp.float32)
     if norm is not None:
-        squares_T = functools.reduce(jnp.add, (x_TU * x_TU for x_TU in wide)).sum(axis=1)
-        found_smem[1, warpgroup] = squares_T
-        spread_out = (stack_rows([row]).astype(jnp.float32) for row in weights)
-        wide = [x_TU * weight for x_TU, weight in zip(wide, spread_out, strict=True)]
-    found_smem[0, warpgroup] = functools.reduce(jnp.maximum, map(jnp.abs, wide)).max(axis=1)
+        weight = load_row(norm.scale_D.at[here])  # under way before anything is needed
+        found_smem[1, warpgroup] = (wide * wide).sum(axis=1)
+        wide *= stack_rows([weight]).astype(jnp.float32)
+    found_smem[0, warpgroup] = jnp.abs(wide).max(axis=1)
     plgpu.barrier_arrive(met.at[0])
     plgpu.barrier_wait(met.at[0])
 
@@ -481,9 +477,9 @@ def _hold_tokens(
         return functools.reduce(join, [_load(x, layout=layout, optimized=False) for x in refs])
 
     factor_T = find_factor(join_all(0, jnp.maximum))
-    for step, x_TU in enumerate(wide):
-        rounded = (x_TU * spread(1 / factor_T, shape)).astype(x_smem.dtype)
-        x_smem[warpgroup * mine + step] = rounded
+    rounded = (wide * spread(1 / factor_T, shape)).astype(x_smem.dtype)
+    for step in range(mine):
+        x_smem[warpgroup * mine + step] = rounded[:, step * depth : (step + 1) * depth]
 
     @pl.when((lax.axis_index("sm") == 0) & (warpgroup == 0))
     def _() -> None:
