@@ -76,6 +76,7 @@ def test_it_adds_and_subtracts_numbers_of_two_digits(llm):
     assert ask(llm, "What is 12 + 34?", "What is 58 - 23?") == ["46", "35"]
 
 
+@pytest.mark.slow
 def test_it_finds_a_code_five_chunks_back(llm, needles):
     """One of two at least: chance would find one in 900, and a good model may miss one in 50."""
     prompts = [needle.turns[0][0] for needle in needles]
@@ -111,6 +112,7 @@ def test_eight_devices_answer_as_one_does(llm, sharded, needles):
     assert ask(sharded, asked, picture=chart) == ask(llm, asked, picture=chart)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"kv_cache_dtype": "fp8"}, {"quantization": "fp8"}], ids=str)
 def test_fewer_bits_know_what_is_easy(options):
     (said,) = ask(make_llm(**options), "What is the capital of France?")

@@ -281,7 +281,7 @@ def test_defaults_come_from_generation_config(folder, llm):
     assert len(llm.generate("The sky")[0].outputs[0].token_ids) <= 16
 
 
-@pytest.mark.parametrize("mesh", ["8", "2x4"])
+@pytest.mark.parametrize("mesh", [pytest.param("8", marks=pytest.mark.slow), "2x4"])
 def test_a_mesh_gives_the_same_answers(folder, llm, mesh):
     content = [{"type": "image", "image": make_image()}, {"type": "text", "text": "What is it?"}]
     conversations = [ASK, [{"role": "user", "content": content}], ASK]
@@ -294,6 +294,7 @@ def test_a_mesh_gives_the_same_answers(folder, llm, mesh):
     assert_all_free(sharded.engine)
 
 
+@pytest.mark.slow
 def test_a_converted_checkpoint_answers_the_same_on_another_mesh(folder, llm, tmp_path):
     convert_folder(folder, tmp_path / "converted", progress=False)
     converted = LLM(
@@ -302,6 +303,7 @@ def test_a_converted_checkpoint_answers_the_same_on_another_mesh(folder, llm, tm
     assert converted.chat(ASK, GREEDY)[0].outputs == llm.chat(ASK, GREEDY)[0].outputs
 
 
+@pytest.mark.slow
 def test_bfloat16_is_what_auto_finds_and_it_runs(folder):
     llm = LLM(folder, max_model_len=256, quiet=True)
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(llm.engine.runner.params)}
@@ -309,6 +311,7 @@ def test_bfloat16_is_what_auto_finds_and_it_runs(folder):
     assert len(llm.chat(ASK, GREEDY)[0].outputs[0].token_ids) == 24
 
 
+@pytest.mark.slow
 def test_temperature_tuning_has_a_switch(folder, llm):
     """Beyond the first 32 positions it changes the answer of this model."""
     off = LLM(

@@ -47,7 +47,7 @@ def test_a_model_of_each_format_is_loaded_as_its_bytes_mean(form: Form, config, 
     assert changed >= 4
 
 
-@pytest.mark.parametrize("form", ["fp8-dynamic", "w4a16"])
+@pytest.mark.parametrize("form", ["fp8-dynamic", pytest.param("w4a16", marks=pytest.mark.slow)])
 def test_a_quantized_model_talks(form: Form, tmp_path):
     write_model(tmp_path / "tiny", quantization=form)
     llm = LLM(tmp_path / "tiny", mesh="2", max_model_len=64, quiet=True)

@@ -167,6 +167,7 @@ conversion.convert_folder(source, folder, progress=False)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["load_parameter:20", "_copy_files:0"])
 def test_a_killed_run_leaves_nothing_that_loads_as_whole(
     moment: str, source: Path, tmp_path: Path

@@ -130,6 +130,7 @@ def test_for_fast_kernels_scales_are_wide_and_mean_the_same(stored):
             assert weight.scale.sharding == plain[path].scale.sharding, path
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_dequantized_weights(stored, monkeypatch):
     """To float32's accuracy, once fp8's rounding of the activations is left out: that rounding is
     compared, product by product, in tests/test_formats.py, and as a whole with the reference's."""
@@ -148,6 +149,7 @@ def test_logits_are_those_of_the_dequantized_weights(stored, monkeypatch):
     assert np.linalg.norm(found - reference) / np.linalg.norm(reference) < 1e-5
 
 
+@pytest.mark.slow
 def test_an_engine_gives_the_same_tokens_on_one_device_and_on_eight(stored):
     """int4 exactly. fp8 experts are cut inside: each device scales its own part of a token's hidden
     activations, so the rounding differs, and only the first tokens are compared."""

@@ -75,6 +75,7 @@ def test_prompts_begin_as_prompts_do_and_stay_within_a_chunk():
         assert all((part == once[0]).all() for part in once)
 
 
+@pytest.mark.slow
 def test_scales_are_the_same_on_every_mesh_and_for_every_page():
     wanted = find_scales(load_runner("scout-8-text", "1"))
     for mesh in ("8", "2x4"):

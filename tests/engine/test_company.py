@@ -39,6 +39,7 @@ def make_params(count: int) -> list[SamplingParams]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "speculates"), [("1", False), ("1", True), ("2x4", True)], ids=str
 )
@@ -125,6 +126,7 @@ def test_an_image_is_encoded_where_a_prefix_ends_within_it():
     assert end - 8 < cached < end
 
 
+@pytest.mark.slow
 def test_after_the_warm_up_nothing_is_compiled_whatever_arrives():
     golden = weights.read_golden("scout-8-image")
     engine = make_engine(

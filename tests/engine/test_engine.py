@@ -31,7 +31,7 @@ def test_greedy_tokens_equal_the_reference_over_64_steps(name):
     assert_all_free(engine)
 
 
-@pytest.mark.parametrize("mesh", ["8", "2x4"])
+@pytest.mark.parametrize("mesh", [pytest.param("8", marks=pytest.mark.slow), "2x4"])
 @pytest.mark.parametrize("name", ["scout-8-image", "maverick-32-image"])
 def test_sharded_equals_unsharded(name, mesh):
     golden = weights.read_golden(name)
@@ -44,7 +44,11 @@ def test_sharded_equals_unsharded(name, mesh):
 
 
 @pytest.mark.parametrize("mesh", ["1", "2x4"])
-@pytest.mark.parametrize("tokens", [4, 16, 2048], ids="{} a step".format)
+@pytest.mark.parametrize(
+    "tokens",
+    [pytest.param(4, marks=pytest.mark.slow), 16, pytest.param(2048, marks=pytest.mark.slow)],
+    ids="{} a step".format,
+)
 def test_a_row_alone_equals_the_row_in_a_batch(mesh, tokens):
     """Prompts of all lengths around the chunk, more of them than run at once, greedy and drawn."""
     name, rng = "scout-8-text", np.random.default_rng(0)

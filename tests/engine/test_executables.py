@@ -147,7 +147,7 @@ class Known:
         raise AssertionError(f"{self.__name__} was lowered again")
 
 
-@pytest.mark.parametrize("mesh", ["1", "8"])
+@pytest.mark.parametrize("mesh", ["1", pytest.param("8", marks=pytest.mark.slow)])
 def test_a_second_engine_starts_without_lowering_and_draws_the_same(tmp_path, monkeypatch, mesh):
     monkeypatch.setattr(runner, "find_executables_folder", lambda device: tmp_path)
 

@@ -112,7 +112,7 @@ def test_scales_of_some_layers_only_are_refused(tmp_path):
         checkpoint.load_kv_scales(tmp_path, config)
 
 
-@pytest.mark.parametrize("mesh", ["1", "2x4"])
+@pytest.mark.parametrize("mesh", [pytest.param("1", marks=pytest.mark.slow), "2x4"])
 def test_an_engine_runs_on_it_and_gives_all_pages_back(mesh):
     golden = weights.read_golden("scout-8-text")
     engine = make_engine("scout-8-text", mesh, kv_cache_dtype="fp8")

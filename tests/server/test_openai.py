@@ -187,6 +187,7 @@ def test_declared_tools_are_in_the_prompt_unless_they_may_not_be_called(client):
     assert chat(client, tools=TOOLS, tool_choice="none").usage.prompt_tokens == plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "choice", ["required", {"type": "function", "function": {"name": "get_weather"}}]
 )

@@ -337,6 +337,7 @@ def test_a_raw_prompt_that_does_not_match_its_pictures_is_refused(
 # Llama 4's own tokenizer and templates.
 
 
+@pytest.mark.slow
 def test_a_dialog_equals_meta_s_encoding(real: Tokenizer) -> None:
     """Meta's `ChatFormat` encodes the header, the blank line and the content of a turn by turns;
     it needs torch, so its few lines are followed here with its tokenizer, which does not."""

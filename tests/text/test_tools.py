@@ -334,6 +334,7 @@ ANSWERS = st.lists(
 ).map("".join)
 
 
+@pytest.mark.slow
 @settings(max_examples=1500, deadline=None)
 @given(text=ANSWERS, data=st.data(), names=st.sampled_from([NAMES, None]))
 def test_the_pieces_do_not_matter(text: str, data: st.DataObject, names: Any) -> None:
@@ -431,6 +432,7 @@ HARD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["", '[a(x="', "[a(x=", '{"name": "a", "parameters": {"x": '])
 def test_ten_times_the_text_takes_about_ten_times_as_long(start: str) -> None:
     def measure(size: int, piece: int) -> float:

@@ -154,6 +154,7 @@ def test_pictures_need_one_to_four_tiles_and_texts_do_not_touch():
     assert {rows * columns for rows, columns in seen} == {1, 2, 3, 4}
 
 
+@pytest.mark.slow
 def test_every_chart_can_be_drawn_and_a_pie_has_room_for_its_disk():
     """In a picture four tiles high letters are large, and a legend of them as wide as the paper."""
     rng = random.Random(0)

@@ -104,6 +104,7 @@ def test_every_token_of_the_test_is_counted_for_one_expert(folder):
     assert len(lines) == 1 and "75.0%" in lines[0] and lines[0].count("#") == 20
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_the_card_that_it_makes(folder, monkeypatch, capsys):
     words = ["--count", "1", "--formats", "int4", "--meshes", "1", "--card"]
     monkeypatch.setattr(sys, "argv", ["score_bundled", "--model", str(folder), *words])

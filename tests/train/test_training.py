@@ -141,6 +141,7 @@ def test_every_weight_learns():
         assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0, path
 
 
+@pytest.mark.slow
 def test_the_loss_falls():
     """Forty steps on one batch with pictures: every token of it can be foretold."""
     plan, learned = make_state()
@@ -323,6 +324,7 @@ def _is_quantized(leaf) -> bool:
     return isinstance(leaf, Quantized)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_about_the_same_and_leaves_weights_in_float32():
     """From weights that it holds: rounding those is another model, whose gradients are up to an
     eighth smaller or larger."""

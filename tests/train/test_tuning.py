@@ -291,6 +291,7 @@ def randomize(its: Tuning) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_the_loss_falls_from_where_the_model_alone_has_it(run, model):
     folder, its, documents, _ = run
     losses = find_losses(folder)
@@ -333,6 +334,7 @@ def test_merged_computes_what_was_learned(run, model, tmp_path):
     assert losses[0] < 0.3 * find_losses(folder)[0]
 
 
+@pytest.mark.slow
 def test_serving_with_the_adapter_says_what_was_taught(run, model, capsys):
     folder, *_ = run
     params = SamplingParams(temperature=0.0, max_tokens=8)
@@ -346,6 +348,7 @@ def test_serving_with_the_adapter_says_what_was_taught(run, model, capsys):
     assert capsys.readouterr().out.strip() == ANSWERS["sky"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(run, tmp_path, monkeypatch):
     folder, its, documents, adapter = run
     whole = tuning.make_batches
