@@ -165,10 +165,9 @@ def count_program_bytes(text: TextConfig, rows: int, tokens: int) -> int:
 class Buckets:
     """The shapes that are compiled, per data shard: (tokens, rows) of steps, and rows of loops.
 
-    A server begins once it has the first ones, the least and the most, which hold whatever comes.
-    All others waste less, and are compiled while it serves: the coarse ones, about every other,
-    then the finer; among these are those of `between`, which spare many rows some padding, and
-    which nobody waits for.
+    A server begins once it has the first ones. All others waste less, and are compiled while it
+    serves: the coarse ones, then what is left; there are those of `between`, loops which spare many
+    rows some padding, and which nobody waits for.
     """
 
     steps: tuple[tuple[int, int], ...]
@@ -200,31 +199,22 @@ class Buckets:
         )
 
     @property
-    def first_steps(self) -> tuple[tuple[int, int], ...]:
-        return _take_ends(self.steps)
+    def first(self) -> "Buckets":
+        """The least and the most, which hold whatever comes."""
+        return Buckets(_take_ends(self.steps), _take_ends(self.loops))
 
     @property
-    def first_loops(self) -> tuple[int, ...]:
-        return _take_ends(self.loops)
+    def coarse(self) -> "Buckets":
+        """About every other, the first ones among them."""
+        return Buckets(_thin(self.steps), _thin(self.loops))
 
-    @property
-    def coarse_steps(self) -> tuple[tuple[int, int], ...]:
-        """The first ones among them."""
-        return _thin(self.steps)
-
-    @property
-    def coarse_loops(self) -> tuple[int, ...]:
-        """The first ones among them."""
-        return _thin(self.loops)
-
-    @property
-    def finer_steps(self) -> tuple[tuple[int, int], ...]:
-        return tuple(shape for shape in self.steps if shape not in self.coarse_steps)
-
-    @property
-    def finer_loops(self) -> tuple[int, ...]:
-        """Those between among them."""
-        return *(rows for rows in self.loops if rows not in self.coarse_loops), *self.between
+    def without(self, others: "Buckets") -> "Buckets":
+        """All but the steps and loops of others."""
+        return Buckets(
+            tuple(shape for shape in self.steps if shape not in others.steps),
+            tuple(rows for rows in self.loops if rows not in others.loops),
+            self.between,
+        )
 
     def fit(
         self,
@@ -236,8 +226,8 @@ class Buckets:
     ) -> tuple[int, int]:
         """The smallest step shape that holds as many tokens and rows: a first one, or one that is
         there, as `has` says. Adjusted rows, which are rarer, have the coarse ones alone."""
-        others = self.coarse_steps if is_adjusted else filter(has, self.steps)
-        return min((t, r) for t, r in (*self.first_steps, *others) if t >= tokens and r >= rows)
+        others = self.coarse.steps if is_adjusted else filter(has, self.steps)
+        return min((t, r) for t, r in (*self.first.steps, *others) if t >= tokens and r >= rows)
 
     def fit_loop(
         self,
@@ -247,8 +237,8 @@ class Buckets:
         has: Callable[[int], bool] = lambda rows: True,
     ) -> int:
         """The same of loops."""
-        others = self.coarse_loops if is_adjusted else filter(has, (*self.loops, *self.between))
-        return min(r for r in (*self.first_loops, *others) if r >= rows)
+        others = self.coarse.loops if is_adjusted else filter(has, (*self.loops, *self.between))
+        return min(r for r in (*self.first.loops, *others) if r >= rows)
 
 
 def _take_ends(shapes: tuple) -> tuple:

@@ -231,18 +231,21 @@ class Runner:
         step, loop = Plan(empty, False), Plan(empty, True)
         tiles = [] if self.features is None else [(self._blank(count), []) for count in TILES]
 
-        def prepare_steps(shapes: Sequence[Any], is_adjusted: bool = False) -> list[Program]:
-            return [self._prepare_step(step, shape, is_adjusted) for shape in shapes]
-
-        def prepare_loops(shapes: Sequence[int], is_adjusted: bool = False) -> list[Program]:
-            return [self._prepare_loop(loop, rows, is_adjusted) for rows in shapes]
+        def prepare(
+            some: Buckets, is_adjusted: bool = False
+        ) -> tuple[list[Program], list[Program]]:
+            loops = *some.loops, *some.between
+            return (
+                [self._prepare_step(step, shape, is_adjusted) for shape in some.steps],
+                [self._prepare_loop(loop, rows, is_adjusted) for rows in loops],
+            )
 
         def call(*programs: Program) -> dict[Hashable, Call]:
             return {program.key: program.call() for program in programs}
 
-        b = self.buckets
+        first, coarse = self.buckets.first, self.buckets.coarse
         with self._ready():
-            steps, loops = prepare_steps(b.first_steps), prepare_loops(b.first_loops)
+            steps, loops = prepare(first)
             parts = [self._prepare_tiles(*each) for each in tiles]
             # Of most tokens first, and steps before loops: these compile in less time.
             self._executables.compile(call(*steps[::-1], *parts, *loops), progress=progress)
@@ -253,14 +256,12 @@ class Runner:
                 self._run_step(program)
             for program in loops:
                 self._run_loop(program)
-            coarse = (
-                prepare_steps([shape for shape in b.coarse_steps if shape not in b.first_steps]),
-                prepare_loops([rows for rows in b.coarse_loops if rows not in b.first_loops]),
+            behind = (
+                *prepare(coarse.without(first)),
+                *prepare(coarse, True),
+                *prepare(self.buckets.without(coarse)),
             )
-            adjusted = prepare_steps(b.coarse_steps, True), prepare_loops(b.coarse_loops, True)
-            finer = prepare_steps(b.finer_steps), prepare_loops(b.finer_loops)
-            behind = call(*itertools.chain(*coarse, *adjusted, *finer))
-            self._executables.compile_behind(behind)
+            self._executables.compile_behind(call(*itertools.chain(*behind)))
         jax.block_until_ready(self.pool)
 
     @property

@@ -237,9 +237,11 @@ def test_a_speculation_that_cannot_be_had_is_refused_by_name(changes, says):
 
 def test_a_server_begins_with_two_shapes_and_adjusted_rows_have_about_every_other():
     buckets = Buckets(((16, 9), (64, 9), (256, 9), (1024, 9), (2048, 9)), (1, 4, 16, 64))
-    assert [tokens for tokens, _ in buckets.coarse_steps] == [16, 256, 2048]
-    assert buckets.coarse_loops == (1, 4, 64)
-    assert buckets.first_steps == ((16, 9), (2048, 9)) and buckets.first_loops == (1, 64)
+    first, coarse = buckets.first, buckets.coarse
+    assert first == Buckets(((16, 9), (2048, 9)), (1, 64))
+    assert coarse == Buckets(((16, 9), (256, 9), (2048, 9)), (1, 4, 64))
+    assert coarse.without(first) == Buckets(((256, 9),), (4,))
+    assert buckets.without(coarse) == Buckets(((64, 9), (1024, 9)), (16,))
     assert buckets.fit(17, 9, True) == (256, 9) and buckets.fit(17, 9) == (64, 9)
     assert buckets.fit_loop(5, True) == 64 and buckets.fit_loop(5) == 16
     assert buckets.fit(17, 9, has=lambda shape: False) == (2048, 9)
@@ -247,8 +249,7 @@ def test_a_server_begins_with_two_shapes_and_adjusted_rows_have_about_every_othe
     assert buckets.fit(300, 9, has=lambda shape: shape == (1024, 9)) == (1024, 9)
     assert buckets.fit_loop(5, has=lambda rows: False) == 64
     alone = Buckets(((16, 2),), (1,))
-    assert alone.first_steps == alone.coarse_steps == ((16, 2),)
-    assert alone.first_loops == alone.coarse_loops == (1,)
+    assert alone.first == alone.coarse == alone
 
 
 def test_many_rows_waste_less_than_a_few_once_the_loops_between_are_there():
