@@ -50,14 +50,14 @@ class PagePool:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Tables:
+class PageTables:
     """The pages of each row. Entries beyond a row's length are never seen; write 0 there.
 
     Ids and rows count within a data shard: a sharded step never looks at its neighbor's pages.
     """
 
-    whole_RB: Leaf  # int32: page of positions b * page .. of the request, for the global layers
-    chunk_GRB: Leaf  # int32: the same within the row's chunk, one table for each local group
+    global_RB: Leaf  # int32: page of positions b * page .. of the request, for the global layers
+    local_GRB: Leaf  # int32: the same within the row's chunk, one table for each local group
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +71,7 @@ class Batch:
     token_T: Leaf  # int32; in a batch for `decode`, -1 - s is the token drawn last in slot s
     position_T: Leaf  # int32, counted from the start of the request
     row_T: Leaf  # int32, within the data shard
-    tables: Tables
+    tables: PageTables
     feature_T: Leaf = None  # int32 index into the image features, -1 for text; None without images
 
 
@@ -88,7 +88,7 @@ def name_pool_axes(pool: PagePool) -> PagePool:
 def name_axes(*, has_features: bool = False) -> Batch:
     """The logical names of the axes of a batch."""
     tokens = (axes.TOKENS,)
-    tables = Tables((axes.ROWS, axes.TABLE), (axes.GROUPS, axes.ROWS, axes.TABLE))
+    tables = PageTables((axes.ROWS, axes.TABLE), (axes.GROUPS, axes.ROWS, axes.TABLE))
     return Batch(tokens, tokens, tokens, tables, tokens if has_features else None)
 
 

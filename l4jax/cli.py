@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-DOORS = {
+COMMANDS = {
     "generate": ("l4jax.generate", "answer a prompt, with or without pictures"),
     "serve": ("l4jax.serve", "answer over HTTP as OpenAI's API does"),
     "convert": ("l4jax.convert", "turn a checkpoint into another format"),
@@ -30,18 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if door in ("-h", "--help"):
         print(_help())
         return 0
-    if door not in DOORS:
+    if door not in COMMANDS:
         problem = f"there is no door {door!r}" if door else "no door named"
-        print(f"l4jax: {problem}; the doors are: {', '.join(DOORS)}", file=sys.stderr)
+        print(f"l4jax: {problem}; the doors are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    module, _ = DOORS[door]
+    module, _ = COMMANDS[door]
     sys.argv = [f"l4jax {door}", *rest]  # the name that the door's own --help shows
     return importlib.import_module(module).main() or 0
 
 
 def _help() -> str:
-    width = max(map(len, DOORS))
-    doors = [f"  {door:{width}}  {purpose}" for door, (_, purpose) in DOORS.items()]
+    width = max(map(len, COMMANDS))
+    doors = [f"  {door:{width}}  {purpose}" for door, (_, purpose) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: l4jax DOOR ...",

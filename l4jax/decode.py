@@ -14,9 +14,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from l4jax import axes
-from l4jax.cache import Batch, Leaf, PagePool, Tables
+from l4jax.cache import Batch, Leaf, PagePool, PageTables
 from l4jax.model import Llama4, Parameters, VisionTower
-from l4jax.sampling import Adjustments, Controls, Sampled, adjust, sample
+from l4jax.sampling import (
+    LogitsProcessors,
+    Sampled,
+    SamplingMetadata,
+    apply_logits_processors,
+    sample,
+)
 
 _COMPILER_OPTIONS = {
     # Weights and pages fill a device by design. XLA takes that for a program that is too large, and
@@ -48,7 +54,7 @@ _SCORED_TOGETHER = 64  # tokens of a step whose logits are in memory at once
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class DecodeState:
     """What the device remembers of each request between two calls, by its slot. Donate it and use
     what comes back.
 
@@ -56,12 +62,12 @@ class Memory:
     """
 
     last_S: Leaf  # int32: the token drawn last
-    seen_SV: Leaf  # int32: what prompt and answer hold, for penalties; see `sampling.Adjustments`
+    seen_SV: Leaf  # int32: token counts for penalties; see `sampling.LogitsProcessors`
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Ends:
+class LogitIndices:
     """The tokens of a step whose logits count."""
 
     # int32 index over all tokens of the step: of each row the last one, and, where some are
@@ -73,7 +79,7 @@ class Ends:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class DecodeRows:
     """Where each row of a decode loop stands. The token has been chosen and not yet been run."""
 
     token_R: Leaf  # int32; as in `Batch`, -1 - s is the token drawn last in slot s
@@ -86,7 +92,7 @@ class Rows:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Decoded:
+class DecodedTokens:
     """The tokens that a decode loop chose, in order; -1 where a row had ended."""
 
     token_SR: Leaf  # int32
@@ -97,7 +103,7 @@ class Decoded:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Scored:
+class PromptLogprobs:
     """Log-probabilities of the tokens that follow, at each token of a step."""
 
     logprob_T: Array  # of the one that follows
@@ -106,13 +112,13 @@ class Scored:
 
 
 _ROW = (axes.ROWS,)
-MEMORY_AXES = Memory((axes.SLOTS,), (axes.SLOTS, axes.VOCAB))
-ROWS_AXES = Rows(_ROW, _ROW, _ROW, _ROW, _ROW, (axes.ROWS, axes.LIST))
+DECODE_STATE_AXES = DecodeState((axes.SLOTS,), (axes.SLOTS, axes.VOCAB))
+DECODE_ROWS_AXES = DecodeRows(_ROW, _ROW, _ROW, _ROW, _ROW, (axes.ROWS, axes.LIST))
 
 
-def name_ends_axes(*, has_targets: bool) -> Ends:
+def name_logit_indices_axes(*, has_targets: bool) -> LogitIndices:
     """The logical names of the axes of a step's ends."""
-    return Ends((axes.ROWS, axes.LIST), _ROW, (axes.TOKENS,) if has_targets else None)
+    return LogitIndices((axes.ROWS, axes.LIST), _ROW, (axes.TOKENS,) if has_targets else None)
 
 
 def forward(
@@ -125,24 +131,24 @@ def forward(
     return model.apply(variables, batch, pool, features)  # type: ignore[return-value]
 
 
-def find_logits(model: Llama4, params: Parameters, x_RD: Array) -> Array:
+def compute_logits(model: Llama4, params: Parameters, x_RD: Array) -> Array:
     """[R, V] float32 logits of hidden states."""
-    return model.apply({"params": params["text"]}, x_RD, method="find_logits")  # type: ignore[return-value]
+    return model.apply({"params": params["text"]}, x_RD, method="compute_logits")  # type: ignore[return-value]
 
 
 def step(
     params: Parameters,
     pool: PagePool,
-    memory: Memory,
+    memory: DecodeState,
     batch: Batch,
-    ends: Ends,
-    controls: Controls,
-    adjustments: Adjustments | None = None,
+    ends: LogitIndices,
+    controls: SamplingMetadata,
+    adjustments: LogitsProcessors | None = None,
     features: Array | None = None,
     *,
     model: Llama4,
     logprobs: int | None = None,
-) -> tuple[PagePool, Memory, Sampled, Scored | None]:
+) -> tuple[PagePool, DecodeState, Sampled, PromptLogprobs | None]:
     """Run the tokens of a step and draw a next token for each of its ends.
 
     Args:
@@ -160,7 +166,7 @@ def step(
     Returns:
         Pool and memory; what was drawn, [R * W]; what `ends.target_T` asked for.
     """
-    token_T = recall(batch.token_T, memory)
+    token_T = resolve_tokens(batch.token_T, memory)
     batch = dataclasses.replace(batch, token_T=token_T)
     x_TD, pool = forward(model, params, pool, batch, features)
     width = ends.at_RW.shape[1]
@@ -169,25 +175,27 @@ def step(
         lambda leaf: jnp.repeat(leaf, width, axis=0), (controls, adjustments)
     )
     position_X = batch.position_T[at_X] + 1
-    logits_XV = find_logits(model, params, x_TD[at_X])
+    logits_XV = compute_logits(model, params, x_TD[at_X])
     adjusted_XV = None
     if adjustments is not None:
-        adjusted_XV = adjust(logits_XV, memory.seen_SV, adjustments, position_X)
+        adjusted_XV = apply_logits_processors(logits_XV, memory.seen_SV, adjustments, position_X)
     sampled = sample(logits_XV, controls, position_X, logprobs, adjusted_XV)
     first_R = sampled.token_R.reshape(-1, width)[:, 0]
-    memory = remember(memory, ends.slot_R, first_R, counts=adjustments is not None)
+    memory = record_tokens(memory, ends.slot_R, first_R, counts=adjustments is not None)
     scored = None
     if ends.target_T is not None:
-        scored = score_targets(model, params, x_TD, ends.target_T, logprobs or 0)
+        scored = compute_prompt_logprobs(model, params, x_TD, ends.target_T, logprobs or 0)
     return pool, memory, sampled, scored
 
 
-def recall(token_T: Array, memory: Memory) -> Array:
+def resolve_tokens(token_T: Array, memory: DecodeState) -> Array:
     """Token ids, with what the memory holds where -1 - s stands for the token of slot s."""
     return jnp.where(token_T >= 0, token_T, memory.last_S[jnp.maximum(-1 - token_T, 0)])
 
 
-def remember(memory: Memory, slot_R: Array, token_R: Array, *, counts: bool) -> Memory:
+def record_tokens(
+    memory: DecodeState, slot_R: Array, token_R: Array, *, counts: bool
+) -> DecodeState:
     """The memory with the tokens that were drawn; a slot beyond it remembers nothing.
 
     They are counted where rows are adjusted, and only there: nobody else has penalties.
@@ -195,40 +203,42 @@ def remember(memory: Memory, slot_R: Array, token_R: Array, *, counts: bool) -> 
     seen_SV = memory.seen_SV
     if counts:
         seen_SV = seen_SV.at[slot_R, token_R].add(1, mode="drop")
-    return Memory(memory.last_S.at[slot_R].set(token_R, mode="drop"), seen_SV)
+    return DecodeState(memory.last_S.at[slot_R].set(token_R, mode="drop"), seen_SV)
 
 
-def make_memory(slots: int, vocab: int) -> Memory:
+def make_decode_state(slots: int, vocab: int) -> DecodeState:
     """A memory of nothing. Trace it under jit to place it."""
-    return Memory(jnp.zeros(slots, jnp.int32), jnp.zeros((slots, vocab), jnp.int32))
+    return DecodeState(jnp.zeros(slots, jnp.int32), jnp.zeros((slots, vocab), jnp.int32))
 
 
-def score_targets(
+def compute_prompt_logprobs(
     model: Llama4, params: Parameters, x_TD: Array, target_T: Array, count: int
-) -> Scored:
+) -> PromptLogprobs:
     """Log-probabilities of the tokens that follow; zeros, and no work, where nobody asks.
 
     Logits are made for a few tokens at a time: those of a whole step would take gigabytes.
     """
 
-    def look(pair: tuple[Array, Array]) -> Scored:
+    def look(pair: tuple[Array, Array]) -> PromptLogprobs:
         x_D, target = pair
-        logprob_V = jax.nn.log_softmax(find_logits(model, params, x_D[None])[0])
+        logprob_V = jax.nn.log_softmax(compute_logits(model, params, x_D[None])[0])
         top_L, top_token_L = lax.top_k(logprob_V, count)
-        return Scored(logprob_V[jnp.maximum(target, 0)], top_token_L.astype(jnp.int32), top_L)
+        return PromptLogprobs(
+            logprob_V[jnp.maximum(target, 0)], top_token_L.astype(jnp.int32), top_L
+        )
 
-    def find() -> Scored:
+    def find() -> PromptLogprobs:
         return lax.map(look, (x_TD, target_T), batch_size=min(_SCORED_TOGETHER, len(target_T)))
 
-    def skip() -> Scored:
+    def skip() -> PromptLogprobs:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(find))
 
     return lax.cond((target_T >= 0).any(), find, skip)
 
 
-def set_seen(memory: Memory, slot: Array, seen_V: Array) -> Memory:
+def set_seen(memory: DecodeState, slot: Array, seen_V: Array) -> DecodeState:
     """The memory with what the tokens of a slot hold."""
-    return Memory(memory.last_S, memory.seen_SV.at[slot].set(seen_V))
+    return DecodeState(memory.last_S, memory.seen_SV.at[slot].set(seen_V))
 
 
 @functools.partial(jit, static_argnames=("model",), donate_argnames="pool")
@@ -242,22 +252,22 @@ def score(
 ) -> tuple[PagePool, Array]:
     """Run the tokens of a step and return the logits of every one, [T, V] float32."""
     x_TD, pool = forward(model, params, pool, batch, features)
-    return pool, find_logits(model, params, x_TD)
+    return pool, compute_logits(model, params, x_TD)
 
 
 def decode_loop(
     params: Parameters,
     pool: PagePool,
-    memory: Memory,
-    rows: Rows,
-    tables: Tables,
-    controls: Controls,
-    adjustments: Adjustments | None = None,
+    memory: DecodeState,
+    rows: DecodeRows,
+    tables: PageTables,
+    controls: SamplingMetadata,
+    adjustments: LogitsProcessors | None = None,
     *,
     model: Llama4,
     steps: int,
     logprobs: int | None = None,
-) -> tuple[PagePool, Memory, Decoded]:
+) -> tuple[PagePool, DecodeState, DecodedTokens]:
     """Decode up to `steps` tokens for each row on the device, and return them at once.
 
     A row ends at a stop id or at its limit; the loop ends when all rows have. One whose token comes
@@ -267,16 +277,18 @@ def decode_loop(
     """
     rows_R = rows.token_R.shape
     slots = memory.last_S.shape[0]
-    token_R = recall(rows.token_R, memory)
+    token_R = resolve_tokens(rows.token_R, memory)
 
-    def record(buffers: Decoded, at: Array, sampled: Sampled, is_running_R: Array) -> Decoded:
+    def record(
+        buffers: DecodedTokens, at: Array, sampled: Sampled, is_running_R: Array
+    ) -> DecodedTokens:
         def put(buffer: Array | None, value: Array | None, nothing: float) -> Array | None:
             if buffer is None or value is None:
                 return None
             shown = jnp.where(is_running_R.reshape(-1, *[1] * (value.ndim - 1)), value, nothing)
             return buffer.at[at].set(shown.astype(buffer.dtype))
 
-        return Decoded(
+        return DecodedTokens(
             put(buffers.token_SR, sampled.token_R, -1),
             put(buffers.logprob_SR, sampled.logprob_R, 0),
             put(buffers.top_token_SRL, sampled.top_token_RL, -1),
@@ -294,13 +306,15 @@ def decode_loop(
         at, token_R, position_R, is_running_R, pool, memory, buffers = carry
         batch = Batch(token_R, jnp.where(is_running_R, position_R, -1), rows.row_R, tables)
         x_RD, pool = forward(model, params, pool, batch)
-        logits_RV, adjusted_RV = find_logits(model, params, x_RD), None
+        logits_RV, adjusted_RV = compute_logits(model, params, x_RD), None
         if adjustments is not None:
-            adjusted_RV = adjust(logits_RV, memory.seen_SV, adjustments, position_R + 1)
+            adjusted_RV = apply_logits_processors(
+                logits_RV, memory.seen_SV, adjustments, position_R + 1
+            )
         sampled = sample(logits_RV, controls, position_R + 1, logprobs, adjusted_RV)
         buffers = record(buffers, at, sampled, is_running_R)
         slot_R = jnp.where(is_running_R, rows.slot_R, slots)
-        memory = remember(memory, slot_R, sampled.token_R, counts=adjustments is not None)
+        memory = record_tokens(memory, slot_R, sampled.token_R, counts=adjustments is not None)
         is_running_R &= ~is_stop(sampled.token_R) & (at + 1 < rows.limit_R)
         return at + 1, sampled.token_R, position_R + 1, is_running_R, pool, memory, buffers
 
@@ -308,7 +322,7 @@ def decode_loop(
         return jnp.full((steps, *rows_R, *shape), fill, dtype)
 
     has_top = bool(logprobs)
-    buffers = Decoded(
+    buffers = DecodedTokens(
         make(dtype=jnp.int32, fill=-1),
         make(dtype=jnp.float32, fill=0) if logprobs is not None else None,
         make(logprobs or 0, dtype=jnp.int32, fill=-1) if has_top else None,
@@ -351,7 +365,7 @@ class Programs:
 
 
 @functools.cache
-def make_programs(pool: PagePool, memory: Memory, features: Any) -> Programs:
+def make_programs(pool: PagePool, memory: DecodeState, features: Any) -> Programs:
     """Jit for these placements, `jax.sharding.Sharding`s of each array.
 
     What is donated comes back placed as it went in. Left to the compiler it would come back as

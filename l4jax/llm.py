@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 from l4jax import checkpoint
 from l4jax.config import Config
 from l4jax.engine.capacity import Capacity
-from l4jax.engine.engine import Engine, Update
-from l4jax.engine.lookup import Speculation
+from l4jax.engine.engine import Engine, RequestUpdate
+from l4jax.engine.ngram_proposer import SpeculativeConfig
 from l4jax.engine.request import Constraints, SamplingParams, TokenLogprobs
 from l4jax.engine.runner import Runner, keep_compilations
 from l4jax.text.chat import Prompt, PromptError, render_chat, spell_prompt
@@ -155,7 +155,7 @@ class LLM:
         quiet: bool = False,
     ):
         self._is_quiet = quiet
-        self._mail: dict[int, collections.deque[Update]] = {}
+        self._mail: dict[int, collections.deque[RequestUpdate]] = {}
         if mesh is not None and tensor_parallel_size is not None:
             raise ValueError(
                 "mesh and tensor_parallel_size are two spellings of one thing: give one."
@@ -303,7 +303,7 @@ class LLM:
         self._mail[request_id] = collections.deque()
         return request_id
 
-    def _receive(self, request_id: int) -> Update:
+    def _receive(self, request_id: int) -> RequestUpdate:
         """The next update of a request; what comes for others meanwhile waits for them."""
         while not self._mail[request_id]:
             for update in self.engine.step():
@@ -413,7 +413,7 @@ class Answer:
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.cached_tokens = 0
 
-    def take(self, update: Update) -> Piece:
+    def take(self, update: RequestUpdate) -> Piece:
         """What an update adds to the text."""
         self.prompt_logprobs = self.prompt_logprobs or update.prompt_logprobs
         self.cached_tokens = update.cached_tokens
@@ -526,15 +526,15 @@ def _read_limit(limits: Mapping[str, int] | None) -> int:
     return images
 
 
-def _read_speculation(config: Mapping[str, Any] | None) -> Speculation | None:
+def _read_speculation(config: Mapping[str, Any] | None) -> SpeculativeConfig | None:
     if config is None:
         return None
-    known = [field.name for field in dataclasses.fields(Speculation)]
+    known = [field.name for field in dataclasses.fields(SpeculativeConfig)]
     unknown = sorted(set(config) - set(known))
     if unknown or "num_speculative_tokens" not in config:
         problem = f"has {', '.join(unknown)}" if unknown else "has no num_speculative_tokens"
         raise ValueError(f"speculative_config {problem}: it holds {', '.join(known)}.")
-    return Speculation(**config)
+    return SpeculativeConfig(**config)
 
 
 def _read_generation_config(folder: Path) -> SamplingParams:

@@ -13,7 +13,7 @@ from l4jax import axes
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Controls:
+class SamplingMetadata:
     """How each row is sampled, as vLLM's `SamplingParams` means it. Numpy or arrays."""
 
     temperature_R: Any  # float32; 0 is greedy
@@ -39,7 +39,7 @@ class Sampled:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Adjustments:
+class LogitsProcessors:
     """What changes each row's logits before a token is drawn. Numpy or arrays.
 
     `seen_SV` counts, for each slot, how often the answer holds each token, and has `IN_PROMPT`
@@ -60,11 +60,13 @@ class Adjustments:
 IN_PROMPT = 1 << 30  # far above any count
 
 _ROW, _LIST = (axes.ROWS,), (axes.ROWS, axes.LIST)
-CONTROLS_AXES = Controls(*[_ROW] * 5)
-ADJUSTMENTS_AXES = Adjustments(_ROW, _ROW, _ROW, _ROW, _LIST, _LIST, _ROW, _LIST, _LIST)
+SAMPLING_METADATA_AXES = SamplingMetadata(*[_ROW] * 5)
+LOGITS_PROCESSORS_AXES = LogitsProcessors(_ROW, _ROW, _ROW, _ROW, _LIST, _LIST, _ROW, _LIST, _LIST)
 
 
-def adjust(logits_RV: Array, seen_SV: Array, adjustments: Adjustments, position_R: Array) -> Array:
+def apply_logits_processors(
+    logits_RV: Array, seen_SV: Array, adjustments: LogitsProcessors, position_R: Array
+) -> Array:
     """Logits after penalties, biases, and what is forbidden: -inf.
 
     Penalties are vLLM's: repetition divides positive logits and multiplies others, of tokens in
@@ -108,7 +110,7 @@ def adjust(logits_RV: Array, seen_SV: Array, adjustments: Adjustments, position_
 
 def sample(
     logits_RV: Array,
-    controls: Controls,
+    controls: SamplingMetadata,
     position_R: Array,
     logprobs: int | None,
     adjusted_RV: Array | None = None,
@@ -149,11 +151,11 @@ def sample(
     return Sampled(token_R, drawn_R, top_token_RL.astype(jnp.int32), top_RL)
 
 
-def _warm(logits_RV: Array, controls: Controls) -> Array:
+def _warm(logits_RV: Array, controls: SamplingMetadata) -> Array:
     return logits_RV / jnp.where(controls.temperature_R > 0, controls.temperature_R, 1)[:, None]
 
 
-def _filter(logits_RV: Array, controls: Controls) -> Array:
+def _filter(logits_RV: Array, controls: SamplingMetadata) -> Array:
     """Keep what min-p, then top-k, then top-p keep; the rest becomes -inf. The likeliest token
     always stays.
 

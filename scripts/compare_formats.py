@@ -73,7 +73,7 @@ def score(
     at_T = np.arange(args.tokens, dtype=np.int32)
     rows, whole, part = -(-args.tokens // text.chunk), -(-args.tokens // PAGE), text.chunk // PAGE
     local = (text.nope_interval - 1, rows, part)
-    tables = cache.Tables(
+    tables = cache.PageTables(
         np.tile(np.arange(whole, dtype=np.int32), (rows, 1)),
         whole + np.arange(np.prod(local), dtype=np.int32).reshape(local),
     )

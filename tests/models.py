@@ -63,7 +63,7 @@ def run_in_pieces(
     text, rng = tiny.config.text, np.random.default_rng(seed)
     whole, chunk = TOKENS[-1] // PAGE, text.chunk // PAGE
     ids = rng.permutation(whole + 2 * 3 * chunk * ROWS[-1])
-    whole_pages, local_pages = ids[:whole], ids[whole:].reshape(-1, 3, chunk)
+    global_pages, local_pages = ids[:whole], ids[whole:].reshape(-1, 3, chunk)
     pool = cache.make_pool(text, len(ids), PAGE, jnp.float32)
     pool = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), pool)
     model = Llama4(text, kernels)
@@ -71,7 +71,7 @@ def run_in_pieces(
     order_T = np.where(is_patch_T, np.cumsum(is_patch_T) - 1, -1)
     logits, start = [], 0
     for stop in [*cuts, len(token_ids)]:
-        batch = _make_batch(token_ids[start:stop], start, text.chunk, whole_pages, local_pages)
+        batch = _make_batch(token_ids[start:stop], start, text.chunk, global_pages, local_pages)
         if features_MD is not None:
             feature_T = np.full(batch.token_T.shape, -1, np.int32)
             feature_T[: stop - start] = order_T[start:stop]
@@ -85,19 +85,19 @@ def run_in_pieces(
 
 
 def _make_batch(
-    token_ids: np.ndarray, start: int, chunk: int, whole_pages: np.ndarray, local_pages: np.ndarray
+    token_ids: np.ndarray, start: int, chunk: int, global_pages: np.ndarray, local_pages: np.ndarray
 ) -> cache.Batch:
     positions = np.arange(start, start + len(token_ids), dtype=np.int32)
     chunks = positions // chunk
     size = next(i for i, tokens in enumerate(TOKENS) if tokens >= len(token_ids))
-    tables = cache.Tables(
-        np.tile(whole_pages, (ROWS[size], 1)).astype(np.int32),  # type: ignore[arg-type]
+    tables = cache.PageTables(
+        np.tile(global_pages, (ROWS[size], 1)).astype(np.int32),  # type: ignore[arg-type]
         np.zeros((3, ROWS[size], local_pages.shape[2]), np.int32),  # type: ignore[arg-type]
     )
     for row, number in enumerate(np.unique(chunks)):
         # A chunk that goes on in the next piece keeps its pages; every other one takes those of a
         # past one.
-        tables.chunk_GRB[:, row] = local_pages[number % len(local_pages)]  # type: ignore[index]
+        tables.local_GRB[:, row] = local_pages[number % len(local_pages)]  # type: ignore[index]
     padding = (0, TOKENS[size] - len(token_ids))
     row_T = (chunks - chunks[0]).astype(np.int32) if len(chunks) else chunks
     return cache.Batch(

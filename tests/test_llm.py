@@ -13,7 +13,7 @@ from PIL import Image
 from l4jax import LLM, SamplingParams
 from l4jax.checkpoint.conversion import convert_folder
 from l4jax.config import TINY, Config
-from l4jax.engine.engine import Update
+from l4jax.engine.engine import RequestUpdate
 from l4jax.engine.request import StructuredOutputsParams, TokenLogprobs
 from l4jax.llm import Answer
 from l4jax.testing import write_model
@@ -175,13 +175,13 @@ def test_a_stop_string_ends_the_text_before_it(llm):
 def test_a_stop_string_may_come_in_parts_and_half_of_one_is_held_back(llm):
     tokens = [llm.tokenizer.encode(char, add_special_tokens=False)[0] for char in "abcXYZd"]
     answer = Answer(llm.tokenizer, SamplingParams(stop=["XYZ", "cQ"]))
-    texts = [answer.take(Update(0, [token], [], None)).text for token in tokens[:5]]
+    texts = [answer.take(RequestUpdate(0, [token], [], None)).text for token in tokens[:5]]
     assert texts == ["a", "b", "", "c", ""]  # "c" may begin "cQ", and "XY" may begin "XYZ"
-    last = answer.take(Update(0, tokens[5:], [], None))
+    last = answer.take(RequestUpdate(0, tokens[5:], [], None))
     assert (last.text, last.finish_reason, last.stop_reason) == ("", "stop", "XYZ")
     assert last.token_ids == tokens[5:6]  # what comes behind the stop string is not counted
     short = Answer(llm.tokenizer, SamplingParams(stop="XYZ"))
-    assert short.take(Update(0, tokens[3:5], [], "length")).text == "XY"
+    assert short.take(RequestUpdate(0, tokens[3:5], [], "length")).text == "XY"
 
 
 def test_a_stop_token_ends_the_answer_and_is_named(llm):

@@ -143,7 +143,7 @@ def test_a_local_layer_computes_the_same_in_every_chunk():
     found = []
     for start in (0, text.chunk, 1_250_000 * text.chunk):
         at_T = np.arange(start, start + text.chunk, dtype=np.int32)
-        tables = cache.Tables(np.zeros((1, 1), np.int32), np.array([[[1, 0]]] * 3, np.int32))
+        tables = cache.PageTables(np.zeros((1, 1), np.int32), np.array([[[1, 0]]] * 3, np.int32))
         batch = cache.Batch(np.zeros_like(at_T), at_T, np.zeros_like(at_T), tables)
         positions = Positions.of(batch, text, 0)
         y_TD, _, _ = module.apply({"params": params}, x_TD, None, pool.k[0], pool.v[0], positions)

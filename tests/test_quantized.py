@@ -53,7 +53,7 @@ def _make(kind: weights.Kind) -> weights.Tensors:
 def _assert_near(
     stored: weights.Tensors, plain: weights.Tensors, form: quantized.Form, group_size: int = 32
 ) -> None:
-    """Decoded, every weight is its own within the rounding, and what is not quantized is equal."""
+    """Dequantize: every weight equals its source within rounding; the rest is equal."""
     decoded, wanted = quantized.decode_tensors(stored, form), weights.unfuse_experts(plain)
     assert set(decoded) == set(wanted)
     changed = 0

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l4jax.sampling import Controls, _filter, sample
+from l4jax.sampling import SamplingMetadata, _filter, sample
 
 V = 50
 
 
-def make_controls(rows: int, **settings) -> Controls:
+def make_controls(rows: int, **settings) -> SamplingMetadata:
     defaults = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
     values = {**defaults, **settings}
     kinds = {"temperature": "f4", "top_k": "i4", "top_p": "f4", "min_p": "f4", "seed": "u4"}
-    return Controls(
+    return SamplingMetadata(
         **{
             f"{key}_R": np.broadcast_to(np.array(values[key], kind), rows)
             for key, kind in kinds.items()

@@ -186,7 +186,9 @@ class Bench:
                 bar.update(sum(update.finish_reason is not None for update in updates))
         return came
 
-    def _reserve(self, rows: int, length: int | None, *, tokens: int) -> tuple[cache.Tables, int]:
+    def _reserve(
+        self, rows: int, length: int | None, *, tokens: int
+    ) -> tuple[cache.PageTables, int]:
         """A pool of noise for so many rows of a length, or of the longest that fits; their tables,
         and that length."""
         capacity = Capacity(
@@ -211,7 +213,7 @@ class Bench:
         locals_RGB = ids_RB[:, whole:].reshape(rows, limits.local_groups, local)
         self.runner.pool = _fill(self.runner.pool, self.seed)
         local_GRB = np.ascontiguousarray(locals_RGB.swapaxes(0, 1))
-        return cache.Tables(ids_RB[:, :whole], local_GRB), length
+        return cache.PageTables(ids_RB[:, :whole], local_GRB), length
 
     def _compile(self, program: Any, batch: cache.Batch, **static: Any) -> Callable[..., Any]:
         with self.runner.layout.active(), self._clock("compile"):
@@ -251,7 +253,7 @@ def _decode(
         now = dataclasses.replace(batch, token_T=token_R, position_T=position_R)
         x_RD, pool = decode.forward(model, params, pool, now)
         with jax.named_scope("head"):
-            logits_RV = decode.find_logits(model, params, x_RD)
+            logits_RV = decode.compute_logits(model, params, x_RD)
             return jnp.argmax(logits_RV, axis=-1).astype(jnp.int32), pool
 
     token_R, pool = lax.fori_loop(0, steps, step, (batch.token_T, pool))
@@ -264,7 +266,7 @@ def _prefill(
 ) -> tuple[cache.PagePool, jax.Array]:
     x_TD, pool = decode.forward(model, params, pool, batch)
     with jax.named_scope("head"):
-        return pool, jnp.argmax(decode.find_logits(model, params, x_TD[-1:]), axis=-1)
+        return pool, jnp.argmax(decode.compute_logits(model, params, x_TD[-1:]), axis=-1)
 
 
 @functools.partial(jax.jit, donate_argnames="pool")

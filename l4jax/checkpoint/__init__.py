@@ -14,7 +14,7 @@ from l4jax.checkpoint import names, parameters, safetensors
 from l4jax.checkpoint.adapter import Adapter
 from l4jax.checkpoint.errors import CheckpointError
 from l4jax.checkpoint.hub import BUNDLED, SAMPLE, find_bundled, find_folder
-from l4jax.checkpoint.narrow import Narrowing
+from l4jax.checkpoint.online_quantization import OnlineQuantization
 from l4jax.checkpoint.parameters import Place, load_parameters
 from l4jax.checkpoint.peft import read_adapter, write_adapter
 from l4jax.checkpoint.safetensors import Index
@@ -26,7 +26,7 @@ __all__ = [
     "SAMPLE",
     "Adapter",
     "CheckpointError",
-    "Narrowing",
+    "OnlineQuantization",
     "Place",
     "find_bundled",
     "find_dtype",
@@ -45,7 +45,7 @@ def load(
     dtype: Any,
     place: Place,
     *,
-    narrowing: Narrowing | None = None,
+    online_quantization: OnlineQuantization | None = None,
     lora: Adapter | None = None,
     progress: bool = True,
 ) -> Parameters:
@@ -56,7 +56,7 @@ def load(
         config: of the model.
         dtype: of the parameters; what is stored in another is converted.
         place: the sharding of an array whose axes have these logical names, in any order of axes.
-        narrowing: what to quantize on the way, and how; nothing if None.
+        online_quantization: what to quantize on the way, and how; nothing if None.
         lora: an adapter to merge, before anything is quantized.
         progress: whether to show a bar on standard error.
 
@@ -73,7 +73,15 @@ def load(
         read = orbax.load
     else:
         read = load_parameters
-    return read(folder, config, dtype, place, narrowing=narrowing, lora=lora, progress=progress)
+    return read(
+        folder,
+        config,
+        dtype,
+        place,
+        online_quantization=online_quantization,
+        lora=lora,
+        progress=progress,
+    )
 
 
 def load_kv_scales(folder: str | Path, config: Config) -> tuple[np.ndarray, np.ndarray] | None:

@@ -20,7 +20,7 @@ import numpy as np
 from l4jax.checkpoint.conversion import open_plain, write_aside
 from l4jax.checkpoint.errors import CheckpointError
 from l4jax.checkpoint.names import list_linears, separate
-from l4jax.checkpoint.narrow import FORMATS, GROUP, Narrowing
+from l4jax.checkpoint.online_quantization import FORMATS, GROUP, OnlineQuantization
 from l4jax.checkpoint.parameters import THREADS, make_bar
 from l4jax.checkpoint.quantize import WORD
 from l4jax.checkpoint.recipe import Part, Recipe, read_box
@@ -92,10 +92,12 @@ def quantize_folder(
         raise CheckpointError(
             f"quantization is {quantization!r}: weights are made {' or '.join(FORMATS)}."
         )
-    narrowing = Narrowing(quantization, attention=False)
+    online_quantization = OnlineQuantization(quantization, attention=False)
     index, recipes, _ = open_plain(source, folder, overwrite=overwrite)
     entries = [
-        entry for path, recipe in recipes.items() for entry in _plan(index, path, recipe, narrowing)
+        entry
+        for path, recipe in recipes.items()
+        for entry in _plan(index, path, recipe, online_quantization)
     ]
     shards = _cut(entries)
     total = sum(entry.nbytes for entry in entries)
@@ -128,10 +130,12 @@ def quantize_folder(
     return total
 
 
-def _plan(index: Index, path: str, recipe: Recipe, narrowing: Narrowing) -> Iterator[_Entry]:
+def _plan(
+    index: Index, path: str, recipe: Recipe, online_quantization: OnlineQuantization
+) -> Iterator[_Entry]:
     """What is written of a parameter, in order."""
-    form = narrowing.format
-    if narrowing.count_inner(path) is None:
+    form = online_quantization.format
+    if online_quantization.count_inner(path) is None:
         for part in recipe.parts:
             kind = index.kinds[part.name]
             alone = Recipe((part,), part.shape)

@@ -13,7 +13,7 @@ from orbax.checkpoint import type_handlers
 from l4jax import axes
 from l4jax.checkpoint.adapter import Adapter
 from l4jax.checkpoint.errors import CheckpointError, list_few
-from l4jax.checkpoint.narrow import Narrowing
+from l4jax.checkpoint.online_quantization import OnlineQuantization
 from l4jax.checkpoint.parameters import Place, flatten, make_bar, unflatten
 from l4jax.config import Config
 from l4jax.model import Parameters, declare_parameters
@@ -82,7 +82,7 @@ def load(
     dtype: Any,
     place: Place,
     *,
-    narrowing: Narrowing | None = None,
+    online_quantization: OnlineQuantization | None = None,
     lora: Adapter | None = None,
     progress: bool = True,
 ) -> Parameters:
@@ -96,7 +96,9 @@ def load(
     shapes, names = flatten(declared), flatten(named)
     _check(path, shapes, read_kinds(folder))
     layers: dict[str, list[str]] = {}
-    inners = {name: narrowing and narrowing.count_inner(name) for name in shapes}
+    inners = {
+        name: online_quantization and online_quantization.count_inner(name) for name in shapes
+    }
     for name in shapes:
         part = name if inners[name] else "/".join(name.split("/")[:2])
         layers.setdefault(part, []).append(name)
@@ -127,8 +129,8 @@ def load(
                 array = lora.merge(name, array) if lora else array
                 inner = inners[name]
                 loaded[name] = (
-                    narrowing.quantize(array, inner, names[name], place)
-                    if narrowing and inner
+                    online_quantization.quantize(array, inner, names[name], place)
+                    if online_quantization and inner
                     else array
                 )
     return unflatten(loaded)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from l4jax.checkpoint.adapter import Adapter
 from l4jax.checkpoint.errors import CheckpointError, list_few
 from l4jax.checkpoint.names import find_kv_scales, find_quantization, match
-from l4jax.checkpoint.narrow import Narrowing
+from l4jax.checkpoint.online_quantization import OnlineQuantization
 from l4jax.checkpoint.quantize import (
     FP4_GROUP,
     WORD,
@@ -48,7 +48,7 @@ def load_parameters(
     dtype: Any,
     place: Place,
     *,
-    narrowing: Narrowing | None = None,
+    online_quantization: OnlineQuantization | None = None,
     lora: Adapter | None = None,
     progress: bool = True,
 ) -> Parameters:
@@ -63,8 +63,8 @@ def load_parameters(
         config: of the model; every parameter that it declares is filled, every stored tensor used.
         dtype: of the parameters; what is stored in another is converted slice by slice.
         place: the sharding of an array whose axes have these logical names, in any order of axes.
-        narrowing: what to quantize, and how; a checkpoint that is in that format already is loaded
-            as it is.
+        online_quantization: what to quantize, and how; a checkpoint already in that format is
+            loaded as it is.
         lora: an adapter, merged before anything is quantized.
         progress: whether to show a bar on standard error.
 
@@ -75,8 +75,8 @@ def load_parameters(
     recipes, names = find_recipes(index, config)
     if lora:
         _check_plain(index, recipes, lora)
-    if narrowing and _is_narrow(index, recipes, narrowing):
-        narrowing = None
+    if online_quantization and _is_narrow(index, recipes, online_quantization):
+        online_quantization = None
     loaded: dict[str, Any] = {}
     sizes = {
         path: sum(index.tensors[part.name].nbytes for part in recipe.parts)
@@ -87,8 +87,8 @@ def load_parameters(
         ThreadPoolExecutor(THREADS) as pool,
     ):
         for count, (path, recipe) in enumerate(recipes.items(), start=1):
-            inner = narrowing.count_inner(path) if narrowing else None
-            if narrowing is None or inner is None:
+            inner = online_quantization.count_inner(path) if online_quantization else None
+            if online_quantization is None or inner is None:
                 loaded[path] = load_parameter(
                     index, recipe, names[path], dtype, place, pool, path=path, lora=lora
                 )
@@ -96,7 +96,9 @@ def load_parameters(
                 assert isinstance(recipe, Recipe)
                 wide = _read_parameter(index, recipe, names[path], dtype, place, pool)
                 wide = lora.merge(path, wide, recipe.order) if lora else wide
-                loaded[path] = narrowing.quantize(wide, inner, names[path], place, recipe.order)
+                loaded[path] = online_quantization.quantize(
+                    wide, inner, names[path], place, recipe.order
+                )
             bar.set_postfix_str(f"{count}/{len(recipes)} parameters", refresh=False)
             bar.update(sizes[path])
         jax.block_until_ready(loaded)
@@ -203,17 +205,20 @@ def _check_plain(index: Index, recipes: Mapping[str, AnyRecipe], lora: Adapter) 
         )
 
 
-def _is_narrow(index: Index, recipes: Mapping[str, AnyRecipe], narrowing: Narrowing) -> bool:
+def _is_narrow(
+    index: Index, recipes: Mapping[str, AnyRecipe], online_quantization: OnlineQuantization
+) -> bool:
     """Whether a checkpoint is quantized already, which has to be in the format asked for."""
     forms = {
         "nvfp4" if isinstance(recipe, Nvfp4Recipe) else "int4" if recipe.is_packed else "fp8"
         for recipe in recipes.values()
         if not isinstance(recipe, Recipe)
     }
-    if forms - {narrowing.format}:
+    if forms - {online_quantization.format}:
         raise CheckpointError(
             f"{index.folder} is quantized already ({find_quantization(index.kinds)}), and cannot "
-            f"be made {narrowing.format}: leave quantization out, or take the BF16 checkpoint."
+            f"be made {online_quantization.format}: leave quantization out, or take the BF16 "
+            "checkpoint."
         )
     return bool(forms)
 

@@ -14,7 +14,7 @@ from l4jax.engine.request import (
     Request,
     TokenLogprobs,
 )
-from l4jax.engine.scheduler import Limits, Plan, Run
+from l4jax.engine.scheduler import Limits, ScheduledChunk, SchedulerOutput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Step:
     """What `decode.step` takes, before it is placed."""
 
     batch: cache.Batch
-    ends: decode.Ends
-    controls: sampling.Controls
+    ends: decode.LogitIndices
+    controls: sampling.SamplingMetadata
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class SampledTokens:
     """What a run brought for its request.
 
     Attributes:
@@ -36,7 +36,7 @@ class Drawn:
         prompt_logprobs: from position `prompt_start` of the prompt on, if asked for.
     """
 
-    run: Run
+    run: ScheduledChunk
     token_ids: list[int]
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
@@ -44,7 +44,13 @@ class Drawn:
 
 
 def fill_step(
-    plan: Plan, limits: Limits, config: Config, tokens: int, rows: int, *, has_targets: bool = False
+    plan: SchedulerOutput,
+    limits: Limits,
+    config: Config,
+    tokens: int,
+    rows: int,
+    *,
+    has_targets: bool = False,
 ) -> Step:
     """The arrays of a step of so many tokens and rows per data shard; the rest is padding."""
     size, slots = limits.shards * tokens, limits.shards * limits.requests
@@ -55,7 +61,7 @@ def fill_step(
         tables=_make_tables(limits, rows),
         feature_T=np.full(size, -1, np.int32) if limits.feature_slots else None,
     )
-    ends = decode.Ends(
+    ends = decode.LogitIndices(
         at_RW=np.zeros((limits.shards * rows, 1 + limits.drafts), np.int32),
         slot_R=np.full(limits.shards * rows, slots, np.int32),
         target_T=np.full(size, -1, np.int32) if has_targets else None,
@@ -77,15 +83,15 @@ def fill_step(
                 ends.slot_R[number] = run.request.slot
             if ends.target_T is not None:
                 _fill_targets(ends.target_T[here], run)
-    return Step(batch, ends, fill_controls(plan, limits, rows))
+    return Step(batch, ends, fill_sampling_metadata(plan, limits, rows))
 
 
 def fill_loop(
-    plan: Plan, limits: Limits, rows: int
-) -> tuple[decode.Rows, cache.Tables, sampling.Controls]:
+    plan: SchedulerOutput, limits: Limits, rows: int
+) -> tuple[decode.DecodeRows, cache.PageTables, sampling.SamplingMetadata]:
     """The arrays of a decode loop of `rows` per data shard."""
     size = limits.shards * rows
-    found = decode.Rows(
+    found = decode.DecodeRows(
         token_R=np.zeros(size, np.int32),
         position_R=np.full(size, -1, np.int32),
         row_R=np.tile(np.arange(rows, dtype=np.int32), limits.shards),
@@ -102,13 +108,15 @@ def fill_loop(
         stops = run.request.stop_ids[:MAX_STOP_IDS]  # the engine watches for all
         found.stop_RL[row, : len(stops)] = stops
         _fill_tables(tables, row, run)
-    return found, tables, fill_controls(plan, limits, rows)
+    return found, tables, fill_sampling_metadata(plan, limits, rows)
 
 
-def fill_controls(plan: Plan, limits: Limits, rows: int) -> sampling.Controls:
+def fill_sampling_metadata(
+    plan: SchedulerOutput, limits: Limits, rows: int
+) -> sampling.SamplingMetadata:
     """How each row is sampled; padding is greedy."""
     size = limits.shards * rows
-    controls = sampling.Controls(
+    controls = sampling.SamplingMetadata(
         temperature_R=np.zeros(size, np.float32),
         top_k_R=np.zeros(size, np.int32),
         top_p_R=np.ones(size, np.float32),
@@ -125,10 +133,12 @@ def fill_controls(plan: Plan, limits: Limits, rows: int) -> sampling.Controls:
     return controls
 
 
-def fill_adjustments(plan: Plan, limits: Limits, rows: int, vocab: int) -> sampling.Adjustments:
+def fill_logits_processors(
+    plan: SchedulerOutput, limits: Limits, rows: int, vocab: int
+) -> sampling.LogitsProcessors:
     """What changes each row's logits; padding changes nothing."""
     size = limits.shards * rows
-    found = sampling.Adjustments(
+    found = sampling.LogitsProcessors(
         slot_R=np.full(size, limits.shards * limits.requests, np.int32),
         presence_R=np.zeros(size, np.float32),
         frequency_R=np.zeros(size, np.float32),
@@ -164,7 +174,7 @@ def fill_adjustments(plan: Plan, limits: Limits, rows: int, vocab: int) -> sampl
 
 
 def count_seen(request: Request, vocab: int) -> np.ndarray:
-    """int32 [V]: what prompt and answer of a request hold, as `sampling.Adjustments` counts."""
+    """int32 [V]: token counts of prompt and answer, as `sampling.LogitsProcessors` reads them."""
     seen_V = np.bincount(request.output, minlength=vocab).astype(np.int32)
     seen_V[request.tokens[: request.prompt_length]] += sampling.IN_PROMPT
     return seen_V
@@ -179,7 +189,7 @@ def find_banned(constraints: Constraints, output: list[int]) -> list[int]:
     ]
 
 
-def enumerate_rows(plan: Plan, rows: int) -> list[tuple[int, Run]]:
+def enumerate_rows(plan: SchedulerOutput, rows: int) -> list[tuple[int, ScheduledChunk]]:
     """Each run of a plan with its row's number over all data shards."""
     return [
         (shard * rows + row, run)
@@ -188,7 +198,9 @@ def enumerate_rows(plan: Plan, rows: int) -> list[tuple[int, Run]]:
     ]
 
 
-def read_step(plan: Plan, sampled: Any, scored: Any, tokens: int, rows: int) -> list[Drawn]:
+def read_step(
+    plan: SchedulerOutput, sampled: Any, scored: Any, tokens: int, rows: int
+) -> list[SampledTokens]:
     """What each request of a step drew: of what was guessed, as much as proves right, and one."""
     found = []
     width = len(sampled.token_R) // (len(plan.runs) * rows)
@@ -204,11 +216,11 @@ def read_step(plan: Plan, sampled: Any, scored: Any, tokens: int, rows: int) -> 
                 told += _read_logprobs(run.request, sampled, first + place)
             asked = [] if scored is None else _read_prompt(run, scored, slice(start, at))
             if drawn or asked:
-                found.append(Drawn(run, drawn, told, asked, run.start + 1))
+                found.append(SampledTokens(run, drawn, told, asked, run.start + 1))
     return found
 
 
-def read_loop(plan: Plan, decoded: Any, rows: int) -> list[Drawn]:
+def read_loop(plan: SchedulerOutput, decoded: Any, rows: int) -> list[SampledTokens]:
     """What each request of a loop drew."""
     found = []
     for row, run in enumerate_rows(plan, rows):
@@ -216,7 +228,7 @@ def read_loop(plan: Plan, decoded: Any, rows: int) -> list[Drawn]:
         told: list[TokenLogprobs] = []
         for step in range(len(drawn)):
             told += _read_logprobs(run.request, _take_step(decoded, step), row)
-        found.append(Drawn(run, drawn, told))
+        found.append(SampledTokens(run, drawn, told))
     return found
 
 
@@ -225,12 +237,12 @@ def _find_token(request: Request, at: int) -> int:
     return request.tokens[at] if at < len(request.tokens) else -1 - request.slot
 
 
-def _find_tokens(run: Run) -> list[int]:
+def _find_tokens(run: ScheduledChunk) -> list[int]:
     known = run.request.tokens[run.start : run.stop - len(run.drafts)]
     return [*(known or [_find_token(run.request, run.start)]), *run.drafts]
 
 
-def _fill_features(feature_T: np.ndarray, run: Run, features: int) -> None:
+def _fill_features(feature_T: np.ndarray, run: ScheduledChunk, features: int) -> None:
     """Where in the feature buffer, seen flat, the image tokens of a run lie; -1 for text."""
     positions = run.request.patch_positions
     if not run.feature_slots or positions is None:
@@ -243,7 +255,7 @@ def _fill_features(feature_T: np.ndarray, run: Run, features: int) -> None:
     )
 
 
-def _fill_targets(target_T: np.ndarray, run: Run) -> None:
+def _fill_targets(target_T: np.ndarray, run: ScheduledChunk) -> None:
     """The tokens of the prompt that follow each of a run, where its request asks about them."""
     request = run.request
     if request.params.prompt_logprobs is None:
@@ -252,19 +264,19 @@ def _fill_targets(target_T: np.ndarray, run: Run) -> None:
     target_T[: len(following)] = following
 
 
-def _make_tables(limits: Limits, rows: int) -> cache.Tables:
+def _make_tables(limits: Limits, rows: int) -> cache.PageTables:
     size, page = limits.shards * rows, limits.page
     whole = -(-limits.max_length // page)
     chunk = -(-min(limits.chunk, limits.max_length) // page)
-    return cache.Tables(
+    return cache.PageTables(
         np.zeros((size, whole), np.int32), np.zeros((limits.local_groups, size, chunk), np.int32)
     )
 
 
-def _fill_tables(tables: cache.Tables, row: int, run: Run) -> None:
-    tables.whole_RB[row, : len(run.request.whole_pages)] = run.request.whole_pages
-    for group, pages in enumerate(run.chunk_pages):
-        tables.chunk_GRB[group, row, : len(pages)] = pages
+def _fill_tables(tables: cache.PageTables, row: int, run: ScheduledChunk) -> None:
+    tables.global_RB[row, : len(run.request.global_pages)] = run.request.global_pages
+    for group, pages in enumerate(run.local_pages):
+        tables.local_GRB[group, row, : len(pages)] = pages
 
 
 def _count_right(drawn: list[int], drafts: tuple[int, ...]) -> int:
@@ -284,7 +296,7 @@ def _read_logprobs(request: Request, sampled: Any, row: int) -> list[TokenLogpro
     return [TokenLogprobs(float(sampled.logprob_R[row]), top)]
 
 
-def _read_prompt(run: Run, scored: Any, here: slice) -> list[TokenLogprobs]:
+def _read_prompt(run: ScheduledChunk, scored: Any, here: slice) -> list[TokenLogprobs]:
     """What a request asked to know of the tokens of its prompt that follow those of a run."""
     count, last = run.request.params.prompt_logprobs, run.request.prompt_length - 1
     if count is None:

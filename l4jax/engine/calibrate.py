@@ -46,7 +46,7 @@ def make_batch(config: Config, page: int, shards: int) -> cache.Batch:
         token_T=np.tile(token_RS.astype(np.int32).ravel(), shards),
         position_T=np.tile(np.arange(length, dtype=np.int32), rows * shards),
         row_T=np.tile(np.repeat(np.arange(rows, dtype=np.int32), length), shards),
-        tables=cache.Tables(whole_RB=table_GRB[-1], chunk_GRB=table_GRB[:-1]),
+        tables=cache.PageTables(global_RB=table_GRB[-1], local_GRB=table_GRB[:-1]),
     )
 
 
@@ -64,7 +64,7 @@ def find_largest(
         model, page, shards, dtype: static; the dtype is that of keys and values.
     """
     text = model.config
-    pool = cache.make_pool(text, batch.tables.whole_RB.size * text.nope_interval, page, dtype)
+    pool = cache.make_pool(text, batch.tables.global_RB.size * text.nope_interval, page, dtype)
     _, pool = decode.forward(model, params, pool, batch)
 
     def reduce(arrays: tuple[Array, ...]) -> Array:

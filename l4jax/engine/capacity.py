@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 
 from l4jax.config import Config, TextConfig
-from l4jax.engine.lookup import Speculation
+from l4jax.engine.ngram_proposer import SpeculativeConfig
 from l4jax.engine.scheduler import Limits
 
 TILES_PER_IMAGE = 17  # 16 tiles and the whole image, at most
@@ -49,7 +49,7 @@ class Capacity:
     max_images: int = 10
     loop_steps: int = 8
     enable_prefix_caching: bool = True
-    speculation: Speculation | None = None
+    speculation: SpeculativeConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
@@ -220,24 +220,28 @@ class Buckets:
         self,
         tokens: int,
         rows: int,
-        is_adjusted: bool = False,
+        has_logits_processors: bool = False,
         *,
         has: Callable[[tuple[int, int]], bool] = lambda shape: True,
     ) -> tuple[int, int]:
         """The smallest step shape that holds as many tokens and rows: a first one, or one that is
         there, as `has` says. Adjusted rows, which are rarer, have the coarse ones alone."""
-        others = self.coarse.steps if is_adjusted else filter(has, self.steps)
+        others = self.coarse.steps if has_logits_processors else filter(has, self.steps)
         return min((t, r) for t, r in (*self.first.steps, *others) if t >= tokens and r >= rows)
 
     def fit_loop(
         self,
         rows: int,
-        is_adjusted: bool = False,
+        has_logits_processors: bool = False,
         *,
         has: Callable[[int], bool] = lambda rows: True,
     ) -> int:
         """The same of loops."""
-        others = self.coarse.loops if is_adjusted else filter(has, (*self.loops, *self.between))
+        others = (
+            self.coarse.loops
+            if has_logits_processors
+            else filter(has, (*self.loops, *self.between))
+        )
         return min(r for r in (*self.first.loops, *others) if r >= rows)
 
 

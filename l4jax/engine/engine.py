@@ -13,17 +13,17 @@ import time
 
 import numpy as np
 
-from l4jax.engine.arrays import Drawn
+from l4jax.engine.arrays import SampledTokens
 from l4jax.engine.capacity import Capacity
-from l4jax.engine.lookup import PromptLookup
+from l4jax.engine.ngram_proposer import NgramProposer
 from l4jax.engine.request import (
     Constraints,
     Request,
     SamplingParams,
     TokenLogprobs,
 )
-from l4jax.engine.runner import Flight, Runner
-from l4jax.engine.scheduler import Plan, Scheduler
+from l4jax.engine.runner import PendingStep, Runner
+from l4jax.engine.scheduler import Scheduler, SchedulerOutput
 from l4jax.text.chat import PromptError
 from l4jax.text.image import Tiles
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Update:
+class RequestUpdate:
     """What a step brought for one request.
 
     Attributes:
@@ -80,12 +80,12 @@ class Engine:
         self.scheduler = Scheduler(
             self.limits,
             keeps_prefixes=capacity.enable_prefix_caching,
-            guess=PromptLookup(capacity.speculation) if capacity.speculation else None,
+            guess=NgramProposer(capacity.speculation) if capacity.speculation else None,
         )
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
         self._seeds = random.Random(seed)
-        self._flight: Flight | None = None
+        self._flight: PendingStep | None = None
         self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
         self._counts = dict.fromkeys(("prompt", "generation", "queries", "hits"), 0)
         self._guesses = {"drafted": 0, "accepted": 0}
@@ -152,7 +152,7 @@ class Engine:
             request.finish_reason = request.finish_reason or "abort"
             self.scheduler.end(request)
 
-    def step(self) -> list[Update]:
+    def step(self) -> list[RequestUpdate]:
         """Start what is next, and say what the step before it brought.
 
         A failure ends the requests that were in it; those that only waited or were computed before
@@ -237,18 +237,18 @@ class Engine:
                 f"for {wanted} image features."
             )
 
-    def _expire(self) -> list[Update]:
+    def _expire(self) -> list[RequestUpdate]:
         """End what has run out of time."""
         now = time.monotonic()
         late = [request for request in self._requests.values() if request.deadline < now]
         return [self._end(request, "abort") for request in late]
 
-    def _land(self) -> list[Update]:
+    def _land(self) -> list[RequestUpdate]:
         """Wait for what is under way."""
         landing, self._flight = self._flight, None
         return self._take(landing)
 
-    def _take(self, landing: Flight | None) -> list[Update]:
+    def _take(self, landing: PendingStep | None) -> list[RequestUpdate]:
         if landing is None:
             return []
         try:
@@ -257,7 +257,7 @@ class Engine:
             return self._fail(landing.plan, error)
         return [update for each in drawn if (update := self._note(each))]
 
-    def _note(self, drawn: Drawn) -> Update | None:
+    def _note(self, drawn: SampledTokens) -> RequestUpdate | None:
         """What a request drew becomes part of it; nothing to tell of one that is gone."""
         run, request = drawn.run, drawn.run.request
         request.pending -= run.draws
@@ -283,7 +283,7 @@ class Engine:
         self._counts["generation"] += len(tokens)
         if request.finish_reason is None and not _follow(request, tokens):
             request.finish_reason = "error"
-        update = Update(
+        update = RequestUpdate(
             request.id,
             tokens,
             logprobs,
@@ -295,7 +295,7 @@ class Engine:
             self.cancel(request.id)
         return update
 
-    def _fail(self, plan: Plan, error: Exception) -> list[Update]:
+    def _fail(self, plan: SchedulerOutput, error: Exception) -> list[RequestUpdate]:
         """End the requests of a plan; all others are computed again, on an empty pool."""
         log.error("a step failed, and with it its requests", exc_info=error)
         self._flight = None
@@ -313,11 +313,11 @@ class Engine:
         self.runner.start()
         return updates
 
-    def _end(self, request: Request, finish_reason: str) -> Update:
+    def _end(self, request: Request, finish_reason: str) -> RequestUpdate:
         """End a request as it stands."""
         request.finish_reason = finish_reason
         self.cancel(request.id)
-        return Update(request.id, [], [], finish_reason, cached_tokens=request.cached or 0)
+        return RequestUpdate(request.id, [], [], finish_reason, cached_tokens=request.cached or 0)
 
 
 def _follow(request: Request, tokens: list[int]) -> bool:

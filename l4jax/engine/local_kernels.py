@@ -9,7 +9,7 @@ import jax
 from l4jax import axes, cache
 from l4jax.kernels import PORTABLE, Kernels
 from l4jax.kernels.formats import name_axes
-from l4jax.kernels.reference import Norm, Turn
+from l4jax.kernels.reference import HeadTransform, Norm
 
 # What the letters of a product stand for; of those that are summed, the first may be cut.
 _AXES = {
@@ -75,9 +75,9 @@ def make_kernels(kernels: Kernels, local: Callable[..., Any]) -> Kernels:
         return local(kernels.normalize, read(norm), x)(x_TD, norm)
 
     def attend(
-        x_TD: Any, norm: Norm, qkv_KJHD: Any, turn: Turn, *pool_and_where: Any
+        x_TD: Any, norm: Norm, qkv_KJHD: Any, turn: HeadTransform, *pool_and_where: Any
     ) -> tuple[Any, Any, Any]:
-        names = Turn(
+        names = HeadTransform(
             angle_TH=None if turn.angle_TH is None else (axes.TOKENS, axes.HEAD_DIM),
             eps=turn.eps,
             factor_T=None if turn.factor_T is None else at,

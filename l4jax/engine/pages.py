@@ -36,7 +36,7 @@ class Freelist:
             self._free.append(i)
 
 
-class Pages:
+class PageAllocator:
     """Ids of pages: owned by one caller or several, or free; a free one may still hold what its
     last owner named, and is found by that name until it is taken for something else.
     """

@@ -232,12 +232,12 @@ class Request:
     shard: int = 0
     slot: int = 0  # of what the device remembers of it
     cached: int | None = None  # tokens found in the prefix cache when it was first admitted
-    whole_pages: list[int] = dataclasses.field(default_factory=list)
-    chunk_pages: list[list[int]] = dataclasses.field(default_factory=list)  # of each local group
+    global_pages: list[int] = dataclasses.field(default_factory=list)
+    local_pages: list[list[int]] = dataclasses.field(default_factory=list)  # of each local group
     feature_slots: list[int] = dataclasses.field(default_factory=list)  # of each tile
     is_fresh: bool = False  # admitted, and not yet in a plan
     named_blocks: int = 0  # whose pages the prefix cache knows
-    _block_names: list[bytes] = dataclasses.field(default_factory=list)
+    _block_hashes: list[bytes] = dataclasses.field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -261,7 +261,7 @@ class Request:
         return matcher is not None or any(len(word) > 1 for word in bad_words)
 
     @property
-    def is_adjusted(self) -> bool:
+    def has_logits_processors(self) -> bool:
         """Whether its logits are changed before a token is drawn, or asked about."""
         params = self.params
         return bool(
@@ -280,7 +280,7 @@ class Request:
         return self.tokens[self.prompt_length :]
 
     @functools.cached_property
-    def tile_names(self) -> list[bytes]:
+    def tile_hashes(self) -> list[bytes]:
         """A digest of the pixels of each image tile of the prompt."""
         return [name for image in self.images for name in image.names]
 
@@ -295,13 +295,13 @@ class Request:
         positions = self.patch_positions
         return 0 if positions is None or not len(positions) else int(positions[-1]) + 1
 
-    def name_block(self, index: int, page: int) -> bytes:
+    def hash_block(self, index: int, page: int) -> bytes:
         """The name of the contents of tokens index * page .. of the request, and of all before.
 
         Two blocks of one name hold the same keys and values: image tokens are named after their
         pixels. The tokens must be known.
         """
-        names = self._block_names
+        names = self._block_hashes
         while len(names) <= index:
             start = len(names) * page
             digest = hashlib.blake2b(names[-1] if names else b"", digest_size=16)
@@ -312,7 +312,7 @@ class Request:
                     features = len(self.patch_positions) // self.tiles
                     digest.update(int(first % features).to_bytes(4, "little"))
                     for tile in range(first // features, (last - 1) // features + 1):
-                        digest.update(self.tile_names[tile])
+                        digest.update(self.tile_hashes[tile])
             names.append(digest.digest())
         return names[index]
 

@@ -29,8 +29,8 @@ from l4jax.engine.capacity import (
 from l4jax.engine.executables import Call, Executables
 from l4jax.engine.local_kernels import choose_kernels, make_kernels, name_kernels
 from l4jax.engine.request import MAX_LOGPROBS
-from l4jax.engine.scheduler import Limits, Plan, Run
-from l4jax.kernels.formats import FP8, widen_scales
+from l4jax.engine.scheduler import Limits, ScheduledChunk, SchedulerOutput
+from l4jax.kernels.formats import FP8, upcast_scales
 from l4jax.model import Llama4, VisionTower, declare_parameters
 from sharding import STRATEGIES, Layout, find_gpu_share, make_mesh, prepare_devices
 
@@ -39,14 +39,14 @@ CPU_POOL_BYTES = 2**28  # where nobody says otherwise: what a laptop can spare
 
 
 @dataclasses.dataclass(frozen=True)
-class Flight:
+class PendingStep:
     """A plan under way on the devices, and where its results will be."""
 
-    plan: Plan
+    plan: SchedulerOutput
     shape: tuple[int, int]  # tokens and rows, per data shard
     found: Future[tuple[Any, Any]]  # what was drawn, and what was scored where somebody asks
 
-    def land(self) -> list[arrays.Drawn]:
+    def land(self) -> list[arrays.SampledTokens]:
         """Wait for it, and read what each request drew; raises what went wrong."""
         tokens, rows = self.shape
         drawn, scored = jax.device_get(self.found.result())
@@ -114,12 +114,14 @@ class Runner:
             self.config,
             self.dtype,
             self.layout.place,
-            narrowing=checkpoint.Narrowing.choose(quantization, quantize_attention),
+            online_quantization=checkpoint.OnlineQuantization.choose(
+                quantization, quantize_attention
+            ),
             lora=checkpoint.read_adapter(lora, self.config) if lora else None,
             progress=progress,
         )
         if self.kernels == "hopper":
-            self.params = widen_scales(self.params)
+            self.params = upcast_scales(self.params)
         self.kv_scales = checkpoint.load_kv_scales(folder, self.config)
 
     def initialize(
@@ -130,7 +132,7 @@ class Runner:
         quantize_attention: bool | None = None,
     ) -> None:
         """Random weights instead, made on the devices: for measuring. Quantized as in `load`."""
-        narrowing = checkpoint.Narrowing.choose(quantization, quantize_attention)
+        online_quantization = checkpoint.OnlineQuantization.choose(quantization, quantize_attention)
         shapes, names = declare_parameters(self.config, self.dtype)
 
         # One program a shape, not one for all: a hundred generators in one took minutes to compile.
@@ -143,10 +145,12 @@ class Runner:
         def fill(path: Any, leaf: jax.ShapeDtypeStruct, names: tuple[str, ...]) -> Any:
             salt = np.uint32(zlib.crc32(jax.tree_util.keystr(path).encode()))
             array = draw(salt, leaf.shape, self.layout.place(names))
-            inner = narrowing and narrowing.count_inner("/".join(key.key for key in path))
-            if not narrowing or not inner:
+            inner = online_quantization and online_quantization.count_inner(
+                "/".join(key.key for key in path)
+            )
+            if not online_quantization or not inner:
                 return array
-            return narrowing.quantize(array, inner, names, self.layout.place)
+            return online_quantization.quantize(array, inner, names, self.layout.place)
 
         self.params = jax.tree_util.tree_map_with_path(fill, shapes, names)
 
@@ -184,9 +188,9 @@ class Runner:
         if self._scales is not None:
             k_scale, v_scale = self._put(self._scales, ((axes.LAYERS,), (axes.LAYERS,)))
             self.pool = dataclasses.replace(self.pool, k_scale=k_scale, v_scale=v_scale)
-        slots, memory_places = limits.shards * limits.requests, place(decode.MEMORY_AXES)
-        make_memory = functools.partial(decode.make_memory, slots, text.vocab)
-        self.memory = jax.jit(make_memory, out_shardings=memory_places)()
+        slots, memory_places = limits.shards * limits.requests, place(decode.DECODE_STATE_AXES)
+        make_decode_state = functools.partial(decode.make_decode_state, slots, text.vocab)
+        self.memory = jax.jit(make_decode_state, out_shardings=memory_places)()
         features_place = place((axes.TILES, axes.FEATURES, axes.WIDTH))
         if limits.feature_slots and vision is not None:
             shape = (limits.feature_slots, vision.features, text.width)
@@ -194,10 +198,10 @@ class Runner:
             self.features = jax.jit(make_features, out_shardings=features_place)()
         self.programs = decode.make_programs(pool_places, memory_places, features_place)
 
-    def dispatch(self, plan: Plan) -> "Flight":
+    def dispatch(self, plan: SchedulerOutput) -> "PendingStep":
         """Start a plan on the devices, behind what was started before it; does not wait."""
         runs = [run for shard in plan.runs for run in shard]
-        is_adjusted = any(run.request.is_adjusted for run in runs)
+        has_logits_processors = any(run.request.has_logits_processors for run in runs)
         work: list[Callable[[], Any]] = []  # in this order, when it is its turn
         for run in (run for run in runs if run.is_first):
             if run.feature_slots:
@@ -207,12 +211,12 @@ class Runner:
                 work.append(functools.partial(self._set_seen, run.request.slot, seen_V))
         with self._ready():
             if plan.is_loop:
-                rows = self._find_loop(plan, is_adjusted)
-                shape, program = (rows, rows), self._prepare_loop(plan, rows, is_adjusted)
+                rows = self._find_loop(plan, has_logits_processors)
+                shape, program = (rows, rows), self._prepare_loop(plan, rows, has_logits_processors)
                 work.append(lambda: (self._run_loop(program), None))
             else:
-                shape = self._find_step(plan, is_adjusted)
-                program = self._prepare_step(plan, shape, is_adjusted)
+                shape = self._find_step(plan, has_logits_processors)
+                program = self._prepare_step(plan, shape, has_logits_processors)
                 is_asked = any(run.request.params.prompt_logprobs is not None for run in runs)
                 work.append(lambda: self._run_step(program, is_scored=is_asked))
 
@@ -220,24 +224,24 @@ class Runner:
             with self._ready():
                 return [do() for do in work][-1]
 
-        return Flight(plan, shape, self._launcher.submit(launch))
+        return PendingStep(plan, shape, self._launcher.submit(launch))
 
     def warm_up(self, *, progress: bool = False) -> None:
         """Compile what is enough for every plan, several programs at a time, and run each on
         padding. What wastes less, and what adjusted rows need, who are rarer, is compiled while
         others are served.
         """
-        empty: list[list[Run]] = [[] for _ in range(self.limits.shards)]
-        step, loop = Plan(empty, False), Plan(empty, True)
+        empty: list[list[ScheduledChunk]] = [[] for _ in range(self.limits.shards)]
+        step, loop = SchedulerOutput(empty, False), SchedulerOutput(empty, True)
         tiles = [] if self.features is None else [(self._blank(count), []) for count in TILES]
 
         def prepare(
-            some: Buckets, is_adjusted: bool = False
+            some: Buckets, has_logits_processors: bool = False
         ) -> tuple[list[Program], list[Program]]:
             loops = *some.loops, *some.between
             return (
-                [self._prepare_step(step, shape, is_adjusted) for shape in some.steps],
-                [self._prepare_loop(loop, rows, is_adjusted) for rows in loops],
+                [self._prepare_step(step, shape, has_logits_processors) for shape in some.steps],
+                [self._prepare_loop(loop, rows, has_logits_processors) for rows in loops],
             )
 
         def call(*programs: Program) -> dict[Hashable, Call]:
@@ -273,15 +277,17 @@ class Runner:
         """Wait for what the warm-up left to be compiled while others are served."""
         self._executables.wait(progress=progress)
 
-    def _find_step(self, plan: Plan, is_adjusted: bool) -> tuple[int, int]:
+    def _find_step(self, plan: SchedulerOutput, has_logits_processors: bool) -> tuple[int, int]:
         counts = [sum(run.stop - run.start for run in shard) for shard in plan.runs]
 
         def has(shape: tuple[int, int]) -> bool:
             return self._can_run(_name_step(shape, False))
 
-        return self.buckets.fit(max(counts), max(map(len, plan.runs)), is_adjusted, has=has)
+        return self.buckets.fit(
+            max(counts), max(map(len, plan.runs)), has_logits_processors, has=has
+        )
 
-    def _find_loop(self, plan: Plan, is_adjusted: bool) -> int:
+    def _find_loop(self, plan: SchedulerOutput, has_logits_processors: bool) -> int:
         def has(rows: int) -> bool:
             key = _name_loop(rows, False)
             # Without a warm-up none of those between is worth being compiled for.
@@ -289,53 +295,57 @@ class Runner:
                 self._executables.has(key) if rows in self.buckets.between else self._can_run(key)
             )
 
-        return self.buckets.fit_loop(max(map(len, plan.runs)), is_adjusted, has=has)
+        return self.buckets.fit_loop(max(map(len, plan.runs)), has_logits_processors, has=has)
 
     def _can_run(self, key: Hashable) -> bool:
         """Whether a program is there; where nobody compiled any beforehand, all are."""
         return self._executables.has(key) or not self._executables.knows(key)
 
-    def _prepare_step(self, plan: Plan, shape: tuple[int, int], is_adjusted: bool) -> Program:
+    def _prepare_step(
+        self, plan: SchedulerOutput, shape: tuple[int, int], has_logits_processors: bool
+    ) -> Program:
         tokens, rows = shape
         step = arrays.fill_step(
-            plan, self.limits, self.config, tokens, rows, has_targets=is_adjusted
+            plan, self.limits, self.config, tokens, rows, has_targets=has_logits_processors
         )
         arguments = (
             self._put(step.batch, cache.name_axes(has_features=self.features is not None)),
-            self._put(step.ends, decode.name_ends_axes(has_targets=is_adjusted)),
-            self._put(step.controls, sampling.CONTROLS_AXES),
-            self._put_adjustments(plan, rows) if is_adjusted else None,
+            self._put(step.ends, decode.name_logit_indices_axes(has_targets=has_logits_processors)),
+            self._put(step.controls, sampling.SAMPLING_METADATA_AXES),
+            self._put_adjustments(plan, rows) if has_logits_processors else None,
         )
-        static = {"model": self.model, "logprobs": MAX_LOGPROBS if is_adjusted else None}
+        static = {"model": self.model, "logprobs": MAX_LOGPROBS if has_logits_processors else None}
         run = self.programs.step
 
         def call() -> Call:
             state = (self.params, self.pool, self.memory)
             return Call(run, (*state, *arguments, self.features), static)
 
-        return Program(_name_step(shape, is_adjusted), call)
+        return Program(_name_step(shape, has_logits_processors), call)
 
     def _run_step(self, program: Program, *, is_scored: bool = False) -> tuple[Any, Any]:
         found = self._executables.run(program.key, program.call())
         self.pool, self.memory, sampled, scored = found
         return sampled, scored if is_scored else None
 
-    def _prepare_loop(self, plan: Plan, rows: int, is_adjusted: bool) -> Program:
+    def _prepare_loop(
+        self, plan: SchedulerOutput, rows: int, has_logits_processors: bool
+    ) -> Program:
         state, tables, controls = arrays.fill_loop(plan, self.limits, rows)
         arguments = (
-            self._put(state, decode.ROWS_AXES),
+            self._put(state, decode.DECODE_ROWS_AXES),
             self._put(tables, cache.name_axes().tables),
-            self._put(controls, sampling.CONTROLS_AXES),
-            self._put_adjustments(plan, rows) if is_adjusted else None,
+            self._put(controls, sampling.SAMPLING_METADATA_AXES),
+            self._put_adjustments(plan, rows) if has_logits_processors else None,
         )
-        steps, logprobs = self.limits.loop_steps, MAX_LOGPROBS if is_adjusted else None
+        steps, logprobs = self.limits.loop_steps, MAX_LOGPROBS if has_logits_processors else None
         static = {"model": self.model, "steps": steps, "logprobs": logprobs}
         run = self.programs.decode_loop
 
         def call() -> Call:
             return Call(run, (self.params, self.pool, self.memory, *arguments), static)
 
-        return Program(_name_loop(rows, is_adjusted), call)
+        return Program(_name_loop(rows, has_logits_processors), call)
 
     def _run_loop(self, program: Program) -> Any:
         found = self._executables.run(program.key, program.call())
@@ -345,7 +355,7 @@ class Runner:
     def _set_seen(self, slot: int, seen_V: np.ndarray) -> None:
         self.memory = self.programs.set_seen(self.memory, np.int32(slot), seen_V)
 
-    def _encode(self, run: Run) -> None:
+    def _encode(self, run: ScheduledChunk) -> None:
         """Encode the tiles of a request into its feature slots."""
         pixels_ICYX = np.concatenate([image.pixels_ICHW for image in run.request.images])
         at = 0
@@ -374,9 +384,9 @@ class Runner:
     def _run_tiles(self, program: Program) -> None:
         self.features = self._executables.run(program.key, program.call())
 
-    def _put_adjustments(self, plan: Plan, rows: int) -> sampling.Adjustments:
-        found = arrays.fill_adjustments(plan, self.limits, rows, self.config.text.vocab)
-        return self._put(found, sampling.ADJUSTMENTS_AXES)
+    def _put_adjustments(self, plan: SchedulerOutput, rows: int) -> sampling.LogitsProcessors:
+        found = arrays.fill_logits_processors(plan, self.limits, rows, self.config.text.vocab)
+        return self._put(found, sampling.LOGITS_PROCESSORS_AXES)
 
     def _drop_pool(self) -> None:
         """Free what a pool before took, once all that was dispatched has been started."""
@@ -437,12 +447,12 @@ class Runner:
         return free * self.layout.count(axes.KV_HEADS)
 
 
-def _name_step(shape: tuple[int, int], is_adjusted: bool) -> Hashable:
-    return "step", shape, is_adjusted
+def _name_step(shape: tuple[int, int], has_logits_processors: bool) -> Hashable:
+    return "step", shape, has_logits_processors
 
 
-def _name_loop(rows: int, is_adjusted: bool) -> Hashable:
-    return "loop", rows, is_adjusted
+def _name_loop(rows: int, has_logits_processors: bool) -> Hashable:
+    return "loop", rows, has_logits_processors
 
 
 def check_mesh(config: Config, layout: Layout) -> None:

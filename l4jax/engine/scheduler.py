@@ -16,7 +16,7 @@ import collections
 import dataclasses
 from collections.abc import Callable
 
-from l4jax.engine.pages import Freelist, Pages
+from l4jax.engine.pages import Freelist, PageAllocator
 from l4jax.engine.request import Request
 
 _HURRY = 4  # a loop is so many times shorter while somebody waits
@@ -48,7 +48,7 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class ScheduledChunk:
     """A row of a step: tokens start .. stop of a request, in one chunk, and its local pages.
 
     In a loop, tokens start .. stop are those that it may run.
@@ -57,7 +57,7 @@ class Run:
     request: Request
     start: int
     stop: int
-    chunk_pages: list[list[int]]
+    local_pages: list[list[int]]
     draws: int = 0  # tokens that it draws, at most; of what was guessed, what proves right and one
     drafts: tuple[int, ...] = ()  # what was guessed: the last of its tokens
     feature_slots: tuple[int, ...] = ()  # of the request's image tiles, if they are still needed
@@ -65,10 +65,10 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class SchedulerOutput:
     """What to run: the rows of each data shard, in one step or in a loop of decode steps."""
 
-    runs: list[list[Run]]
+    runs: list[list[ScheduledChunk]]
     is_loop: bool
 
 
@@ -101,7 +101,9 @@ class Scheduler:
         self.limits = limits
         self.waiting: collections.deque[Request] = collections.deque()  # in order of arrival
         self.running: list[Request] = []  # in order of arrival
-        self.pages = [Pages(limits.pages, keeps=keeps_prefixes) for _ in range(limits.shards)]
+        self.pages = [
+            PageAllocator(limits.pages, keeps=keeps_prefixes) for _ in range(limits.shards)
+        ]
         self.slots = [Freelist(limits.requests) for _ in range(limits.shards)]
         self.features = Freelist(limits.feature_slots)
         self.preemptions = 0
@@ -116,12 +118,12 @@ class Scheduler:
         """Let a request wait for its turn."""
         self.waiting.append(request)
 
-    def plan(self) -> Plan | None:
+    def plan(self) -> SchedulerOutput | None:
         """What to run now, admitting whoever fits; None when there is nothing to do."""
         self._admit()
         drafts = self._draft()
         is_loop = not drafts and not any(r.is_prefilling or r.is_host_driven for r in self.running)
-        runs: list[list[Run]] = [[] for _ in range(self.limits.shards)]
+        runs: list[list[ScheduledChunk]] = [[] for _ in range(self.limits.shards)]
         # Next tokens first: a long prompt never stalls who decodes. Iterated over a copy, since
         # the youngest may have to leave for an older one.
         for request in list(self.running):
@@ -141,7 +143,7 @@ class Scheduler:
                 self._free_features(run.request)
         for shard, groups in done:
             self._give_back(shard, groups)
-        return Plan(runs, is_loop) if any(runs) else None
+        return SchedulerOutput(runs, is_loop) if any(runs) else None
 
     def end(self, request: Request) -> None:
         """Take a request out, wherever it is, and free what it owns."""
@@ -183,7 +185,7 @@ class Scheduler:
             request.slot = shard * self.limits.requests + self.slots[shard].take(1)[0]
             for ids in (place.whole, *place.chunks):
                 self.pages[shard].share(ids)
-            request.whole_pages, request.chunk_pages = place.whole, place.chunks
+            request.global_pages, request.local_pages = place.whole, place.chunks
             request.computed, request.named_blocks = length, length // self.limits.page
             if request.cached is None:
                 request.cached = length
@@ -227,13 +229,13 @@ class Scheduler:
         if not self._keeps_prefixes or request.params.prompt_logprobs is not None:
             return whole, chunks
         for block in range((len(request.tokens) - 1) // limits.page):
-            page = pages.find((WHOLE, request.name_block(block, limits.page)))
+            page = pages.find((WHOLE, request.hash_block(block, limits.page)))
             if page is None:
                 break
             whole.append(page)
         first = len(whole) * limits.page // limits.chunk * limits.chunk // limits.page
         for block in range(first, len(whole)):
-            name = request.name_block(block, limits.page)
+            name = request.hash_block(block, limits.page)
             ids = [pages.find((group, name)) for group in range(limits.local_groups)]
             if None in ids:
                 break
@@ -271,7 +273,11 @@ class Scheduler:
         return found
 
     def _plan_token(
-        self, request: Request, runs: list[list[Run]], is_loop: bool, drafts: tuple[int, ...]
+        self,
+        request: Request,
+        runs: list[list[ScheduledChunk]],
+        is_loop: bool,
+        drafts: tuple[int, ...],
     ) -> None:
         """The row of a request that decodes, if there are pages for it."""
         limits, at = self.limits, request.computed
@@ -286,11 +292,11 @@ class Scheduler:
             if self._count_missing(request, at, at + steps) > self.pages[request.shard].free:
                 steps = 1
         if self._grow(request, at, at + steps, runs):
-            run = Run(
+            run = ScheduledChunk(
                 request,
                 at,
                 at + steps,
-                request.chunk_pages,
+                request.local_pages,
                 draws=steps,
                 drafts=drafts,
                 is_first=request.is_fresh,
@@ -301,7 +307,7 @@ class Scheduler:
     def _plan_prompt(
         self,
         request: Request,
-        runs: list[list[Run]],
+        runs: list[list[ScheduledChunk]],
         done: list[tuple[int, list[list[int]]]],
     ) -> None:
         """The next rows of a prompt: one a chunk, as many as the step's tokens, rows and pages
@@ -323,17 +329,17 @@ class Scheduler:
                 if not self._grow(request, at, stop, runs):
                     return
             else:
-                old, request.chunk_pages = request.chunk_pages, self._make_groups()
+                old, request.local_pages = request.local_pages, self._make_groups()
                 done.append((request.shard, old))
                 # It must not cost others their pages: it can wait for its turn.
                 if not self._grow_if_free(request, at, stop):
                     return
             planned.append(
-                Run(
+                ScheduledChunk(
                     request,
                     at,
                     stop,
-                    request.chunk_pages,
+                    request.local_pages,
                     draws=int(stop == length),
                     feature_slots=tuple(request.feature_slots),
                     is_first=request.is_fresh,
@@ -347,10 +353,10 @@ class Scheduler:
     def _enter_chunk(self, request: Request, at: int) -> None:
         """Give the pages of the chunk before back, where position `at` is the first of its own."""
         if at % self.limits.chunk == 0:
-            self._give_back(request.shard, request.chunk_pages)
-            request.chunk_pages = self._make_groups()
+            self._give_back(request.shard, request.local_pages)
+            request.local_pages = self._make_groups()
 
-    def _grow(self, request: Request, at: int, stop: int, runs: list[list[Run]]) -> bool:
+    def _grow(self, request: Request, at: int, stop: int, runs: list[list[ScheduledChunk]]) -> bool:
         """Own the pages of positions at .. stop; the youngest make room. False if that is it."""
         while not self._grow_if_free(request, at, stop):
             youngest = [other for other in self.running if other.shard == request.shard][-1]
@@ -367,8 +373,8 @@ class Scheduler:
         if self._count_missing(request, at, stop) > pages.free:
             return False
         whole, local = self._count_new(request, at, stop)
-        request.whole_pages += pages.take(whole)
-        for group in request.chunk_pages:
+        request.global_pages += pages.take(whole)
+        for group in request.local_pages:
             group += pages.take(local)
         return True
 
@@ -379,11 +385,11 @@ class Scheduler:
     def _count_new(self, request: Request, at: int, stop: int) -> tuple[int, int]:
         """Pages that positions at .. stop of one chunk need beyond those owned: global, local."""
         page, chunk = self.limits.page, self.limits.chunk
-        whole = -(-stop // page) - len(request.whole_pages)
-        local = -(-(stop - at // chunk * chunk) // page) - len(request.chunk_pages[0])
+        whole = -(-stop // page) - len(request.global_pages)
+        local = -(-(stop - at // chunk * chunk) // page) - len(request.local_pages[0])
         return max(0, whole), max(0, local)
 
-    def _name_pages(self, run: Run) -> None:
+    def _name_pages(self, run: ScheduledChunk) -> None:
         """Tell the prefix cache what the pages hold that a run fills."""
         if not self._keeps_prefixes:
             return
@@ -391,10 +397,10 @@ class Scheduler:
         pages, first = self.pages[request.shard], run.start // chunk * chunk // page
         blocks = min(run.stop, len(request.tokens)) // page
         for block in range(request.named_blocks, blocks):
-            name = request.name_block(block, page)
-            pages.name(request.whole_pages[block], (WHOLE, name))
+            name = request.hash_block(block, page)
+            pages.name(request.global_pages[block], (WHOLE, name))
             if block >= first:  # else those of a chunk before, named too late
-                for group, ids in enumerate(run.chunk_pages):
+                for group, ids in enumerate(run.local_pages):
                     pages.name(ids[block - first], (group, name))
         request.named_blocks = max(request.named_blocks, blocks)
 
@@ -402,8 +408,8 @@ class Scheduler:
         """Take a request out of those that run, with all that it owns."""
         self.running.remove(request)
         self.slots[request.shard].give_back([request.slot - request.shard * self.limits.requests])
-        self._give_back(request.shard, [request.whole_pages, *request.chunk_pages])
-        request.whole_pages, request.chunk_pages = [], []
+        self._give_back(request.shard, [request.global_pages, *request.local_pages])
+        request.global_pages, request.local_pages = [], []
         self._free_features(request)
 
     def _free_features(self, request: Request) -> None:
@@ -418,4 +424,4 @@ class Scheduler:
         return [[] for _ in range(self.limits.local_groups)]
 
     def _count_owned(self, request: Request) -> int:
-        return len(request.whole_pages) + sum(map(len, request.chunk_pages))
+        return len(request.global_pages) + sum(map(len, request.local_pages))

@@ -146,7 +146,7 @@ def quantize_tokens(x: Array, summed: tuple[int, ...]) -> tuple[Array, Array]:
     x32 = x.astype(jnp.float32)
     largest = jnp.abs(x32).max(axis=summed, keepdims=True)
     scale = jnp.where(largest > 0, largest / FP8_MAX, 1.0)
-    return narrow(x32 / scale, FP8), jnp.squeeze(scale, summed)
+    return saturating_cast(x32 / scale, FP8), jnp.squeeze(scale, summed)
 
 
 def find_factor(largest: Any) -> Any:
@@ -156,7 +156,7 @@ def find_factor(largest: Any) -> Any:
     return jnp.where(largest > 0, scale, 1.0)
 
 
-def narrow(x: Array, dtype: Any) -> Array:
+def saturating_cast(x: Array, dtype: Any) -> Array:
     """x in another dtype; what e4m3 cannot hold becomes its largest: a plain cast gives nan."""
     if dtype == FP8:
         x = jnp.clip(x, -FP8_MAX, FP8_MAX)
@@ -202,7 +202,7 @@ def quantize_int4(weight: Array, group: int, scale_dtype: Any = jnp.float32) -> 
     return Quantized(steps.reshape(weight.shape).astype(jnp.int4), scale)
 
 
-def widen_scales(tree: Any) -> Any:
+def upcast_scales(tree: Any) -> Any:
     """The same weights, of any formats, with scales in float32: a kernel that wants them so would
     have them widened anew in each step."""
 

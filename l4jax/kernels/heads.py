@@ -20,8 +20,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import vector
 
 from l4jax.kernels.blocks import EIGHT_ROWS, load_row, spread, stack_rows
-from l4jax.kernels.formats import narrow
-from l4jax.kernels.reference import Turn
+from l4jax.kernels.formats import saturating_cast
+from l4jax.kernels.reference import HeadTransform
 
 _inline: Any = plgpu.inline_mgpu  # whose type knows no arguments
 
@@ -33,7 +33,7 @@ def place_heads(
     parts_PSKJH: Array,
     scale_S: Array | None,
     scale_KJH: Array | None,
-    turn: Turn,
+    turn: HeadTransform,
     k_PKZH: Array,
     v_PKZH: Array,
     table_RB: Array,
@@ -117,7 +117,9 @@ def place_heads(
         @pl.when((position >= 0) & (place >= 0) & (place < pages))
         def _() -> None:
             for row, pool in enumerate(to, key):
-                pool[place, head, lax.rem(position, page)] = narrow(rows_smem[row], pool.dtype)
+                pool[place, head, lax.rem(position, page)] = saturating_cast(
+                    rows_smem[row], pool.dtype
+                )
 
     kernel = plgpu.kernel(
         place_body,

@@ -16,7 +16,7 @@ from l4jax.kernels.experts import Experts
 from l4jax.kernels.formats import Adapted, Weight
 from l4jax.kernels.heads import place_heads
 from l4jax.kernels.products import Products
-from l4jax.kernels.reference import Norm, Turn
+from l4jax.kernels.reference import HeadTransform, Norm
 from l4jax.kernels.rows import THREADS, route_rows
 
 _ROUTED = 256  # tokens up to which a thread block each is faster than a product
@@ -79,7 +79,7 @@ class Hopper:
         x_TD: Array,
         norm: Norm | None,
         qkv_KJHD: Weight,
-        turn: Turn,
+        turn: HeadTransform,
         k_PKZH: Array,
         v_PKZH: Array,
         table_RB: Array,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from l4jax.kernels.formats import Weight, multiply, narrow
+from l4jax.kernels.formats import Weight, multiply, saturating_cast
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["scale_D"], meta_fields=["eps"])
@@ -48,7 +48,7 @@ def divide_by_rms(x_D: Array, eps: float) -> Array:
     meta_fields=["eps"],
 )
 @dataclasses.dataclass(frozen=True)
-class Turn:
+class HeadTransform:
     """What a layer does to heads between their projection and attention, in this order.
 
     Attributes:
@@ -84,7 +84,7 @@ def project_heads(
     x_TD: Array,
     norm: Norm | None,
     qkv_KJHD: Weight,
-    turn: Turn,
+    turn: HeadTransform,
     *,
     multiply: Callable[..., Array] = multiply,
 ) -> tuple[Array, Array, Array]:
@@ -136,8 +136,8 @@ def store(
     # Padding goes beyond the pool, where the write is dropped.
     page_T = jnp.where(position_T >= 0, page_T, pages)
     slot_T = position_T % page
-    k_PKZH = k_PKZH.at[page_T, :, slot_T].set(narrow(k_TKH, k_PKZH.dtype), mode="drop")
-    v_PKZH = v_PKZH.at[page_T, :, slot_T].set(narrow(v_TKH, v_PKZH.dtype), mode="drop")
+    k_PKZH = k_PKZH.at[page_T, :, slot_T].set(saturating_cast(k_TKH, k_PKZH.dtype), mode="drop")
+    v_PKZH = v_PKZH.at[page_T, :, slot_T].set(saturating_cast(v_TKH, v_PKZH.dtype), mode="drop")
     return k_PKZH, v_PKZH
 
 
@@ -183,7 +183,7 @@ def attend(
     x_TD: Array,
     norm: Norm | None,
     qkv_KJHD: Weight,
-    turn: Turn,
+    turn: HeadTransform,
     k_PKZH: Array,
     v_PKZH: Array,
     table_RB: Array,

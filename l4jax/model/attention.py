@@ -17,7 +17,7 @@ from l4jax import axes
 from l4jax.cache import Batch
 from l4jax.config import TextConfig
 from l4jax.kernels import Kernels
-from l4jax.kernels.reference import Norm, Turn
+from l4jax.kernels.reference import HeadTransform, Norm
 from l4jax.model.layers import declare
 from l4jax.model.rope import find_angles, scale_frequencies
 
@@ -36,9 +36,9 @@ class Positions:
     def of(cls, batch: Batch, config: TextConfig, group: int) -> "Positions":
         at_T = batch.position_T
         if config.is_nope(group):
-            return cls(at_T, at_T, batch.row_T, batch.tables.whole_RB)
+            return cls(at_T, at_T, batch.row_T, batch.tables.global_RB)
         within_T = jnp.where(at_T >= 0, at_T % config.chunk, -1)
-        return cls(at_T, within_T, batch.row_T, batch.tables.chunk_GRB[group])
+        return cls(at_T, within_T, batch.row_T, batch.tables.local_GRB[group])
 
 
 class Attention(nn.Module):
@@ -72,7 +72,7 @@ class Attention(nn.Module):
             (c.width, c.kv_heads, c.queries, c.head_dim),
             (axes.WIDTH, axes.KV_HEADS, axes.QUERIES, axes.HEAD_DIM),
         )
-        turn = self.find_turn(positions, scales)
+        turn = self.make_head_transform(positions, scales)
         where = (positions.table_RB, positions.row_T, positions.position_T)
         y_TKGH, k_PKZH, v_PKZH = self.kernels.attend(
             x_TD, norm, qkv_KJHD, turn, k_PKZH, v_PKZH, *where
@@ -80,18 +80,20 @@ class Attention(nn.Module):
         y_TD = self.kernels.multiply("TKGH,DKGH->TD", y_TKGH, out_DKGH)
         return y_TD, k_PKZH, v_PKZH
 
-    def find_turn(self, positions: Positions, scales: tuple[Array, Array] | None) -> Turn:
+    def make_head_transform(
+        self, positions: Positions, scales: tuple[Array, Array] | None
+    ) -> HeadTransform:
         """What the heads go through: RoPE and a norm in a local layer, a temperature in a global
         one."""
         c = self.config
         if not self.is_nope:
             frequency_H = scale_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
             angle_TH = find_angles(positions.position_T, frequency_H)
-            return Turn(angle_TH, eps=c.norm_eps if c.has_qk_norm else None, scales=scales)
+            return HeadTransform(angle_TH, eps=c.norm_eps if c.has_qk_norm else None, scales=scales)
         if not c.has_temperature_tuning:
-            return Turn(scales=scales)
+            return HeadTransform(scales=scales)
         factor_T = find_temperature(positions.absolute_T, c.floor_scale, c.attn_scale)
-        return Turn(factor_T=factor_T, scales=scales)
+        return HeadTransform(factor_T=factor_T, scales=scales)
 
 
 def find_temperature(position_T: Array, floor_scale: int, attn_scale: float) -> Array:

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import Array
 
 from l4jax import axes
-from l4jax.cache import Batch, PagePool, Tables, make_pool
+from l4jax.cache import Batch, PagePool, PageTables, make_pool
 from l4jax.config import Config, TextConfig
 from l4jax.kernels import Kernels
 from l4jax.model.attention import Attention, Positions
@@ -80,8 +80,7 @@ class Llama4(nn.Module):
             features_MD: image features that `batch.feature_T` points into.
 
         Returns:
-            [T, D] normed hidden states, for `find_logits`; and the pool with this step's tokens in
-            it.
+            [T, D] normed hidden states, for `compute_logits`; and the pool with the step's tokens.
         """
         x_TD = constrain(self.embedding_VD[batch.token_T], axes.TOKENS, axes.WIDTH)
         if features_MD is not None and batch.feature_T is not None:
@@ -99,7 +98,7 @@ class Llama4(nn.Module):
         x_TD = self.kernels.normalize(x_TD, self.norm())
         return x_TD, dataclasses.replace(pool, k=tuple(k), v=tuple(v))
 
-    def find_logits(self, x_RD: Array) -> Array:
+    def compute_logits(self, x_RD: Array) -> Array:
         """[R, V] float32 logits of hidden states [R, D]."""
         logits_RV = self.kernels.multiply("RD,VD->RV", x_RD, self.head_VD)
         return constrain(logits_RV.astype(jnp.float32), axes.ROWS, axes.VOCAB)
@@ -116,14 +115,14 @@ def declare_parameters(config: Config, dtype: Any) -> tuple[Parameters, Paramete
 
     def initialize() -> Parameters:
         one, page = jnp.zeros(1, jnp.int32), 1
-        tables = Tables(
+        tables = PageTables(
             jnp.zeros((1, 1), jnp.int32), jnp.zeros((text.nope_interval - 1, 1, 1), jnp.int32)
         )
         key = jax.random.key(0)
 
         def touch(model: Llama4) -> None:
             x_TD, _ = model(Batch(one, one, one, tables), make_pool(text, 1, page, jnp.float32))
-            model.find_logits(x_TD)
+            model.compute_logits(x_TD)
 
         trees = {"text": nn.init(touch, Llama4(text))(key)["params"]}
         if config.vision is not None:

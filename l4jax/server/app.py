@@ -22,7 +22,7 @@ from l4jax.server import errors
 from l4jax.server.chat import answer_chat
 from l4jax.server.completions import answer_completion
 from l4jax.server.errors import ApiError
-from l4jax.server.guard import AccessLog, Gate
+from l4jax.server.middleware import AccessLog, AdmissionMiddleware
 from l4jax.server.protocol import (
     ChatRequest,
     ChatResponse,
@@ -90,7 +90,9 @@ def build_app(service: Service) -> ASGIApp:
     app.router.route_class = _JsonRoute
     app.add_exception_handler(HTTPException, errors.answer_http_error)
     app.add_exception_handler(RequestValidationError, errors.answer_invalid)
-    app.add_middleware(Gate, options=service.options, is_draining=lambda: service.loop.is_draining)
+    app.add_middleware(
+        AdmissionMiddleware, options=service.options, is_draining=lambda: service.loop.is_draining
+    )
     if service.options.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -10,7 +10,8 @@ from starlette.responses import Response
 
 from l4jax.llm import Answer
 from l4jax.server.errors import refuse_in_words
-from l4jax.server.loop import Ticket
+from l4jax.server.logprobs import Speller
+from l4jax.server.loop import RequestHandle
 from l4jax.server.params import read_chat_params
 from l4jax.server.protocol import (
     ChatChoice,
@@ -25,8 +26,7 @@ from l4jax.server.protocol import (
 )
 from l4jax.server.replies import hand_over, note_usage
 from l4jax.server.service import Part, Service, make_id
-from l4jax.server.spelling import Speller
-from l4jax.server.tally import Tally
+from l4jax.server.usage import UsageCounter
 from l4jax.text.chat import Prompt
 from l4jax.text.grammar import tool_schema
 from l4jax.text.tools import CallDelta, ToolStream
@@ -93,14 +93,14 @@ class _Chat:
         request: ChatRequest,
         model: str,
         prompt: Prompt,
-        ticket: Ticket,
+        ticket: RequestHandle,
         answers: list[Answer],
     ):
         self._service, self._request, self._model = service, request, model
         self._prompt, self._ticket, self._answers = prompt, ticket, answers
         self._id = make_id("chatcmpl")
         self._speller = Speller(service.tokenizer, request.return_tokens_as_token_ids)
-        self.tally = Tally(prompt_tokens=len(prompt.token_ids))
+        self.tally = UsageCounter(prompt_tokens=len(prompt.token_ids))
         reads_calls = bool(request.tools) and request.tool_choice != "none"
         names = [tool.function.name for tool in request.tools or ()]
         self._turns = [

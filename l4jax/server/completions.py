@@ -8,7 +8,8 @@ from starlette.responses import Response
 
 from l4jax.engine.request import TokenLogprobs
 from l4jax.llm import Answer
-from l4jax.server.loop import Ticket
+from l4jax.server.logprobs import Ledger, Speller, join
+from l4jax.server.loop import RequestHandle
 from l4jax.server.params import read_completion_params
 from l4jax.server.protocol import (
     CompletionChoice,
@@ -17,8 +18,7 @@ from l4jax.server.protocol import (
 )
 from l4jax.server.replies import hand_over, note_usage
 from l4jax.server.service import Part, Service, make_id
-from l4jax.server.spelling import Ledger, Speller, join
-from l4jax.server.tally import Tally
+from l4jax.server.usage import UsageCounter
 from l4jax.text.chat import Prompt
 
 _EXTRA = {"prompt_logprobs"}  # vLLM's, in a stream only where it was asked for
@@ -68,7 +68,7 @@ class _Completion:
         model: str,
         asked: list[str | list[int]],
         prompts: list[Prompt],
-        ticket: Ticket,
+        ticket: RequestHandle,
         answers: list[Answer],
     ):
         self._service, self._request, self._model = service, request, model
@@ -80,7 +80,7 @@ class _Completion:
             Ledger(self._speller, service.tokenizer, request.skip_special_tokens) for _ in answers
         ]
         self._has_begun = [False] * len(answers)
-        self.tally = Tally(prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts))
+        self.tally = UsageCounter(prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts))
 
     async def collect(self) -> CompletionResponse:
         """All texts, once they have ended."""

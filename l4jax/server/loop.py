@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from l4jax.engine.engine import Engine, Update
+from l4jax.engine.engine import Engine, RequestUpdate
 from l4jax.engine.request import Constraints, SamplingParams
 from l4jax.server.metrics import Metrics
 from l4jax.text.image import Tiles
@@ -55,7 +55,7 @@ class _Progress:
         metrics.finish(reason, seconds, len(self.work.token_ids), self.tokens)
 
 
-class Ticket:
+class RequestHandle:
     """A caller's place: up to `count` engine requests, whose updates come in one queue.
 
     It lives on the event loop. Whoever reserved it closes it, at any moment and as often as it
@@ -65,7 +65,7 @@ class Ticket:
     def __init__(self, loop: "EngineLoop", count: int):
         self.count = count
         self._loop = loop
-        self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
+        self._updates: asyncio.Queue[tuple[int, RequestUpdate]] = asyncio.Queue()
         self._accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._running: dict[int, _Progress] = {}
         self._is_closed = False
@@ -84,7 +84,7 @@ class Ticket:
         self._loop.order(lambda: self._loop.admit(self, works, timeout))
         await self._accepted
 
-    async def receive(self) -> tuple[int, Update]:
+    async def receive(self) -> tuple[int, RequestUpdate]:
         """The next update and the place in `works` of the request that it is for."""
         return await self._updates.get()
 
@@ -119,7 +119,7 @@ class Ticket:
             self._accepted.set_exception(error)
             self._accepted.exception()  # seen, even if the caller went away meanwhile
 
-    def take(self, index: int, update: Update) -> None:
+    def take(self, index: int, update: RequestUpdate) -> None:
         """What a step brought for one of the requests."""
         progress = self._running.get(index)
         if progress is None:
@@ -140,7 +140,7 @@ class Ticket:
         """End all of its requests as a deadline would."""
         for index, progress in self._running.items():
             if not progress.has_ended:
-                self.take(index, Update(-1, [], [], "abort"))
+                self.take(index, RequestUpdate(-1, [], [], "abort"))
         self._loop.order(lambda: self._loop.cancel(self.ids))
         self.accept(ClosedError("The server is shutting down: ask another one, or later."))
 
@@ -161,8 +161,8 @@ class EngineLoop:
         self.is_alive = False
         self.is_draining = False
         self._engine = engine
-        self._tickets: set[Ticket] = set()
-        self._owners: dict[int, tuple[Ticket, int]] = {}
+        self._tickets: set[RequestHandle] = set()
+        self._owners: dict[int, tuple[RequestHandle, int]] = {}
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._home: asyncio.AbstractEventLoop | None = None
@@ -185,7 +185,7 @@ class EngineLoop:
         self.is_alive = True
         self._thread.start()
 
-    def reserve(self, count: int) -> Ticket:
+    def reserve(self, count: int) -> RequestHandle:
         """A place for so many engine requests.
 
         Raises:
@@ -196,7 +196,7 @@ class EngineLoop:
             raise ClosedError("The server is shutting down: ask another one, or later.")
         if self.count_flying() + count > self.capacity:
             raise BusyError
-        ticket = Ticket(self, count)
+        ticket = RequestHandle(self, count)
         self._tickets.add(ticket)
         return ticket
 
@@ -204,7 +204,7 @@ class EngineLoop:
         """Engine requests that have a place."""
         return sum(ticket.count for ticket in self._tickets)
 
-    def leave(self, ticket: Ticket) -> None:
+    def leave(self, ticket: RequestHandle) -> None:
         """Free a ticket's place."""
         self._tickets.discard(ticket)
 
@@ -229,7 +229,7 @@ class EngineLoop:
 
     # On the engine's thread.
 
-    def admit(self, ticket: Ticket, works: list[Work], timeout: float | None) -> None:
+    def admit(self, ticket: RequestHandle, works: list[Work], timeout: float | None) -> None:
         """Add requests to the engine, all or none."""
         try:
             for index, work in enumerate(works):
@@ -288,7 +288,7 @@ class EngineLoop:
             # The engine fails the requests of a broken step itself. What still gets here has
             # broken its bookkeeping: every request is ended, and the next ones get a try.
             logger.exception("a step failed outside of the engine's own care")
-            updates = [Update(request_id, [], [], "error") for request_id in self._owners]
+            updates = [RequestUpdate(request_id, [], [], "error") for request_id in self._owners]
             for request_id in self._owners:
                 self._engine.cancel(request_id)
         mail = [(*self._owners[u.request_id], u) for u in updates if u.request_id in self._owners]
@@ -306,6 +306,6 @@ class EngineLoop:
             logger.debug("the event loop is closed")
 
 
-def _deliver(mail: list[tuple[Ticket, int, Update]]) -> None:
+def _deliver(mail: list[tuple[RequestHandle, int, RequestUpdate]]) -> None:
     for ticket, index, update in mail:
         ticket.take(index, update)

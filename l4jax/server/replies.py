@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from l4jax.server.errors import CLIENT_GONE, ApiError, make_body
 from l4jax.server.logs import note, spell_trace
 from l4jax.server.protocol import StreamOptions
-from l4jax.server.tally import Tally
+from l4jax.server.usage import UsageCounter
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Reply(Response):
 
     media_type = "application/json"
 
-    def __init__(self, content: BaseModel, tally: Tally):
+    def __init__(self, content: BaseModel, tally: UsageCounter):
         super().__init__(content.model_dump_json())
         self._tally = tally
 
@@ -45,7 +45,10 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[dict[str, Any], None], tally: Tally, close: Callable[[], None]
+        self,
+        events: AsyncGenerator[dict[str, Any], None],
+        tally: UsageCounter,
+        close: Callable[[], None],
     ):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
@@ -88,7 +91,7 @@ class EventStream(Response):
 class Answers(Protocol):
     """The answers to one request, on their way."""
 
-    tally: Tally
+    tally: UsageCounter
 
     def stream(self) -> AsyncGenerator[dict[str, Any], None]:
         """Their pieces, as events."""
@@ -140,7 +143,7 @@ class UsageNotes:
     in_each: bool
     has_last: bool
 
-    def add(self, chunk: dict[str, Any], tally: Tally) -> dict[str, Any]:
+    def add(self, chunk: dict[str, Any], tally: UsageCounter) -> dict[str, Any]:
         """A chunk with the usage so far; null says that it comes at the end."""
         if self.in_each:
             return chunk | {"usage": tally.spell().model_dump()}

@@ -12,12 +12,12 @@ from typing import TypeVar
 from l4jax.engine.request import Constraints, SamplingParams
 from l4jax.llm import LLM, Answer, Piece
 from l4jax.server.errors import ApiError, refuse_in_words
-from l4jax.server.loop import BusyError, ClosedError, EngineLoop, Ticket, Work
+from l4jax.server.loop import BusyError, ClosedError, EngineLoop, RequestHandle, Work
 from l4jax.server.media import MediaReader
 from l4jax.server.metrics import Metrics
 from l4jax.server.options import Options
 from l4jax.server.protocol import Conversation
-from l4jax.server.tally import Tally
+from l4jax.server.usage import UsageCounter
 from l4jax.text.chat import Prompt, render_chat, spell_prompt
 from l4jax.text.tokenizer import Tokenizer
 
@@ -88,7 +88,7 @@ class Service:
             )
         return name or names[0]
 
-    def reserve(self, count: int) -> Ticket:
+    def reserve(self, count: int) -> RequestHandle:
         """A place for so many answers, or the error that says when to ask again."""
         if count > self.loop.capacity:
             raise ApiError(
@@ -159,7 +159,7 @@ class Service:
         return Prompt(tuple(ids), ())
 
     async def start(
-        self, ticket: Ticket, prompts: list[Prompt], params: SamplingParams, param: str
+        self, ticket: RequestHandle, prompts: list[Prompt], params: SamplingParams, param: str
     ) -> list[Answer]:
         """Hand n requests a prompt to the engine; the answers that their updates fill.
 
@@ -184,7 +184,7 @@ class Service:
         return await self.read(lambda: self.llm.make_constraints(params), "structured_outputs")
 
     async def follow(
-        self, ticket: Ticket, answers: list[Answer], tally: Tally, n: int
+        self, ticket: RequestHandle, answers: list[Answer], tally: UsageCounter, n: int
     ) -> AsyncIterator[Part]:
         """What the engine brings, as pieces of text, until all answers have ended.
 

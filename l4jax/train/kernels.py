@@ -71,7 +71,7 @@ def attend(
     x_TD: Array,
     norm: reference.Norm | None,
     qkv_KJHD: Weight,
-    turn: reference.Turn,
+    turn: reference.HeadTransform,
     k_pool: Array,
     v_pool: Array,
     table_RB: Array,

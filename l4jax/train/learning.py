@@ -13,7 +13,7 @@ import optax
 from jax import Array
 
 from l4jax import axes
-from l4jax.cache import Batch, Tables
+from l4jax.cache import Batch, PageTables
 from l4jax.config import Config, TextConfig
 from l4jax.kernels import Kernels
 from l4jax.model import Llama4, Parameters, VisionTower, declare_parameters
@@ -165,7 +165,7 @@ def find_loss(
     (x_TD, _), kept = model.apply(
         variables, batch, make_no_pool(config.text), features_MD, mutable=["intermediates"]
     )
-    logits_TV: Any = model.apply(variables, x_TD, method="find_logits")
+    logits_TV: Any = model.apply(variables, x_TD, method="compute_logits")
     loss_T = optax.softmax_cross_entropy_with_integer_labels(logits_TV, packed.target_T)
     total = jnp.maximum(packed.weight_T.sum(), 1.0)
     words = (loss_T * packed.weight_T).sum() / total
@@ -190,7 +190,7 @@ def make_step(packed: Packed, config: TextConfig) -> Batch:
     """The batch as the model takes it, with the tables that `l4jax.train.kernels` reads."""
     runs = packed.first_RB.shape[0]
     own_GRB = jnp.tile(jnp.arange(runs, dtype=jnp.int32)[:, None], (config.nope_interval - 1, 1, 1))
-    tables = Tables(packed.first_RB, own_GRB)
+    tables = PageTables(packed.first_RB, own_GRB)
     return Batch(packed.token_T, packed.position_T, packed.run_T, tables, packed.feature_T)
 
 

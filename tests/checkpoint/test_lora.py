@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from l4jax import checkpoint, convert
-from l4jax.checkpoint import Adapter, CheckpointError, Narrowing, peft
+from l4jax.checkpoint import Adapter, CheckpointError, OnlineQuantization, peft
 from l4jax.checkpoint.adapter import adapt, shape_factors
 from l4jax.checkpoint.parameters import flatten
 from l4jax.config import Config
@@ -156,17 +156,20 @@ def test_merging_on_a_mesh_is_merging_on_one_device(dtype, unfused, tmp_path):
 @pytest.mark.parametrize("choice", [("fp8",), ("int4", True)])
 def test_what_is_quantized_is_what_was_merged(base, choice):
     adapter = make_adapter(Config.from_folder(base))
-    narrowing = Narrowing.choose(*choice)
-    assert narrowing is not None
-    merged, found = load(base, adapter), load(base, adapter, narrowing=narrowing)
+    online_quantization = OnlineQuantization.choose(*choice)
+    assert online_quantization is not None
+    merged, found = (
+        load(base, adapter),
+        load(base, adapter, online_quantization=online_quantization),
+    )
     count = 0
     for path, array in found.items():
         if isinstance(array, Quantized):
             count += 1
-            inner = narrowing.count_inner(path)
+            inner = online_quantization.count_inner(path)
             assert inner
             names = ("",) * len(array.shape)
-            wanted = narrowing.quantize(merged[path], inner, names, place_on_one)
+            wanted = online_quantization.quantize(merged[path], inner, names, place_on_one)
             jax.tree.map(np.testing.assert_array_equal, array, wanted)
     assert count > 4
 

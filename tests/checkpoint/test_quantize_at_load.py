@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from l4jax import checkpoint, convert
-from l4jax.checkpoint import CheckpointError, Narrowing, parameters
-from l4jax.checkpoint.narrow import find_group
+from l4jax.checkpoint import CheckpointError, OnlineQuantization, parameters
+from l4jax.checkpoint.online_quantization import find_group
 from l4jax.checkpoint.parameters import flatten
 from l4jax.config import Config
 from l4jax.kernels.formats import Quantized, dequantize
@@ -43,8 +43,10 @@ def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def _load(folder: Path, place: Any, *choice: Any, dtype: str = "bfloat16") -> dict[str, Any]:
     config = Config.from_folder(folder)
-    narrowing = Narrowing.choose(*choice)
-    tree = checkpoint.load(folder, config, dtype, place, narrowing=narrowing, progress=False)
+    online_quantization = OnlineQuantization.choose(*choice)
+    tree = checkpoint.load(
+        folder, config, dtype, place, online_quantization=online_quantization, progress=False
+    )
     return flatten(tree)
 
 
@@ -153,7 +155,7 @@ def test_one_wide_parameter_is_alive_at_a_time(
     is_narrow = re.compile(f"{FEED_FORWARD.pattern}|{ATTENTION.pattern}").fullmatch
     shapes = {x.shape for path, x in _expect(published).items() if is_narrow(path)}
     shapes |= {(x[0], x[-1], *x[1:-1]) for x in shapes}  # as the files have fused experts
-    quantize, read, calls = Narrowing.quantize, parameters._read_array, []
+    quantize, read, calls = OnlineQuantization.quantize, parameters._read_array, []
 
     def count() -> int:
         live = [x for x in jax.live_arrays() if id(x) not in before and not x.is_deleted()]
@@ -170,7 +172,7 @@ def test_one_wide_parameter_is_alive_at_a_time(
         assert count() == 0
         return read(*arguments, **kwargs)
 
-    monkeypatch.setattr(Narrowing, "quantize", quantize_and_count)
+    monkeypatch.setattr(OnlineQuantization, "quantize", quantize_and_count)
     monkeypatch.setattr(parameters, "_read_array", count_and_read)
     _load(published, place, form, True, dtype="float32")
     assert len(calls) >= 10
@@ -189,7 +191,7 @@ def test_a_converted_checkpoint_is_quantized_alike(
 
 def test_channels_of_zeros_stay_zeros() -> None:
     for form in ("fp8", "int4"):
-        array = Narrowing(form, True).quantize(
+        array = OnlineQuantization(form, True).quantize(
             jax.numpy.zeros((4, 8), "bfloat16"), 1, ("width", "hidden"), place_on_one
         )
         assert (np.asarray(dequantize(array, np.float32)) == 0).all()
@@ -214,8 +216,8 @@ def test_a_quantized_checkpoint_is_loaded_as_it_is_or_refused(
 
 def test_formats_that_there_are_not_are_refused() -> None:
     with pytest.raises(CheckpointError, match=r"quantization is 'int3': .* fp8 or int4"):
-        Narrowing.choose("int3")
+        OnlineQuantization.choose("int3")
     with pytest.raises(CheckpointError, match="nothing is quantized: choose"):
-        Narrowing.choose(None, True)
-    assert Narrowing.choose(None) is None
-    assert dataclasses.astuple(Narrowing("fp8", True)) == ("fp8", True)
+        OnlineQuantization.choose(None, True)
+    assert OnlineQuantization.choose(None) is None
+    assert dataclasses.astuple(OnlineQuantization("fp8", True)) == ("fp8", True)

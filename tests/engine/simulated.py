@@ -9,11 +9,11 @@ import itertools
 import random
 import types
 
-from l4jax.engine.arrays import Drawn, _count_right
+from l4jax.engine.arrays import SampledTokens, _count_right
 from l4jax.engine.capacity import Capacity
 from l4jax.engine.engine import Engine
 from l4jax.engine.request import Request, SamplingParams
-from l4jax.engine.scheduler import Limits, Plan, Run
+from l4jax.engine.scheduler import Limits, ScheduledChunk, SchedulerOutput
 
 VOCAB = 50
 PRIME = 2**31 - 1
@@ -54,10 +54,10 @@ def continue_alone(prompt: list[int], count: int, chunk: int) -> list[int]:
 
 @dataclasses.dataclass
 class SimulatedFlight:
-    plan: Plan
-    drawn: list[Drawn]
+    plan: SchedulerOutput
+    drawn: list[SampledTokens]
 
-    def land(self) -> list[Drawn]:
+    def land(self) -> list[SampledTokens]:
         return self.drawn
 
 
@@ -73,7 +73,7 @@ class SimulatedRunner:
         self.config = types.SimpleNamespace(
             eos_ids=eos_ids, vision=None, patch_id=None, text=types.SimpleNamespace(vocab=VOCAB)
         )
-        self.plans: list[Plan] = []
+        self.plans: list[SchedulerOutput] = []
         self.fails: set[int] = set()  # dispatches that fail
         self.start()
 
@@ -84,7 +84,7 @@ class SimulatedRunner:
         self.memory: dict[tuple[int, int, int, int], int] = {}
         self.last: dict[int, int] = {}
 
-    def dispatch(self, plan: Plan) -> SimulatedFlight:
+    def dispatch(self, plan: SchedulerOutput) -> SimulatedFlight:
         self.plans.append(plan)
         if len(self.plans) in self.fails:
             raise RuntimeError("the device is on fire")
@@ -95,7 +95,7 @@ class SimulatedRunner:
         except Exception as error:
             raise BrokenPlan(plan) from error
 
-    def _step(self, run: Run) -> Drawn:
+    def _step(self, run: ScheduledChunk) -> SampledTokens:
         request, drawn = run.request, []
         known = request.tokens[run.start : run.stop - len(run.drafts)]
         tokens = [*(known or [self.last[request.slot]]), *run.drafts]
@@ -105,9 +105,9 @@ class SimulatedRunner:
                 drawn.append(state % VOCAB)
         if drawn:
             self.last[request.slot] = drawn[0]
-        return Drawn(run, drawn[: _count_right(drawn, run.drafts) + 1])
+        return SampledTokens(run, drawn[: _count_right(drawn, run.drafts) + 1])
 
-    def _loop(self, run: Run) -> Drawn:
+    def _loop(self, run: ScheduledChunk) -> SampledTokens:
         request, drawn, at = run.request, [], run.start
         token = request.tokens[at] if at < len(request.tokens) else self.last[request.slot]
         has_ended = at >= len(request.tokens) and token in request.stop_ids
@@ -117,17 +117,17 @@ class SimulatedRunner:
             at += 1
             has_ended = token in request.stop_ids
         self.last[request.slot] = token
-        return Drawn(run, drawn)
+        return SampledTokens(run, drawn)
 
-    def _advance(self, run: Run, position: int, token: int) -> int:
+    def _advance(self, run: ScheduledChunk, position: int, token: int) -> int:
         """Run a token: all that came before is read from the pages, and its own is written."""
         page, chunk = self.limits.page, self.limits.chunk
         shard, first = run.request.shard, position // chunk * chunk
 
         def place(at: int, group: int) -> tuple[int, int, int]:
             if group < 0:
-                return shard, run.request.whole_pages[at // page], at % page
-            return shard, run.chunk_pages[group][(at - first) // page], at % page
+                return shard, run.request.global_pages[at // page], at % page
+            return shard, run.local_pages[group][(at - first) // page], at % page
 
         seen = sum(self.memory.get(place(at, -1), EMPTY) for at in range(position)) % PRIME
         local = {
@@ -147,7 +147,7 @@ def make_engine(limits: Limits, *, keeps: bool = True, guess=None, **runner) -> 
     return engine
 
 
-def check_plan(plan: Plan, limits: Limits) -> None:
+def check_plan(plan: SchedulerOutput, limits: Limits) -> None:
     """What has to hold of every plan."""
     for shard, runs in enumerate(plan.runs):
         assert sum(run.stop - run.start for run in runs) <= limits.tokens or plan.is_loop
@@ -158,7 +158,7 @@ def check_plan(plan: Plan, limits: Limits) -> None:
             assert request.shard == shard
             assert run.start // limits.chunk == (run.stop - 1) // limits.chunk  # one chunk a row
             assert run.draws <= max(limits.loop_steps, 1 + limits.drafts)
-            assert len(request.whole_pages) * limits.page >= run.stop
+            assert len(request.global_pages) * limits.page >= run.stop
             for page in find_written(run, limits):  # a page that is written has one row
                 assert page not in written, f"page {page} has two rows"
                 written[page] = request.id
@@ -169,16 +169,16 @@ def check_plan(plan: Plan, limits: Limits) -> None:
                 assert written[page] == run.request.id
 
 
-def find_written(run: Run, limits: Limits) -> list[int]:
+def find_written(run: ScheduledChunk, limits: Limits) -> list[int]:
     first = run.start // limits.chunk * limits.chunk
-    whole = run.request.whole_pages[run.start // limits.page : -(-run.stop // limits.page)]
+    whole = run.request.global_pages[run.start // limits.page : -(-run.stop // limits.page)]
     here = slice((run.start - first) // limits.page, -(-(run.stop - first) // limits.page))
     # The first page of a row may be written by the row before it, of the same request.
-    return [*whole, *(page for group in run.chunk_pages for page in group[here])]
+    return [*whole, *(page for group in run.local_pages for page in group[here])]
 
 
-def find_read(run: Run) -> list[int]:
-    return [*run.request.whole_pages, *(page for group in run.chunk_pages for page in group)]
+def find_read(run: ScheduledChunk) -> list[int]:
+    return [*run.request.global_pages, *(page for group in run.local_pages for page in group)]
 
 
 def make_params(count: int, **changes) -> SamplingParams:

@@ -20,7 +20,7 @@ from l4jax.model import Llama4
 from l4jax.testing import write_model
 from tests import models
 from tests.engine.engines import load_runner
-from tests.engine.test_fp8_cache import find_logits
+from tests.engine.test_fp8_cache import compute_logits
 
 CALCULATED = Capacity(
     max_model_len=64, block_size=4, kv_cache_dtype="fp8", calculate_kv_scales=True
@@ -52,7 +52,7 @@ def test_scales_are_those_of_the_keys_and_values_that_are_stored(name):
 
     text = tiny.config.text
     batch = jax.tree.map(jnp.asarray, calibrate.make_batch(tiny.config, 4, 1))
-    pool = cache.make_pool(text, 4 * batch.tables.whole_RB.size, 4, jnp.float32)
+    pool = cache.make_pool(text, 4 * batch.tables.global_RB.size, 4, jnp.float32)
     model = Llama4(text, Kernels(attend=attend))
     with jax.disable_jit():
         model.apply({"params": tiny.params["text"]}, batch, pool)
@@ -69,7 +69,7 @@ def test_prompts_begin_as_prompts_do_and_stay_within_a_chunk():
         assert (batch.token_T[::8] == tiny.config.bos_id).all()
         assert len(set(batch.token_T.tolist())) > 100
         assert batch.position_T.max() == 7
-        pages = np.concatenate([batch.tables.whole_RB[None], batch.tables.chunk_GRB])
+        pages = np.concatenate([batch.tables.global_RB[None], batch.tables.local_GRB])
         once = np.split(pages, shards, axis=1)
         assert sorted(once[0].ravel()) == list(range(4 * 64 * 2))
         assert all((part == once[0]).all() for part in once)
@@ -127,10 +127,10 @@ def measure(factor: float) -> dict[str, tuple[float, float]]:
     plain, runner.params = runner.params, changed.params
     scales = find_scales(runner)
     runner.params = plain
-    wanted = np.asarray(jax.nn.log_softmax(find_logits(changed, golden.ids, jnp.float32)))
+    wanted = np.asarray(jax.nn.log_softmax(compute_logits(changed, golden.ids, jnp.float32)))
     found: dict[str, tuple[float, float]] = {}
     for name, given in (("one", None), ("calculated", scales)):
-        logits = find_logits(changed, golden.ids, FP8, given)
+        logits = compute_logits(changed, golden.ids, FP8, given)
         logprobs = np.asarray(jax.nn.log_softmax(logits))
         kl = (np.exp(wanted) * (wanted - logprobs)).sum(-1).mean()
         found[name] = float(kl), float((wanted.argmax(-1) == logprobs.argmax(-1)).mean())

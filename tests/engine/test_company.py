@@ -10,9 +10,9 @@ from l4jax import decode
 from l4jax.engine import capacity
 from l4jax.engine.capacity import Buckets
 from l4jax.engine.executables import Executables
-from l4jax.engine.lookup import PromptLookup, Speculation
+from l4jax.engine.ngram_proposer import NgramProposer, SpeculativeConfig
 from l4jax.engine.request import Request, SamplingParams
-from l4jax.engine.runner import Flight, Runner
+from l4jax.engine.runner import PendingStep, Runner
 from l4jax.text.image import Tiles
 from tests import weights
 from tests.engine.engines import GREEDY, assert_all_free, find_tiles, make_engine, run_all
@@ -54,7 +54,7 @@ def test_in_any_company_a_request_draws_what_it_draws_alone(mesh, speculates):
         max_num_seqs=6,
         max_num_batched_tokens=24 if mesh == "1" else 48,
         kv_cache_memory_bytes=(46 if mesh == "1" else 39) * page_bytes(),
-        speculation=Speculation(3, prompt_lookup_min=1) if speculates else None,
+        speculation=SpeculativeConfig(3, prompt_lookup_min=1) if speculates else None,
     )
     rng, found, waiting = np.random.default_rng(1), {}, list(range(12))
     for _ in range(2000):
@@ -133,7 +133,7 @@ def test_after_the_warm_up_nothing_is_compiled_whatever_arrives():
         "scout-8-image",
         max_model_len=124,  # shapes that no other test has
         max_num_batched_tokens=64,
-        speculation=Speculation(2),
+        speculation=SpeculativeConfig(2),
     )
     engine.warm_up()
     programs = engine.runner.programs
@@ -192,7 +192,7 @@ def test_a_failing_step_ends_its_requests_and_the_others_go_on(monkeypatch, at):
             patch.setattr(engine.runner, "programs", broken)
             patch.setattr(decode, "make_programs", lambda *places: programs)
         else:
-            patch.setattr(Flight, "land", fail)
+            patch.setattr(PendingStep, "land", fail)
         run(2 if at == "dispatch" else 1)  # what could not be started is told when it is landed
     engine.runner.programs = programs
     assert reasons[first] == "error"
@@ -206,7 +206,7 @@ def make_request(tokens: list[int]) -> Request:
 
 
 def test_a_lookup_goes_on_as_the_text_did_before():
-    look = PromptLookup(Speculation(4, prompt_lookup_max=3, prompt_lookup_min=2))
+    look = NgramProposer(SpeculativeConfig(4, prompt_lookup_max=3, prompt_lookup_min=2))
     assert look(make_request([1, 2, 3, 4, 5, 6, 2, 3]), 3) == [4, 5, 6]
     assert look(make_request([1, 2, 3, 4, 5, 6, 2, 3]), 1) == [4]
     assert look(make_request([9, 2, 3, 7, 1, 2, 3, 8, 1, 2, 3]), 9) == [8, 1, 2, 3]  # longest wins
@@ -216,7 +216,7 @@ def test_a_lookup_goes_on_as_the_text_did_before():
 
 
 def test_a_lookup_sees_what_came_since():
-    look, request = PromptLookup(Speculation(2, prompt_lookup_min=1)), make_request([1, 2])
+    look, request = NgramProposer(SpeculativeConfig(2, prompt_lookup_min=1)), make_request([1, 2])
     assert look(request, 2) == []
     request.tokens += [3, 1]
     assert look(request, 2) == [2, 3]
@@ -232,7 +232,7 @@ def test_a_lookup_sees_what_came_since():
 )
 def test_a_speculation_that_cannot_be_had_is_refused_by_name(changes, says):
     with pytest.raises(ValueError, match=says):
-        Speculation(**{"num_speculative_tokens": 4, **changes})
+        SpeculativeConfig(**{"num_speculative_tokens": 4, **changes})
 
 
 def test_a_server_begins_with_two_shapes_and_adjusted_rows_have_about_every_other():
@@ -307,9 +307,9 @@ def test_a_loop_between_is_run_once_it_is_compiled_and_draws_the_same(monkeypatc
     shapes = []
     prepare = Runner._prepare_loop
 
-    def spy(self, plan, rows, is_adjusted):
+    def spy(self, plan, rows, has_logits_processors):
         shapes.append(rows)
-        return prepare(self, plan, rows, is_adjusted)
+        return prepare(self, plan, rows, has_logits_processors)
 
     monkeypatch.setattr(Runner, "_prepare_loop", spy)
 

@@ -9,7 +9,7 @@ import pytest
 from l4jax import cache, decode
 from l4jax.engine.arrays import fill_step
 from l4jax.engine.request import Request, SamplingParams
-from l4jax.engine.scheduler import Plan, Run
+from l4jax.engine.scheduler import ScheduledChunk, SchedulerOutput
 from l4jax.text.chat import PromptError
 from tests import weights
 from tests.engine.engines import (
@@ -155,7 +155,7 @@ def test_logits_leave_a_step_cut_by_vocabulary():
         token_T=np.array([5], np.int32),
         position_T=np.array([0], np.int32),
         row_T=np.array([0], np.int32),
-        tables=cache.Tables(
+        tables=cache.PageTables(
             np.zeros((1, 64), np.int32), np.zeros((engine.limits.local_groups, 1, 2), np.int32)
         ),
     )
@@ -217,9 +217,9 @@ def test_cancelling_at_any_moment_frees_everything(steps):
 
 def fill(request: Request, start: int, stop: int) -> np.ndarray:
     engine = make_engine("scout-8-image")
-    run = Run(request, start, stop, [], feature_slots=tuple(request.feature_slots))
+    run = ScheduledChunk(request, start, stop, [], feature_slots=tuple(request.feature_slots))
     return fill_step(
-        Plan([[run]], is_loop=False), engine.limits, engine.runner.config, 16, 8
+        SchedulerOutput([[run]], is_loop=False), engine.limits, engine.runner.config, 16, 8
     ).batch.feature_T
 
 

@@ -41,7 +41,7 @@ def test_what_e4m3_cannot_hold_is_cut_and_not_nan():
     np.testing.assert_allclose(found, [[448, -448], [0.3125, 448]])
 
 
-def find_logits(tiny: models.Tiny, ids: np.ndarray, dtype, scales=None) -> np.ndarray:
+def compute_logits(tiny: models.Tiny, ids: np.ndarray, dtype, scales=None) -> np.ndarray:
     text, page = tiny.config.text, 4
     rows = -(-len(ids) // text.chunk)
     whole = np.arange(-(-len(ids) // page), dtype=np.int32)
@@ -51,7 +51,7 @@ def find_logits(tiny: models.Tiny, ids: np.ndarray, dtype, scales=None) -> np.nd
     if scales is not None:
         pool = cache.PagePool(pool.k, pool.v, *map(jnp.asarray, scales))
     at = np.arange(len(ids), dtype=np.int32)
-    tables = cache.Tables(np.tile(whole, (rows, 1)), local.astype(np.int32))
+    tables = cache.PageTables(np.tile(whole, (rows, 1)), local.astype(np.int32))
     batch = cache.Batch(ids, at, at // text.chunk, tables)
     _, logits = decode.score(tiny.params, pool, batch, model=Llama4(text, PORTABLE))
     return np.asarray(logits)
@@ -63,12 +63,12 @@ def test_scales_change_where_rounding_falls_and_nothing_else(name):
     as long as nothing leaves e4m3's range."""
     tiny, golden = models.load_golden(name)
     layers = tiny.config.text.layers
-    plain = find_logits(tiny, golden.ids, jnp.float32)
+    plain = compute_logits(tiny, golden.ids, jnp.float32)
     odd = np.linspace(0.3, 2.7, 2 * layers, dtype=np.float32).reshape(2, layers)
-    scaled = find_logits(tiny, golden.ids, jnp.float32, odd)
+    scaled = compute_logits(tiny, golden.ids, jnp.float32, odd)
     np.testing.assert_allclose(scaled, plain, atol=1e-4 * np.abs(plain).max())
     one, half = (
-        find_logits(tiny, golden.ids, FP8, np.full((2, layers), scale, np.float32))
+        compute_logits(tiny, golden.ids, FP8, np.full((2, layers), scale, np.float32))
         for scale in (1.0, 0.5)
     )
     error = np.linalg.norm(one - plain) / np.linalg.norm(plain)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from l4jax.engine.pages import Freelist, Pages
+from l4jax.engine.pages import Freelist, PageAllocator
 
 
 def test_the_freelist_gives_each_id_once():
@@ -18,7 +18,7 @@ def test_the_freelist_gives_each_id_once():
 
 
 def test_a_page_given_back_is_found_by_its_name_until_it_is_taken():
-    pages = Pages(3)
+    pages = PageAllocator(3)
     first, second = pages.take(2)
     pages.name(first, "a")
     pages.name(second, "b")
@@ -29,7 +29,7 @@ def test_a_page_given_back_is_found_by_its_name_until_it_is_taken():
 
 
 def test_a_shared_page_is_free_when_its_last_owner_leaves():
-    pages = Pages(2)
+    pages = PageAllocator(2)
     (page,) = pages.take(1)
     pages.name(page, "a")
     pages.share([page])
@@ -44,7 +44,7 @@ def test_a_shared_page_is_free_when_its_last_owner_leaves():
 
 
 def test_the_first_page_of_a_name_stays():
-    pages = Pages(2)
+    pages = PageAllocator(2)
     first, second = pages.take(2)
     pages.name(first, "a")
     pages.name(second, "a")
@@ -55,7 +55,7 @@ def test_the_first_page_of_a_name_stays():
 
 
 def test_pages_that_keep_nothing_find_nothing():
-    pages = Pages(1, keeps=False)
+    pages = PageAllocator(1, keeps=False)
     (page,) = pages.take(1)
     pages.name(page, "a")
     pages.give_back([page])

@@ -33,7 +33,7 @@ def run(params: SamplingParams, prompt=IDS, **kwargs) -> list[int]:
     return found
 
 
-def find_logits(tokens: list[int]) -> np.ndarray:
+def compute_logits(tokens: list[int]) -> np.ndarray:
     """The model's logits after each token, from one plain call."""
     tiny, _ = load_golden(NAME)
     engine = make_engine(NAME, max_num_seqs=1)
@@ -41,7 +41,7 @@ def find_logits(tokens: list[int]) -> np.ndarray:
     rows, at = -(-len(tokens) // text.chunk), np.arange(len(tokens), dtype=np.int32)
     whole, per = -(-len(tokens) // 4), text.chunk // 4
     local = whole + np.arange(3 * rows * per).reshape(rows, 3, per).transpose(1, 0, 2)
-    tables = cache.Tables(
+    tables = cache.PageTables(
         np.tile(np.arange(whole, dtype=np.int32), (rows, 1)), local.astype(np.int32)
     )
     pool = cache.make_pool(text, whole + 3 * rows * per, 4, np.float32)
@@ -80,7 +80,7 @@ def test_penalties_equal_their_definition_token_by_token(penalties):
     assert found[other] == TOKENS[:30]
     output = found[mine]
     assert output != TOKENS[:30]
-    logits = find_logits([*IDS, *output])
+    logits = compute_logits([*IDS, *output])
     short = {key.removesuffix("_penalty"): value for key, value in penalties.items()}
     for at in range(30):
         want = penalize(logits[len(IDS) - 1 + at], IDS, output[:at], **short)
@@ -105,7 +105,7 @@ def test_penalties_outlive_preemption_and_prefix_hits():
 
 
 def test_a_bias_is_added_and_a_large_one_decides():
-    logits = find_logits(IDS)[-1]
+    logits = compute_logits(IDS)[-1]
     order = np.argsort(-logits)
     second, gap = int(order[1]), float(logits[order[0]] - logits[order[1]])
     one = GREEDY.replace(max_tokens=1)
@@ -152,7 +152,7 @@ def test_prompt_logprobs_are_those_of_one_plain_call(tokens):
         for update in engine.step():
             found = found or update.prompt_logprobs
     assert number != warm and found is not None
-    want = jax.nn.log_softmax(find_logits(IDS))
+    want = jax.nn.log_softmax(compute_logits(IDS))
     assert found[0] is None and len(found) == len(IDS)
     for at, entry in enumerate(found[1:]):
         assert entry.chosen == pytest.approx(float(want[at, IDS[at + 1]]), abs=1e-4)
@@ -240,7 +240,7 @@ def test_adjusted_logits_leave_the_reported_logprobs_alone():
 def test_nothing_to_adjust_changes_no_bit():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(3, 70)).astype(np.float32)
-    none = sampling.Adjustments(
+    none = sampling.LogitsProcessors(
         slot_R=np.full(3, 9),
         presence_R=np.zeros(3, np.float32),
         frequency_R=np.zeros(3, np.float32),
@@ -252,7 +252,7 @@ def test_nothing_to_adjust_changes_no_bit():
         allowed_RL=np.full((3, 3), -1),
     )
     seen = jnp.ones((2, 70), jnp.int32)
-    found = sampling.adjust(logits, seen, none, np.array([4, 0, 9]))
+    found = sampling.apply_logits_processors(logits, seen, none, np.array([4, 0, 9]))
     np.testing.assert_array_equal(found, logits)
 
 

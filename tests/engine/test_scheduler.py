@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l4jax.engine.request import SamplingParams
-from l4jax.engine.scheduler import Plan
+from l4jax.engine.scheduler import SchedulerOutput
 from tests.engine.simulated import (
     VOCAB,
     continue_alone,
@@ -201,7 +201,7 @@ def test_behind_a_chunk_that_is_over_a_prefix_needs_the_global_pages_only():
     prompt = TEXTS[0][:16]
     drain_one(engine, [*prompt, 1])
     pages, request = engine.scheduler.pages[0], engine.runner.plans[0].runs[0][0].request
-    names = [request.name_block(block, 2) for block in range(8)]
+    names = [request.hash_block(block, 2) for block in range(8)]
     for block in (0, 1, 2, 3):  # as if evicted
         for group in range(3):
             page = pages.find((group, names[block]))
@@ -337,4 +337,4 @@ def test_a_loop_stands_alone():
     engine.add([1, 2], make_params(12))
     drain(engine)
     assert [plan.is_loop for plan in engine.runner.plans] == [False, True, True]
-    assert isinstance(engine.runner.plans[0], Plan)
+    assert isinstance(engine.runner.plans[0], SchedulerOutput)

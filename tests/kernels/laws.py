@@ -271,7 +271,7 @@ def check_attention(
     (tokens, *shape), width = x_TKJH.shape, x_TKJH[0].size
     one_KJHD = jnp.eye(width, dtype=x_TKJH.dtype).reshape(*shape, width)
     run = jax.jit(kernels.attend)
-    projected = x_TKJH.reshape(tokens, width), None, one_KJHD, reference.Turn()
+    projected = x_TKJH.reshape(tokens, width), None, one_KJHD, reference.HeadTransform()
     (first, *pool), (second, *_) = (run(*projected, **case) for _ in range(2))
     stored = reference.store(*before, *kv, *where)
     for pages, wanted in zip(pool, stored, strict=True):
@@ -285,15 +285,19 @@ def check_attention(
     np.testing.assert_array_equal(first, second)
 
 
-def make_turns(rng: np.random.Generator, tokens: int, head_dim: int) -> dict[str, reference.Turn]:
+def make_turns(
+    rng: np.random.Generator, tokens: int, head_dim: int
+) -> dict[str, reference.HeadTransform]:
     """What heads may go through, by name."""
     angle_TH = jnp.asarray(rng.uniform(0, 8192, (tokens, head_dim // 2)), jnp.float32)
     factor_T = jnp.linspace(0.5, 2.0, tokens)
     return {
-        "rope": reference.Turn(angle_TH),
-        "rope and norm": reference.Turn(angle_TH, eps=1e-5),
-        "temperature": reference.Turn(factor_T=factor_T),
-        "all": reference.Turn(angle_TH, 1e-5, factor_T, (jnp.float32(0.25), jnp.float32(1.5))),
+        "rope": reference.HeadTransform(angle_TH),
+        "rope and norm": reference.HeadTransform(angle_TH, eps=1e-5),
+        "temperature": reference.HeadTransform(factor_T=factor_T),
+        "all": reference.HeadTransform(
+            angle_TH, 1e-5, factor_T, (jnp.float32(0.25), jnp.float32(1.5))
+        ),
     }
 
 

@@ -13,25 +13,25 @@ import httpx2
 import pytest
 
 from l4jax.server.logs import JsonLines
+from tests.server.fake_engine import is_idle, make_typist, wait_until
 from tests.server.servers import ASK, MODEL, run_server
-from tests.server.typist import is_idle, make_typist, wait_until
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 SECRET = "the secret of the prompt"
 
 
 @pytest.fixture
-def typist(tmp_path):
+def fake_engine(tmp_path):
     return make_typist(tmp_path)
 
 
 @pytest.fixture
-def server(typist):
-    with run_server(typist, max_waiting=1) as running:
+def server(fake_engine):
+    with run_server(fake_engine, max_waiting=1) as running:
         yield running
-        typist.engine.pace.set()
+        fake_engine.engine.pace.set()
         wait_until(lambda: is_idle(running.service.loop))
-        assert typist.engine.threads == {"engine"}  # nobody else ever called it
+        assert fake_engine.engine.threads == {"engine"}  # nobody else ever called it
 
 
 def ask(**options):
@@ -84,7 +84,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tests.server.test_bad_times import CHAT, ask
 from tests.server.servers import run_server
-from tests.server.typist import make_typist
+from tests.server.fake_engine import make_typist
 with run_server(make_typist(Path({str(tmp_path)!r}), 8)) as server, ThreadPoolExecutor(8) as pool:
     asked = [pool.submit(server.post, CHAT, ask()) for _ in range(8)]
     print({{future.result().status_code for future in asked}})
@@ -117,8 +117,8 @@ def test_a_wrong_path_or_method_is_answered_in_the_same_shape(server, method, pa
     assert response.headers["x-request-id"]
 
 
-def test_a_full_server_says_when_to_ask_again_and_takes_more_once_it_has_room(server, typist):
-    typist.engine.pace.clear()
+def test_a_full_server_says_when_to_ask_again_and_takes_more_once_it_has_room(server, fake_engine):
+    fake_engine.engine.pace.clear()
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(server.post, CHAT, ask()) for _ in range(3)]
         wait_until(lambda: server.service.loop.count_flying() == 3)
@@ -126,15 +126,15 @@ def test_a_full_server_says_when_to_ask_again_and_takes_more_once_it_has_room(se
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
         assert read_error(refused)["type"] == "rate_limit_error"
         assert server.get("/health").status_code == 200
-        typist.engine.pace.set()
+        fake_engine.engine.pace.set()
         assert [future.result().status_code for future in asked] == [200] * 3
     assert server.post(CHAT, ask()).status_code == 200
     assert server.post(CHAT, ask(n=4)).status_code == 400  # never fits
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_cancels_its_request(server, typist, stream):
-    typist.engine.pace.clear()
+def test_a_client_that_goes_away_cancels_its_request(server, fake_engine, stream):
+    fake_engine.engine.pace.clear()
     body = json.dumps(ask(stream=stream, n=2)).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n"
     port = int(server.url.rpartition(":")[2])
@@ -143,36 +143,36 @@ def test_a_client_that_goes_away_cancels_its_request(server, typist, stream):
         wait_until(lambda: server.service.loop.stats.running == 2)
         if stream:
             assert connection.recv(100)
-    wait_until(lambda: len(typist.engine.cancelled) == 2)
+    wait_until(lambda: len(fake_engine.engine.cancelled) == 2)
     wait_until(lambda: is_idle(server.service.loop))
 
 
-def test_a_step_that_raises_fails_its_requests_and_the_next_ones_are_served(server, typist):
-    typist.engine.failure = RuntimeError("out of memory")
+def test_a_step_that_raises_fails_its_requests_and_the_next_ones_are_served(server, fake_engine):
+    fake_engine.engine.failure = RuntimeError("out of memory")
     response = server.post(CHAT, ask())
     assert response.status_code == 500 and read_error(response)["type"] == "server_error"
     assert "out of memory" not in response.text
-    typist.engine.failure = RuntimeError("out of memory")
+    fake_engine.engine.failure = RuntimeError("out of memory")
     lines = server.post(CHAT, ask(stream=True)).text.strip().split("\n\n")
     error = json.loads(lines[-2].removeprefix("data: "))
     assert error["error"]["type"] == "server_error" and lines[-1] == "data: [DONE]"
     assert server.post(CHAT, ask()).json()["choices"][0]["message"]["content"] == "aaaaa"
 
 
-def test_an_engine_that_breaks_for_good_shows_in_the_health(server, typist):
+def test_an_engine_that_breaks_for_good_shows_in_the_health(server, fake_engine):
     def fail(*_):
         raise RuntimeError("broken")
 
-    typist.engine.stats = fail
+    fake_engine.engine.stats = fail
     server.post(CHAT, ask())
     wait_until(lambda: server.get("/health").status_code == 503)
     assert read_error(server.get("/ready"))["code"] == "not_ready"
     assert server.post(CHAT, ask()).status_code == 503
 
 
-def test_an_answer_that_takes_too_long_is_a_timeout(typist):
-    typist.engine.pace.clear()
-    with run_server(typist, request_timeout=0.1) as server:
+def test_an_answer_that_takes_too_long_is_a_timeout(fake_engine):
+    fake_engine.engine.pace.clear()
+    with run_server(fake_engine, request_timeout=0.1) as server:
         response = server.post(CHAT, ask())
         assert response.status_code == 504 and "0.1 s" in read_error(response)["message"]
         lines = server.post(CHAT, ask(stream=True)).text.strip().split("\n\n")
@@ -180,8 +180,8 @@ def test_an_answer_that_takes_too_long_is_a_timeout(typist):
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
-def test_a_body_beyond_the_limit_is_refused_before_it_is_read(typist, is_chunked):
-    with run_server(typist, max_request_bytes=10_000) as server:
+def test_a_body_beyond_the_limit_is_refused_before_it_is_read(fake_engine, is_chunked):
+    with run_server(fake_engine, max_request_bytes=10_000) as server:
         body = json.dumps(ask(user="a" * 10_000)).encode()
         content = iter([body[:9000], body[9000:]]) if is_chunked else body
         headers = {"Content-Type": "application/json"}
@@ -191,8 +191,8 @@ def test_a_body_beyond_the_limit_is_refused_before_it_is_read(typist, is_chunked
         assert server.post(CHAT, ask(user="a" * 5000)).status_code == 200
 
 
-def test_a_key_is_asked_for_where_answers_are_and_not_of_probes(typist):
-    with run_server(typist, api_keys=("first", "sécond")) as server:
+def test_a_key_is_asked_for_where_answers_are_and_not_of_probes(fake_engine):
+    with run_server(fake_engine, api_keys=("first", "sécond")) as server:
         for key in ("Bearer wrong", "Bearer", "Basic first", "first", ""):
             headers = {"Authorization": key} if key else {}
             response = server.post(CHAT, ask(), headers=headers)
@@ -208,24 +208,24 @@ def test_a_key_is_asked_for_where_answers_are_and_not_of_probes(typist):
             assert client.chat.completions.create(**ask()).choices[0].message.content == "aaaaa"
 
 
-def test_a_server_that_stops_finishes_what_it_began_and_takes_nothing_new(typist):
-    typist.engine.pace.clear()
+def test_a_server_that_stops_finishes_what_it_began_and_takes_nothing_new(fake_engine):
+    fake_engine.engine.pace.clear()
     with ThreadPoolExecutor(2) as pool:
-        with run_server(typist, shutdown_timeout=30) as server:
+        with run_server(fake_engine, shutdown_timeout=30) as server:
             asked = pool.submit(server.post, CHAT, ask())
             wait_until(lambda: server.service.loop.stats.running == 1)
             server.service.loop.drain()
             refused = server.post(CHAT, ask())
             assert refused.status_code == 503 and "shutting down" in refused.text
             assert server.get("/ready").status_code == 503
-            threading.Timer(0.5, typist.engine.pace.set).start()
+            threading.Timer(0.5, fake_engine.engine.pace.set).start()
         assert asked.result().json()["choices"][0]["message"]["content"] == "aaaaa"
 
 
-def test_a_server_that_stops_ends_what_does_not_finish_in_time(typist):
-    typist.engine.pace.clear()
+def test_a_server_that_stops_ends_what_does_not_finish_in_time(fake_engine):
+    fake_engine.engine.pace.clear()
     with ThreadPoolExecutor(2) as pool:
-        with run_server(typist, shutdown_timeout=0.2) as server:
+        with run_server(fake_engine, shutdown_timeout=0.2) as server:
             asked = [pool.submit(server.post, CHAT, ask(stream=stream)) for stream in (False, True)]
             wait_until(lambda: server.service.loop.stats.running == 2)
             began = time.monotonic()
@@ -260,7 +260,7 @@ def test_metrics_have_vllms_names_and_count_what_was_served(server):
 
 
 @pytest.mark.parametrize("is_logged", [False, True])
-def test_the_log_holds_prompts_only_where_that_is_asked_for(typist, is_logged):
+def test_the_log_holds_prompts_only_where_that_is_asked_for(fake_engine, is_logged):
     lines: list[str] = []
     handler = logging.Handler()
     handler.setFormatter(JsonLines())
@@ -270,7 +270,7 @@ def test_the_log_holds_prompts_only_where_that_is_asked_for(typist, is_logged):
         logger.addHandler(handler)
         logger.setLevel(logging.DEBUG)
     try:
-        with run_server(typist, logs_requests=is_logged) as server:
+        with run_server(fake_engine, logs_requests=is_logged) as server:
             talk = [{"role": "user", "content": SECRET}]
             server.post(CHAT, ask(messages=talk))
             server.post(CHAT, ask(messages=[*talk, {"role": SECRET}]))
@@ -294,12 +294,12 @@ def fail_with_secret(_name):
     raise RuntimeError(f"I tell {SECRET}")
 
 
-def test_other_sites_may_call_only_where_they_are_allowed(typist):
+def test_other_sites_may_call_only_where_they_are_allowed(fake_engine):
     asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
-    with run_server(typist) as server:
+    with run_server(fake_engine) as server:
         response = httpx2.options(server.url + CHAT, headers=asked)
         assert "access-control-allow-origin" not in response.headers
-    with run_server(typist, allowed_origins=("https://a.example",), api_keys=("k",)) as server:
+    with run_server(fake_engine, allowed_origins=("https://a.example",), api_keys=("k",)) as server:
         response = httpx2.options(server.url + CHAT, headers=asked)
         assert response.headers["access-control-allow-origin"] == "https://a.example"
         other = {**asked, "Origin": "https://b.example"}

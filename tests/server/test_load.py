@@ -14,8 +14,8 @@ import pytest
 
 from l4jax.config import TINY, Config
 from l4jax.testing import write_model
+from tests.server.fake_engine import wait_until
 from tests.server.servers import ASK, LONG_SECONDS, MODEL, Process, make_llm, run_server
-from tests.server.typist import wait_until
 
 CLIENTS, KILLED, TOGETHER = 64, 20, 16
 SPEEDUP = 4.0

@@ -45,7 +45,11 @@ def test_every_array_of_the_published_models_is_placed_and_cut_evenly(config, st
 
 
 def test_everything_a_step_takes_is_placed(layout):
-    for names in (cache.name_axes(has_features=True), decode.ROWS_AXES, sampling.CONTROLS_AXES):
+    for names in (
+        cache.name_axes(has_features=True),
+        decode.DECODE_ROWS_AXES,
+        sampling.SAMPLING_METADATA_AXES,
+    ):
         placed = layout.place_all(names)
         assert all(hasattr(leaf, "spec") for leaf in jax.tree.leaves(placed))
 

@@ -170,7 +170,7 @@ def test_training_computes_what_serving_computes():
     def run(packed, features):
         features_MD = features.reshape(-1, text.width)
         x_TD, _ = model.apply(variables, make_step(packed, text), make_no_pool(text), features_MD)
-        return model.apply(variables, x_TD, method="find_logits")
+        return model.apply(variables, x_TD, method="compute_logits")
 
     found_TV = np.asarray(run(packed, features))
     starts = np.flatnonzero(packed.position_T == 0)
@@ -196,7 +196,7 @@ def _serve(params, text, packed, features, here: slice) -> np.ndarray:
     at_T = np.arange(count, dtype=np.int32)
     whole = np.arange(rows * text.chunk // page, dtype=np.int32)
     local = len(whole) + np.arange(3 * len(whole), dtype=np.int32).reshape(3, rows, -1)
-    tables = cache.Tables(np.tile(whole, (rows, 1)), local)
+    tables = cache.PageTables(np.tile(whole, (rows, 1)), local)
     pool = cache.make_pool(text, 4 * len(whole), page, jnp.float32)
     batch = cache.Batch(
         packed.token_T[here], at_T, at_T // text.chunk, tables, packed.feature_T[here]

@@ -68,7 +68,7 @@ class AccessLog:
             )
 
 
-class Gate:
+class AdmissionMiddleware:
     """Lets in whoever has a key, with a body that is not too large, while the server serves.
 
     Args:

@@ -31,7 +31,7 @@ _ATTENTION: Mapping[str, int] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Narrowing:
+class OnlineQuantization:
     """A format for the weights of a model.
 
     Attributes:
@@ -45,7 +45,7 @@ class Narrowing:
     @classmethod
     def choose(
         cls, quantization: str | None = None, attention: bool | None = None
-    ) -> "Narrowing | None":
+    ) -> "OnlineQuantization | None":
         """What users ask for; by default int4 leaves attention alone, as the published ones do.
 
         Raises `CheckpointError` for a format that there is not.

@@ -6,7 +6,7 @@ from l4jax.server.protocol import PromptDetails, Usage
 
 
 @dataclasses.dataclass
-class Tally:
+class UsageCounter:
     """Counts of tokens.
 
     Attributes:

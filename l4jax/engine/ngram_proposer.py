@@ -9,7 +9,7 @@ from l4jax.engine.request import Request
 
 
 @dataclasses.dataclass(frozen=True)
-class Speculation:
+class SpeculativeConfig:
     """How to guess; names as in vLLM's `--speculative-config`.
 
     Attributes:
@@ -39,10 +39,10 @@ class Speculation:
             )
 
 
-class PromptLookup:
+class NgramProposer:
     """Finds where a text has ended like this before, and guesses that it goes on alike."""
 
-    def __init__(self, speculation: Speculation):
+    def __init__(self, speculation: SpeculativeConfig):
         self.speculation = speculation
         self._texts: weakref.WeakKeyDictionary[Request, np.ndarray] = weakref.WeakKeyDictionary()
         self._lengths: weakref.WeakKeyDictionary[Request, int] = weakref.WeakKeyDictionary()

@@ -69,14 +69,14 @@ def test_console_command_opens_exactly_the_doors() -> None:
         for path in (ROOT / "l4jax").glob("*.py")
         if 'if __name__ == "__main__":' in path.read_text()
     }
-    assert set(cli.DOORS) == doors - {"cli", "__main__"}
-    assert all(module == f"l4jax.{door}" for door, (module, _) in cli.DOORS.items())
+    assert set(cli.COMMANDS) == doors - {"cli", "__main__"}
+    assert all(module == f"l4jax.{door}" for door, (module, _) in cli.COMMANDS.items())
 
 
 def test_console_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(door in out for door in cli.DOORS)
+    assert all(door in out for door in cli.COMMANDS)
 
 
 @pytest.mark.parametrize(("words", "named"), [(["genrate"], "'genrate'"), ([], "no door")])

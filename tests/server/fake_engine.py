@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from l4jax import SamplingParams
-from l4jax.engine.engine import Stats, Update
+from l4jax.engine.engine import RequestUpdate, Stats
 from l4jax.server.loop import EngineLoop
 from l4jax.testing import write_tokenizer
 from l4jax.text.chat import PromptError
@@ -66,7 +66,7 @@ class TypistEngine:
         if self._left.pop(request_id, None) is not None:
             self.cancelled.append(request_id)
 
-    def step(self) -> list[Update]:
+    def step(self) -> list[RequestUpdate]:
         self._note()
         self.pace.wait(0.05)
         if self.failure is not None:
@@ -76,13 +76,13 @@ class TypistEngine:
         for request_id in list(self._left):
             if time.monotonic() > self._deadlines[request_id]:
                 del self._left[request_id]
-                updates.append(Update(request_id, [], [], "abort"))
+                updates.append(RequestUpdate(request_id, [], [], "abort"))
             elif self.pace.is_set():
                 self._left[request_id] -= 1
                 reason = None if self._left[request_id] else "length"
                 if reason:
                     del self._left[request_id]
-                updates.append(Update(request_id, [LETTER], [], reason))
+                updates.append(RequestUpdate(request_id, [LETTER], [], reason))
         return updates
 
     def _note(self) -> None:
