@@ -172,7 +172,7 @@ class LLM:
         else:
             folder = checkpoint.find_folder(str(model), revision=revision)
         self.folder = folder
-        self.config = Config.from_folder(folder)
+        self.config = checkpoint.load_config(folder)
         if attn_temperature_tuning is not None:
             self.config = self.config.replace_text(has_temperature_tuning=attn_temperature_tuning)
         runner = Runner(

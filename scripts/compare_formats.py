@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l4jax import cache, decode
-from l4jax.config import Config
+from l4jax import cache, checkpoint, decode
 from l4jax.engine.capacity import Capacity
 from l4jax.engine.runner import Runner
 from l4jax.kernels.formats import FP8
@@ -57,7 +56,7 @@ def score(
     folder: Path, args: argparse.Namespace, quantization: str | None, dtype, calculates: bool
 ) -> np.ndarray:
     """[prompts * tokens, V] float32 log-probabilities of the same random prompts."""
-    config = Config.from_folder(folder)
+    config = checkpoint.load_config(folder)
     runner = Runner(config, 1, "bfloat16")
     runner.load(folder, quantization=quantization, progress=False)
     capacity = Capacity(

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 from l4jax import checkpoint
-from l4jax.config import Config
 from l4jax.engine.runner import keep_compilations
 from l4jax.llm import find_cache_folder
 from l4jax.text.tokenizer import Tokenizer
@@ -59,7 +58,7 @@ def main() -> None:
 def _run(args: argparse.Namespace) -> None:
     keep_compilations(find_cache_folder() / "compiled")
     folder = checkpoint.find_folder(args.model)
-    config = Config.from_folder(folder)
+    config = checkpoint.load_config(folder)
     processor = make_processor(config, folder)
     tokenizer = Tokenizer.from_folder(folder)
     documents = read_documents(args.data, tokenizer, processor, args.length)

@@ -10,7 +10,6 @@ import argparse
 from pathlib import Path
 
 from l4jax import LLM, checkpoint
-from l4jax.config import Config
 from l4jax.train import scoring
 from l4jax.train.card import write_card
 from l4jax.train.documents import Speller
@@ -36,7 +35,7 @@ def main() -> None:
     add("--reference", action="store_true", help="transformers' answers, too")
     add("--card", action="store_true", help="write scores.json and README.md into the folder")
     args = parser.parse_args()
-    config, speller = Config.from_folder(args.model), Speller.from_folder(args.model)
+    config, speller = checkpoint.load_config(args.model), Speller.from_folder(args.model)
     asked = scoring.list_questions(speller, config.text.chunk, args.count)
     columns = {}
     for mesh in args.meshes.split(","):
@@ -67,7 +66,7 @@ def answer_by_reference(args: argparse.Namespace, asked: list) -> list[str]:
         args.model, dtype=torch.bfloat16, attn_implementation="eager"
     )
     speller, said = Speller.from_folder(args.model), []
-    stops = set(Config.from_folder(args.model).eos_ids)
+    stops = set(checkpoint.load_config(args.model).eos_ids)
     for exchange in asked:
         document = speller(exchange)
         ids, answer = scoring.cut_prompt(document), []

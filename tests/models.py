@@ -114,6 +114,6 @@ def _load(frozen: str, seed: int) -> Tiny:
     here = SingleDeviceSharding(jax.devices()[0])
     with tempfile.TemporaryDirectory() as folder:
         weights.write_checkpoint(folder, raw, seed)
-        config = Config.from_folder(folder)
+        config = checkpoint.load_config(folder)
         params = checkpoint.load(folder, config, jnp.float32, lambda names: here, progress=False)
         return Tiny(config, jax.block_until_ready(params))

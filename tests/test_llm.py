@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from l4jax import LLM, SamplingParams
+from l4jax import LLM, SamplingParams, checkpoint
 from l4jax.checkpoint.conversion import convert_folder
-from l4jax.config import TINY, Config
+from l4jax.config import TINY
 from l4jax.engine.engine import RequestUpdate
 from l4jax.engine.request import StructuredOutputsParams, TokenLogprobs
 from l4jax.llm import Answer
@@ -326,7 +326,7 @@ def test_temperature_tuning_has_a_switch(folder, llm):
 
 def test_a_text_only_model_answers_and_refuses_pictures(tmp_path):
     config = write_model(tmp_path / "text", dataclasses.replace(TINY, vision=None), dtype="float32")
-    assert Config.from_folder(tmp_path / "text") == config
+    assert checkpoint.load_config(tmp_path / "text") == config
     llm = LLM(tmp_path / "text", max_model_len=256, quiet=True)
     assert len(llm.chat(ASK, GREEDY)[0].outputs[0].token_ids) == 24
     with pytest.raises(PromptError, match="takes no images"):

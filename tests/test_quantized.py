@@ -11,10 +11,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from l4jax import checkpoint
 from l4jax.checkpoint.names import find_quantization, survey
 from l4jax.checkpoint.parameters import flatten
 from l4jax.checkpoint.safetensors import Index
-from l4jax.config import Config
 from l4jax.model import declare_parameters
 from tests import quantized, weights
 from tests.checkpoint.published import read_published
@@ -187,7 +187,7 @@ def test_each_form_is_recognized_and_every_tensor_has_its_place(
     )
     kinds = Index.open(tmp_path).kinds
     assert find_quantization(kinds) == told
-    shapes, _ = declare_parameters(Config.from_folder(tmp_path), jnp.bfloat16)
+    shapes, _ = declare_parameters(checkpoint.load_config(tmp_path), jnp.bfloat16)
     surveyed = survey({path: leaf.shape for path, leaf in flatten(shapes).items()}, kinds)
     assert surveyed.unknown == surveyed.missing == ()
 

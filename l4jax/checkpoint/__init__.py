@@ -13,6 +13,7 @@ import numpy as np
 from l4jax.checkpoint import names, parameters, safetensors
 from l4jax.checkpoint.adapter import Adapter
 from l4jax.checkpoint.errors import CheckpointError
+from l4jax.checkpoint.hf_config import format_config, load_config, parse_config
 from l4jax.checkpoint.hub import BUNDLED, SAMPLE, find_bundled, find_folder
 from l4jax.checkpoint.online_quantization import OnlineQuantization
 from l4jax.checkpoint.parameters import Place, load_parameters
@@ -32,8 +33,11 @@ __all__ = [
     "find_dtype",
     "find_folder",
     "find_quantization",
+    "format_config",
     "load",
+    "load_config",
     "load_kv_scales",
+    "parse_config",
     "read_adapter",
     "write_adapter",
 ]

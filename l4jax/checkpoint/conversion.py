@@ -14,11 +14,11 @@ from jax.sharding import SingleDeviceSharding
 
 from l4jax.checkpoint import orbax
 from l4jax.checkpoint.errors import CheckpointError
+from l4jax.checkpoint.hf_config import load_config
 from l4jax.checkpoint.names import find_quantization
 from l4jax.checkpoint.parameters import THREADS, find_recipes, load_parameter, make_bar
 from l4jax.checkpoint.recipe import Recipe
 from l4jax.checkpoint.safetensors import Index, find_dtype
-from l4jax.config import Config
 
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".index.json")
 
@@ -92,7 +92,7 @@ def open_plain(
     """
     _check_folders(source, folder, overwrite=overwrite)
     index = Index.open(source)
-    found, names = find_recipes(index, Config.from_folder(source))
+    found, names = find_recipes(index, load_config(source))
     recipes = {path: recipe for path, recipe in found.items() if isinstance(recipe, Recipe)}
     if len(recipes) < len(found):
         raise CheckpointError(

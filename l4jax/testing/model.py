@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jax.tree_util import tree_flatten_with_path
 
+from l4jax import checkpoint
 from l4jax.config import TINY, Config
 from l4jax.testing.quantized import Form, quantize_tensors
 
@@ -155,7 +156,7 @@ def _write_model(
         tensors |= publish(
             name, _draw(name, leaf.shape, seed).astype(leaf.dtype), is_whole=bool(config.vision)
         )
-    described = {**config.to_hf(), "torch_dtype": dtype}
+    described = {**checkpoint.format_config(config), "torch_dtype": dtype}
     if quantization is not None:
         wide = {name: values.astype(np.float32) for name, values in tensors.items()}
         tensors, about = quantize_tensors(wide, quantization, **choices)

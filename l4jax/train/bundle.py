@@ -14,7 +14,7 @@ from l4jax import checkpoint
 from l4jax.checkpoint.names import publish
 from l4jax.checkpoint.parameters import flatten
 from l4jax.checkpoint.safetensors import write_safetensors
-from l4jax.config import Config, RopeScaling, TextConfig, VisionConfig
+from l4jax.config import TINY, Config, RopeScaling
 from l4jax.model import Parameters
 from l4jax.testing.model import write_json
 from l4jax.text.tokenizer import Tokenizer
@@ -27,48 +27,21 @@ from l4jax.train.splits import draw_from
 # 10.9 million weights, 21.8 MB in BF16. Eight kv heads and what follows from them, so that a mesh
 # of 8 can cut it; two global layers, and a chunk that one picture of one tile and a question about
 # it fit in, so that only larger ones need the global layers.
-CONFIG = Config(
-    text=TextConfig(
-        vocab=2048,
-        width=256,
-        layers=8,
-        heads=16,
-        kv_heads=8,
-        head_dim=32,
-        experts=4,
-        expert_width=128,
-        dense_width=512,
-        moe_interval=1,
-        nope_interval=4,
-        chunk=256,
-        max_positions=4096,
-        rope_theta=10000.0,
-        rope_scaling=RopeScaling(16.0, 1.0, 1.0, 256),
-        # Norms without a gain of their own would bound scores at 5.7 in heads of 32.
-        has_qk_norm=False,
-        has_temperature_tuning=True,
-        floor_scale=256,
-        attn_scale=0.1,
-        norm_eps=1e-5,
-    ),
-    vision=VisionConfig(
-        width=192,
-        layers=5,
-        heads=8,
-        hidden=768,
-        tile=336,
-        patch=14,
-        channels=3,
-        shuffle=2,
-        adapter_width=256,
-        rope_theta=10000.0,
-        norm_eps=1e-5,
-    ),
-    bos_id=None,
-    eos_ids=(),
-    pad_id=None,
-    patch_id=None,
-)
+CONFIG = TINY.replace_text(
+    vocab=2048,
+    width=256,
+    layers=8,
+    head_dim=32,
+    expert_width=128,
+    dense_width=512,
+    chunk=256,
+    max_positions=4096,
+    rope_theta=10000.0,
+    rope_scaling=RopeScaling(16.0, 1.0, 1.0, 256),
+    # Norms without a gain of their own would bound scores at 5.7 in heads of 32.
+    has_qk_norm=False,
+    floor_scale=256,
+).replace_vision(width=192, layers=5, hidden=768, adapter_width=256)
 _FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -148,7 +121,9 @@ def export(folder: Path, config: Config, params: Parameters, vocabulary: Path) -
         pad_id=token_id("<|finetune_right_pad|>"),
         patch_id=token_id("<|patch|>") if config.vision else None,
     )
-    write_json(folder / "config.json", {**config.to_hf(), "torch_dtype": "bfloat16"})
+    write_json(
+        folder / "config.json", {**checkpoint.format_config(config), "torch_dtype": "bfloat16"}
+    )
     greedy = {"do_sample": False, "eos_token_id": list(eos_ids)}
     write_json(folder / "generation_config.json", greedy)
     draw(make_sample()).image.save(folder / checkpoint.SAMPLE.name, optimize=True)

@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from l4jax import checkpoint
 from l4jax.checkpoint.safetensors import Index
-from l4jax.config import Config
 from l4jax.testing.model import write_json
 from l4jax.train.charts import LABELS
 from l4jax.train.scoring import Table, draw_loads, find_error
@@ -88,5 +88,5 @@ def draw_card(folder: Path) -> str:
         table=Table(scores["count"], scores["columns"]),
         loads=draw_loads(scores["loads"]),
         labels=sum(len(words.split()) for words in LABELS.values()),
-        length=6 * Config.from_folder(folder).text.chunk,
+        length=6 * checkpoint.load_config(folder).text.chunk,
     )

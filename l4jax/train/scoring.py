@@ -14,7 +14,6 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from l4jax import checkpoint
-from l4jax.config import Config
 from l4jax.engine.request import SamplingParams
 from l4jax.llm import LLM
 from l4jax.train import tasks
@@ -99,7 +98,7 @@ def group_scores(exchanges: Iterable[Exchange], said: Iterable[str]) -> dict[str
 
 def count_experts(folder: Path, rows: int = 8) -> np.ndarray:
     """How many tokens of test data each expert of each layer gets: int32 [layers, E]."""
-    config = Config.from_folder(folder)
+    config = checkpoint.load_config(folder)
     assert config.vision is not None
     here = SingleDeviceSharding(jax.devices()[0])
     params = checkpoint.load(folder, config, jnp.float32, lambda _: here, progress=False)

@@ -15,7 +15,6 @@ from l4jax.checkpoint import CheckpointError, compressed, conversion
 from l4jax.checkpoint.names import list_linears
 from l4jax.checkpoint.parameters import flatten
 from l4jax.checkpoint.safetensors import Index
-from l4jax.config import Config
 from l4jax.kernels.formats import Quantized
 from tests import quantized, weights
 from tests.checkpoint.published import place_on_mesh, place_on_one, read_published
@@ -36,7 +35,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["fp8", "int4"])
-def saturating_cast(
+def narrow(
     request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """That in few bits, through the door, in a folder that is named after the format."""
@@ -52,7 +51,7 @@ def _read(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _load(folder: Path, place: Any) -> dict[str, Any]:
-    config = Config.from_folder(folder)
+    config = checkpoint.load_config(folder)
     return flatten(checkpoint.load(folder, config, "bfloat16", place, progress=False))
 
 

@@ -16,7 +16,6 @@ import pytest
 from l4jax import checkpoint, convert
 from l4jax.checkpoint import CheckpointError, conversion
 from l4jax.checkpoint.parameters import flatten
-from l4jax.config import Config
 from tests import weights
 from tests.checkpoint.published import place_on_mesh, place_on_one
 
@@ -43,7 +42,7 @@ def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _load(folder: Path, place: Any, dtype: Any = "bfloat16") -> dict[str, jax.Array]:
-    config = Config.from_folder(folder)
+    config = checkpoint.load_config(folder)
     return flatten(checkpoint.load(folder, config, dtype, place, progress=False))
 
 
@@ -73,7 +72,7 @@ def test_a_converted_folder_is_a_model(source: Path, converted: Path) -> None:
         "orbax",
         "tokenizer.json",
     ]
-    assert Config.from_folder(converted) == Config.from_folder(source)
+    assert checkpoint.load_config(converted) == checkpoint.load_config(source)
     assert checkpoint.find_dtype(converted) == checkpoint.find_dtype(source) == "bfloat16"
 
 
@@ -178,9 +177,9 @@ def test_a_killed_run_leaves_nothing_that_loads_as_whole(
     assert not folder.exists()
     left = next(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"config\.json does not exist"):
-        Config.from_folder(left)
+        checkpoint.load_config(left)
     if moment.startswith("load"):
-        config = Config.from_folder(source)
+        config = checkpoint.load_config(source)
         with pytest.raises(CheckpointError, match="holds no checkpoint"):
             checkpoint.load(left, config, np.float32, place_on_one, progress=False)
     conversion.convert_folder(source, folder, progress=False)
@@ -189,7 +188,7 @@ def test_a_killed_run_leaves_nothing_that_loads_as_whole(
 
 
 def test_a_damaged_or_foreign_orbax_folder_is_refused(converted: Path, tmp_path: Path) -> None:
-    config = Config.from_folder(converted)
+    config = checkpoint.load_config(converted)
     (tmp_path / "orbax").mkdir()
     with pytest.raises(CheckpointError, match=r"orbax is not a whole Orbax checkpoint.*convert"):
         checkpoint.load(tmp_path, config, np.float32, place_on_one, progress=False)

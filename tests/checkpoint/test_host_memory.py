@@ -29,11 +29,11 @@ ONE = {"BF16": b"\x80\x3f", "F8_E4M3": b"\x38"}
 CHILD = """
 import json, re, sys
 import jax, numpy as np
-from l4jax.config import Config
+from l4jax import checkpoint
 from l4jax.engine.runner import Runner
 
 folder, quantization = sys.argv[1], sys.argv[2] or None
-runner = Runner(Config.from_folder(folder), "1", "bfloat16")
+runner = Runner(checkpoint.load_config(folder), "1", "bfloat16")
 runner.load(folder, quantization=quantization, progress=False)
 status = open("/proc/self/status").read()
 peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1])

@@ -38,7 +38,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def load(folder: Path, lora: Adapter | None, place: Any = place_on_one, **rest: Any) -> Any:
-    config, dtype = Config.from_folder(folder), rest.pop("dtype", "float32")
+    config, dtype = checkpoint.load_config(folder), rest.pop("dtype", "float32")
     tree = checkpoint.load(folder, config, dtype, place, lora=lora, progress=False, **rest)
     return flatten(tree)
 
@@ -57,7 +57,7 @@ def save(folder: Path, adapter: Adapter, config: Config, **about: Any) -> Path:
 
 def test_merged_is_what_the_stored_matrices_make_with_their_factors(base, tmp_path):
     """W + alpha / r * B A in numpy, tensor by tensor as PEFT names them, then loaded."""
-    config = Config.from_folder(base)
+    config = checkpoint.load_config(base)
     adapter = make_adapter(config, EVERYTHING)
     checkpoint.write_adapter(tmp_path, adapter, config, "base")
     tensors, found = read_stored(base), load_file(tmp_path / peft.WEIGHTS)
@@ -86,7 +86,7 @@ def test_merged_is_what_the_stored_matrices_make_with_their_factors(base, tmp_pa
 
 @pytest.mark.parametrize("pattern", [r"text/.*/attention/.*", r".*/shared/.*", EVERYTHING])
 def test_what_is_written_is_read_again(base, pattern, tmp_path):
-    config = Config.from_folder(base)
+    config = checkpoint.load_config(base)
     adapter = make_adapter(config, pattern)
     checkpoint.write_adapter(tmp_path, adapter, config, "base")
     again = checkpoint.read_adapter(tmp_path, config)
@@ -96,7 +96,7 @@ def test_what_is_written_is_read_again(base, pattern, tmp_path):
 
 
 def test_an_adapter_of_a_text_only_model_fits_the_whole_one(tmp_path):
-    whole = Config.from_hf(RAW["scout"])
+    whole = checkpoint.parse_config(RAW["scout"])
     text = dataclasses.replace(whole, vision=None)
     adapter = make_adapter(text)
     checkpoint.write_adapter(tmp_path, adapter, text, "base")
@@ -108,7 +108,7 @@ def test_an_adapter_of_a_text_only_model_fits_the_whole_one(tmp_path):
 @pytest.mark.parametrize("width", [48, 64], ids=["told by shapes", "told by the version"])
 def test_experts_are_read_in_the_layout_before_0_19_1_too(width, tmp_path):
     """Then A ended in what is summed over, for the parameter as for a matrix."""
-    config = Config.from_hf(weights.tiny_config("scout", intermediate_size=width))
+    config = checkpoint.parse_config(weights.tiny_config("scout", intermediate_size=width))
     adapter = make_adapter(config, r"text/layer_0/feed_forward/(gate_up|down)")
     save(tmp_path, adapter, config, peft_version="0.18.0")
     path, experts, rank = tmp_path / peft.WEIGHTS, config.text.experts, adapter.rank
@@ -125,7 +125,7 @@ def test_experts_are_read_in_the_layout_before_0_19_1_too(width, tmp_path):
 
 
 def test_a_second_factor_of_zeros_changes_nothing(base):
-    adapter = make_adapter(Config.from_folder(base), EVERYTHING)
+    adapter = make_adapter(checkpoint.load_config(base), EVERYTHING)
     factors = {
         path: its | {"second": np.zeros_like(its["second"])}
         for path, its in adapter.factors.items()
@@ -138,7 +138,7 @@ def test_a_second_factor_of_zeros_changes_nothing(base):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_merging_on_a_mesh_is_merging_on_one_device(dtype, unfused, tmp_path):
     weights.write_checkpoint(tmp_path, RAW["scout"], 3, dtype="BF16", fused=not unfused)
-    adapter = make_adapter(Config.from_folder(tmp_path), EVERYTHING)
+    adapter = make_adapter(checkpoint.load_config(tmp_path), EVERYTHING)
     one = load(tmp_path, adapter, dtype=dtype)
     place = place_on_mesh(**MESH)
     many = load(tmp_path, adapter, place, dtype=dtype)
@@ -155,7 +155,7 @@ def test_merging_on_a_mesh_is_merging_on_one_device(dtype, unfused, tmp_path):
 
 @pytest.mark.parametrize("choice", [("fp8",), ("int4", True)])
 def test_what_is_quantized_is_what_was_merged(base, choice):
-    adapter = make_adapter(Config.from_folder(base))
+    adapter = make_adapter(checkpoint.load_config(base))
     online_quantization = OnlineQuantization.choose(*choice)
     assert online_quantization is not None
     merged, found = (
@@ -175,7 +175,7 @@ def test_what_is_quantized_is_what_was_merged(base, choice):
 
 
 def test_a_converted_checkpoint_merges_the_same(base, tmp_path):
-    config = Config.from_folder(base)
+    config = checkpoint.load_config(base)
     assert convert.main([str(base), str(tmp_path / "ours"), "--quiet"]) == 0
     adapter = make_adapter(config, EVERYTHING)
     found, wanted = load(tmp_path / "ours", adapter), load(base, adapter)
@@ -228,7 +228,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("about", "words"), REFUSED, ids=[next(iter(x)) for x, _ in REFUSED])
 def test_an_adapter_that_does_more_is_refused_by_the_field(about, words, tmp_path):
-    config = Config.from_hf(RAW["scout"])
+    config = checkpoint.parse_config(RAW["scout"])
     adapter = make_adapter(config, r"text/layer_0/attention/.*")
     save(tmp_path, adapter, config, **about)
     with pytest.raises(CheckpointError, match=words):
@@ -236,14 +236,14 @@ def test_an_adapter_that_does_more_is_refused_by_the_field(about, words, tmp_pat
 
 
 def test_the_roots_scale_is_taken(tmp_path):
-    config = Config.from_hf(RAW["scout"])
+    config = checkpoint.parse_config(RAW["scout"])
     adapter = dataclasses.replace(make_adapter(config, r".*/attention/.*", rank=4), alpha=3)
     save(tmp_path, adapter, config, use_rslora=True)
     assert checkpoint.read_adapter(tmp_path, config).scale == 3 / 2
 
 
 def test_files_that_do_not_fit_are_refused_by_name(tmp_path):
-    config = Config.from_hf(RAW["scout"])
+    config = checkpoint.parse_config(RAW["scout"])
     adapter = make_adapter(config, r"text/layer_1/attention/.*")
     with pytest.raises(CheckpointError, match=r"holds no adapter_config\.json: pass the folder"):
         checkpoint.read_adapter(tmp_path, config)
@@ -272,8 +272,8 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path):
 
 
 def test_a_deeper_models_adapter_is_refused(tmp_path):
-    deep = Config.from_hf(weights.tiny_config("scout", num_hidden_layers=3))
-    shallow = Config.from_hf(weights.tiny_config("scout", num_hidden_layers=2))
+    deep = checkpoint.parse_config(weights.tiny_config("scout", num_hidden_layers=3))
+    shallow = checkpoint.parse_config(weights.tiny_config("scout", num_hidden_layers=2))
     checkpoint.write_adapter(tmp_path, make_adapter(deep, r".*/attention/.*"), deep, "base")
     with pytest.raises(CheckpointError, match=r"layers\.2.*no factors of a matrix of this model"):
         checkpoint.read_adapter(tmp_path, shallow)

@@ -13,7 +13,6 @@ from jax.sharding import SingleDeviceSharding
 from l4jax import checkpoint
 from l4jax.checkpoint import CheckpointError, parameters
 from l4jax.checkpoint.parameters import flatten
-from l4jax.config import Config
 from l4jax.model import declare_parameters
 from tests import weights
 from tests.checkpoint.published import arrange, place_on_mesh, place_on_one
@@ -23,13 +22,13 @@ EXPERT = {**TENSOR, "experts": "data"}
 
 
 def _load(folder: Path, place: Any, dtype: Any = np.float32) -> dict[str, jax.Array]:
-    config = Config.from_folder(folder)
+    config = checkpoint.load_config(folder)
     return flatten(checkpoint.load(folder, config, dtype, place, progress=False))
 
 
 def _expect(raw: dict[str, Any], **kwargs: Any) -> dict[str, np.ndarray]:
     tensors = weights.random_tensors(weights.tensor_shapes(raw), 3)
-    return arrange(tensors, Config.from_hf(raw))
+    return arrange(tensors, checkpoint.parse_config(raw))
 
 
 def _check(loaded: dict[str, jax.Array], expected: dict[str, np.ndarray]) -> None:
@@ -75,7 +74,7 @@ def test_arrays_are_placed_as_their_axes_are_named(tmp_path: Path) -> None:
     raw = weights.tiny_config("scout")
     weights.write_checkpoint(tmp_path, raw, 3)
     place = place_on_mesh(**EXPERT)
-    _, names = declare_parameters(Config.from_hf(raw), np.float32)
+    _, names = declare_parameters(checkpoint.parse_config(raw), np.float32)
     for path, array in _load(tmp_path, place).items():
         assert array.sharding == place(flatten(names)[path]), path
 
@@ -147,7 +146,7 @@ def test_a_failure_midway_is_told_as_it_is(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     weights.write_checkpoint(tmp_path, weights.tiny_config("scout"), 3)
-    other = Config.from_hf(weights.tiny_config("scout", num_hidden_layers=6))
+    other = checkpoint.parse_config(weights.tiny_config("scout", num_hidden_layers=6))
     with pytest.raises(CheckpointError, match=r"lacks .*layers\.5\..* and 9 more: .*config\.json"):
         checkpoint.load(tmp_path, other, np.float32, place_on_one, progress=False)
 
@@ -156,7 +155,7 @@ def test_progress_is_shown_on_standard_error_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights.write_checkpoint(tmp_path, weights.text_only(weights.tiny_config("scout")), 3)
-    config = Config.from_folder(tmp_path)
+    config = checkpoint.load_config(tmp_path)
     checkpoint.load(tmp_path, config, np.float32, place_on_one, progress=True)
     out, error = capsys.readouterr()
     assert out == ""

@@ -15,7 +15,6 @@ from l4jax import checkpoint, convert
 from l4jax.checkpoint import CheckpointError, OnlineQuantization, parameters
 from l4jax.checkpoint.online_quantization import find_group
 from l4jax.checkpoint.parameters import flatten
-from l4jax.config import Config
 from l4jax.kernels.formats import Quantized, dequantize
 from tests import quantized, weights
 from tests.checkpoint.published import arrange, place_on_mesh, place_on_one
@@ -42,7 +41,7 @@ def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def _load(folder: Path, place: Any, *choice: Any, dtype: str = "bfloat16") -> dict[str, Any]:
-    config = Config.from_folder(folder)
+    config = checkpoint.load_config(folder)
     online_quantization = OnlineQuantization.choose(*choice)
     tree = checkpoint.load(
         folder, config, dtype, place, online_quantization=online_quantization, progress=False
@@ -51,7 +50,7 @@ def _load(folder: Path, place: Any, *choice: Any, dtype: str = "bfloat16") -> di
 
 
 def _expect(folder: Path) -> dict[str, np.ndarray]:
-    config = Config.from_folder(folder)
+    config = checkpoint.load_config(folder)
     kind = "scout" if config.text.moe_interval == 1 else "maverick"
     tensors = weights.random_tensors(weights.tensor_shapes(RAW[kind]), 3)
     return arrange(tensors, config)

@@ -16,7 +16,6 @@ from l4jax.checkpoint import parameters
 from l4jax.checkpoint.errors import CheckpointError
 from l4jax.checkpoint.parameters import flatten, unflatten
 from l4jax.checkpoint.safetensors import Index, write_safetensors
-from l4jax.config import Config
 from l4jax.engine.capacity import Capacity
 from l4jax.engine.engine import Engine
 from l4jax.engine.runner import Runner
@@ -49,7 +48,7 @@ def stored(request, tmp_path_factory):
         "maverick" if form == "maverick-fp8" else "scout", attention_chunk_size=8, **WIDTHS
     )
     quantized.write_checkpoint(folder, raw, 0, form, shards=2, group_size=16)
-    config = Config.from_folder(folder)
+    config = checkpoint.load_config(folder)
     index = Index.open(folder)
     tensors = {name: np.array(index.view(name)) for name in index.kinds}
     return form, folder, config, arrange(quantized.decode_tensors(tensors, form), config)
@@ -84,7 +83,7 @@ def test_host_memory_holds_no_more_than_it_decodes_at_a_time(form, tmp_path, mon
         weights.tiny_config("scout", intermediate_size=2048, num_hidden_layers=3, hidden_size=128)
     )
     quantized.write_checkpoint(tmp_path, raw, 0, form)
-    config = Config.from_folder(tmp_path)
+    config = checkpoint.load_config(tmp_path)
     monkeypatch.setattr(parameters, "DECODED", 2**14)
     load(tmp_path, config, "bfloat16")  # what is compiled and imported once does not count
     found, peaks = {}, []
@@ -178,7 +177,7 @@ def test_nvfp4_by_modelopt_comes_fused_and_one_by_one_and_in_attention(tmp_path,
         single |= {other.replace("feed_forward", "self_attn"): x for other, x in made.items()}
     (tmp_path / "config.json").write_text(json.dumps({**raw, "quantization_config": about}))
     write_safetensors(tmp_path / "model.safetensors", single)
-    config = Config.from_folder(tmp_path)
+    config = checkpoint.load_config(tmp_path)
     wanted = arrange(quantized.decode_tensors(single, "modelopt-nvfp4"), config)
     for decoded in (parameters.DECODED, 300):
         monkeypatch.setattr(parameters, "DECODED", decoded)
@@ -195,7 +194,7 @@ def test_fp8_scales_come_in_several_shapes(shape, tmp_path):
     )
     (tmp_path / "config.json").write_text(json.dumps({**raw, "quantization_config": about}))
     write_safetensors(tmp_path / "model.safetensors", made)
-    config = Config.from_folder(tmp_path)
+    config = checkpoint.load_config(tmp_path)
     wanted = arrange(quantized.decode_tensors(made, "fp8-dynamic"), config)
     for path, weight in flatten(load(tmp_path, config)).items():
         dense = np.asarray(dequantize(weight, jnp.float32))
@@ -266,7 +265,7 @@ def test_wrong_bytes_are_named(stored, tmp_path):
 def test_devices_that_would_cut_a_group_are_refused(columns, group, tmp_path):
     raw = weights.tiny_config("scout", hidden_size=64, intermediate_size=columns)
     quantized.write_checkpoint(tmp_path, raw, 0, "w4a16", group_size=group)
-    runner = Runner(Config.from_folder(tmp_path), "8", "float32")
+    runner = Runner(checkpoint.load_config(tmp_path), "8", "float32")
     says = f"keeps {group} values together, and 8 devices would cut through them: take fewer"
     with pytest.raises(CheckpointError, match=says):
         runner.load(tmp_path, progress=False)

@@ -4,7 +4,7 @@ import functools
 import tempfile
 from pathlib import Path
 
-from l4jax.config import Config
+from l4jax import checkpoint
 from l4jax.engine.capacity import Capacity
 from l4jax.engine.engine import Engine
 from l4jax.engine.request import SamplingParams
@@ -21,7 +21,7 @@ def load_runner(name: str, mesh: str) -> Runner:
     golden = weights.read_golden(name)
     with tempfile.TemporaryDirectory() as folder:
         weights.write_checkpoint(folder, golden.config, golden.weights_seed)
-        runner = Runner(Config.from_folder(folder), mesh, "float32")
+        runner = Runner(checkpoint.load_config(folder), mesh, "float32")
         runner.load(Path(folder), progress=False)
     return runner
 

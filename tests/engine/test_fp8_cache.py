@@ -84,7 +84,7 @@ def write_with_scales(folder, scales: dict[str, float]) -> Config:
     tensors = {name: np.array(index.view(name)) for name in index.kinds}
     tensors |= {name: np.array(value, np.float32) for name, value in scales.items()}
     write_safetensors(folder / "model.safetensors", tensors)
-    return Config.from_hf(json.loads((folder / "config.json").read_text()))
+    return checkpoint.parse_config(json.loads((folder / "config.json").read_text()))
 
 
 @pytest.mark.parametrize("form", ["self_attn.{}_scale", "self_attn.{}_proj.{}_scale"])

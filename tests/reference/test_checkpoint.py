@@ -10,7 +10,6 @@ from jax.sharding import SingleDeviceSharding
 
 from l4jax import checkpoint
 from l4jax.checkpoint.parameters import flatten
-from l4jax.config import Config
 from tests import models, weights
 from tests.checkpoint.published import arrange
 from tests.reference import oracle
@@ -24,7 +23,7 @@ def test_what_transformers_saves_is_loaded(
 ) -> None:
     model = oracle.build(weights.tiny_config(kind), 2)
     oracle.save(model, tmp_path, sharded=sharded)
-    config = Config.from_folder(tmp_path)
+    config = checkpoint.load_config(tmp_path)
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     expected = arrange(tensors, config)
     loaded = checkpoint.load(
@@ -52,6 +51,6 @@ def test_what_transformers_saves_in_bf16_gives_its_logits(
     model.config.dtype = torch.bfloat16
     oracle.save(model, tmp_path, sharded=True)
     assert checkpoint.find_dtype(tmp_path) == "bfloat16"
-    config, here = Config.from_folder(tmp_path), SingleDeviceSharding(jax.devices()[0])
+    config, here = checkpoint.load_config(tmp_path), SingleDeviceSharding(jax.devices()[0])
     params = checkpoint.load(tmp_path, config, np.float32, lambda _: here, progress=False)
     assert_close(models.run_in_pieces(models.Tiny(config, params), ids, [9]), wanted)

@@ -12,7 +12,6 @@ from l4jax import checkpoint
 from l4jax.checkpoint import compressed
 from l4jax.checkpoint.parameters import flatten, unflatten
 from l4jax.checkpoint.safetensors import Index
-from l4jax.config import Config
 from l4jax.kernels.formats import dequantize
 from tests import models, quantized, weights
 from tests.checkpoint.published import place_on_one
@@ -67,7 +66,7 @@ def test_hugging_face_finds_the_same_weights_and_logits(
     for name, values in decoded.items():
         rounded = values.astype(ml_dtypes.bfloat16).astype(np.float32)
         np.testing.assert_array_equal(found[name], rounded, err_msg=name)
-    config, ids = Config.from_folder(tmp_path / "narrow"), weights.random_ids(20, 3)
+    config, ids = checkpoint.load_config(tmp_path / "narrow"), weights.random_ids(20, 3)
     params = checkpoint.load(tmp_path / "narrow", config, "float32", place_on_one, progress=False)
     dense = {
         path: dequantize(weight, "bfloat16").astype("float32")

@@ -21,7 +21,6 @@ import torch
 from transformers.models.llama4 import modeling_llama4
 
 from l4jax import checkpoint
-from l4jax.config import Config
 from l4jax.kernels import formats
 from tests import models, quantized, weights
 from tests.checkpoint.published import place_on_one
@@ -136,7 +135,7 @@ def test_fp8_logits_are_those_of_the_reference_with_rounded_activations(
 
     rounding = Rounding()
     monkeypatch.setattr(formats, "quantize_tokens", rounding.record)
-    config = Config.from_folder(tmp_path)
+    config = checkpoint.load_config(tmp_path)
     params = checkpoint.load(tmp_path, config, "float32", place_on_one, progress=False)
     jax.clear_caches()  # of programs that do not record
     ours = models.run_in_pieces(models.Tiny(config, params), ids, [])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from l4jax.config import Config
+from l4jax import checkpoint
 from l4jax.engine.capacity import Capacity
 from l4jax.engine.engine import Engine
 from l4jax.engine.request import SamplingParams
@@ -42,7 +42,7 @@ def make_raw() -> dict:
 def engine():
     with tempfile.TemporaryDirectory() as folder:
         weights.write_checkpoint(folder, make_raw(), 0)
-        runner = Runner(Config.from_folder(folder), "1", "float32")
+        runner = Runner(checkpoint.load_config(folder), "1", "float32")
         runner.load(Path(folder), progress=False)
     capacity = Capacity(max_model_len=2 * CHUNK + 200, max_num_seqs=1, max_num_batched_tokens=2048)
     return Engine(runner, capacity)

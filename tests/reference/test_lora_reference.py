@@ -11,7 +11,6 @@ from safetensors.numpy import load_file
 
 from l4jax import checkpoint
 from l4jax.checkpoint import peft as ours
-from l4jax.config import Config
 from tests import models, weights
 from tests.adapters import make_adapter
 from tests.checkpoint.published import place_on_one
@@ -34,7 +33,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def run_ours(base: Path, lora: Path | None, ids: np.ndarray, pixels: Any = None) -> np.ndarray:
-    config = Config.from_folder(base)
+    config = checkpoint.load_config(base)
     adapter = checkpoint.read_adapter(lora, config) if lora else None
     params = checkpoint.load(base, config, np.float32, place_on_one, lora=adapter, progress=False)
     tiny = models.Tiny(config, params)
@@ -106,7 +105,7 @@ PATTERNS = {
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS.keys())
 def test_what_we_save_is_applied_by_peft(base: Path, pattern: str, tmp_path: Path) -> None:
-    config = Config.from_folder(base)
+    config = checkpoint.load_config(base)
     adapter = make_adapter(config, pattern)
     ours.write_adapter(tmp_path, adapter, config, str(base))
     model = peft.PeftModel.from_pretrained(oracle.load(base), tmp_path).eval()

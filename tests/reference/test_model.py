@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from l4jax import checkpoint
 from l4jax.cache import make_pool
-from l4jax.config import Config
 from l4jax.kernels import PORTABLE, REFERENCE
 from l4jax.model.attention import Attention, Positions
 from l4jax.model.layers import GatedMLP, RMSNorm
@@ -135,6 +135,6 @@ def test_without_temperature_tuning_equals_the_reference():
     ids = weights.random_ids(29, 6)
     logits = models.run_in_pieces(models.load(raw), ids, [])
     assert_close(logits, oracle.logits(oracle.build(raw, 0), ids))
-    tuned = Config.from_hf(raw).replace_text(has_temperature_tuning=True)
+    tuned = checkpoint.parse_config(raw).replace_text(has_temperature_tuning=True)
     other = models.run_in_pieces(models.load(raw)._replace(config=tuned), ids, [])
     assert np.abs(other - logits).max() > 0.1  # the switch does something here

@@ -12,7 +12,8 @@ import httpx2
 import openai
 import pytest
 
-from l4jax.config import TINY, Config
+from l4jax import checkpoint
+from l4jax.config import TINY
 from l4jax.testing import write_model
 from tests.server.fake_engine import wait_until
 from tests.server.servers import ASK, LONG_SECONDS, MODEL, Process, make_llm, run_server
@@ -69,9 +70,9 @@ def test_sixty_four_streams_at_once_are_served_and_the_twenty_that_are_killed_le
 def write_wide(folder: Path) -> None:
     """A model whose weights weigh more than what a row computes: 80 million of them, left out."""
     write_model(folder, TINY)
-    config = Config.from_folder(folder)
+    config = checkpoint.load_config(folder)
     text = dataclasses.replace(config.text, width=1024, expert_width=1024, dense_width=1024)
-    wide = dataclasses.replace(config, text=text).to_hf()
+    wide = checkpoint.format_config(dataclasses.replace(config, text=text))
     (folder / "config.json").write_text(json.dumps({**wide, "torch_dtype": "float32"}))
     (folder / "model.safetensors").unlink()
 

@@ -20,7 +20,6 @@ from PIL import Image
 from l4jax import cache, checkpoint, decode
 from l4jax.checkpoint.errors import CheckpointError
 from l4jax.checkpoint.safetensors import INDEX
-from l4jax.config import Config
 from l4jax.kernels import PORTABLE
 from l4jax.kernels.formats import Quantized
 from l4jax.model import Llama4, VisionTower, declare_parameters
@@ -385,7 +384,7 @@ def exported(tmp_path_factory) -> Path:
 
 
 def test_an_exported_model_holds_what_was_learned(exported):
-    config = Config.from_folder(exported)
+    config = checkpoint.load_config(exported)
     _, learned = make_state()
     loaded = checkpoint.load(exported, config, jnp.float32, lambda _: HERE, progress=False)
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), learned.params)
@@ -419,7 +418,7 @@ def test_the_command_trains_until_its_time_is_up_goes_on_and_exports(tmp_path, m
     told = call("--workers", "1")
     assert "step 8 of 8" in told and "step 4 of 8" not in told
     assert "step 8, " in call("--export", str(folder))
-    assert Config.from_folder(folder).text == toys.CONFIG.text
+    assert checkpoint.load_config(folder).text == toys.CONFIG.text
 
 
 def test_a_damaged_state_is_refused(whole_run, tmp_path):

@@ -77,7 +77,7 @@ def write_lines(path: Path, *lines: Any) -> Path:
 
 
 def read(model: Path, path: Path, longest: int = 2048) -> list[Document]:
-    processor = make_processor(Config.from_folder(model), model)
+    processor = make_processor(checkpoint.load_config(model), model)
     return read_documents(path, Tokenizer.from_folder(model), processor, longest)
 
 
@@ -95,7 +95,7 @@ def make_recipe(model: Path, documents: list[Document], steps: int, **changes: A
 def make_tuning(model: Path, documents: list[Document], steps: int, **changes: Any) -> Tuning:
     teaching = Teaching(steps=steps, rate=2e-2, warmup=2, decay=0.0, balance=0.0, dtype="float32")
     recipe = make_recipe(model, documents, steps)
-    plan = Plan(Config.from_folder(model), recipe, teaching, save_every=8, note_every=1)
+    plan = Plan(checkpoint.load_config(model), recipe, teaching, save_every=8, note_every=1)
     return Tuning(plan, "digest", 4, 8.0, changes.pop("targets", tuple(TARGETS)[:3]))
 
 
@@ -104,7 +104,7 @@ def find_losses(folder: Path) -> list[float]:
 
 
 def load(model: Path, lora: Any = None) -> Any:
-    config = Config.from_folder(model)
+    config = checkpoint.load_config(model)
     return checkpoint.load(model, config, jnp.float32, place_on_one, lora=lora, progress=False)
 
 
@@ -253,7 +253,7 @@ def test_batches_are_the_same_wherever_one_begins(model):
 
 def test_rows_shorter_than_a_chunk_compute_the_same(model, data):
     documents = read(model, data)
-    base, config = load(model), Config.from_folder(model)
+    base, config = load(model), checkpoint.load_config(model)
     losses = []
     for length, rows in ((LENGTH, 2), (48, 4)):
         chunk = min(length, toys.CHUNK)
@@ -445,7 +445,7 @@ def test_the_command_learns_and_what_it_saves_is_loaded(model, data, tmp_path, m
     call("--steps", "2", "--save-every", "2", "--mesh", "2", *small)
     told = capsys.readouterr().out
     assert "4 conversations" in told and "step 2 of 2: loss" in told and "--lora" in told
-    adapter = checkpoint.read_adapter(tmp_path / "out", Config.from_folder(model))
+    adapter = checkpoint.read_adapter(tmp_path / "out", checkpoint.load_config(model))
     assert adapter.rank == 2 and adapter.alpha == 32
     assert not any(path.endswith("feed_forward/down") for path in adapter.factors)
     with pytest.raises(SystemExit, match=r"finetune: .* was trained with rank = 2"):

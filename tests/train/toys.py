@@ -5,54 +5,27 @@ import functools
 import tempfile
 from pathlib import Path
 
-from l4jax.config import Config, RopeScaling, TextConfig, VisionConfig
+from l4jax.config import TINY, RopeScaling
 from l4jax.train.batches import Recipe
 from l4jax.train.learning import Teaching
 from l4jax.train.run import Plan
 from l4jax.train.vocabulary import write_vocabulary
 
 CHUNK = 64
-CONFIG = Config(
-    text=TextConfig(
-        vocab=1024,
-        width=64,
-        layers=2,
-        heads=8,
-        kv_heads=4,
-        head_dim=16,
-        experts=4,
-        expert_width=32,
-        dense_width=64,
-        moe_interval=1,
-        nope_interval=2,
-        chunk=CHUNK,
-        max_positions=1024,
-        rope_theta=10000.0,
-        rope_scaling=RopeScaling(16.0, 1.0, 1.0, CHUNK),
-        has_qk_norm=True,
-        has_temperature_tuning=True,
-        floor_scale=CHUNK,
-        attn_scale=0.1,
-        norm_eps=1e-5,
-    ),
-    vision=VisionConfig(
-        width=32,
-        layers=1,
-        heads=4,
-        hidden=128,
-        tile=336,
-        patch=14,
-        channels=3,
-        shuffle=2,
-        adapter_width=32,
-        rope_theta=10000.0,
-        norm_eps=1e-5,
-    ),
-    bos_id=None,
-    eos_ids=(),
-    pad_id=None,
-    patch_id=None,
-)
+CONFIG = TINY.replace_text(
+    vocab=1024,
+    layers=2,
+    heads=8,
+    kv_heads=4,
+    expert_width=32,
+    dense_width=64,
+    nope_interval=2,
+    chunk=CHUNK,
+    max_positions=1024,
+    rope_theta=10000.0,
+    rope_scaling=RopeScaling(16.0, 1.0, 1.0, CHUNK),
+    floor_scale=CHUNK,
+).replace_vision(layers=1, heads=4, adapter_width=32)
 
 
 @functools.cache
