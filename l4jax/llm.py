@@ -16,10 +16,10 @@ from l4jax.engine.engine import Engine, RequestUpdate
 from l4jax.engine.ngram_proposer import SpeculativeConfig
 from l4jax.engine.request import Constraints, SamplingParams, TokenLogprobs
 from l4jax.engine.runner import Runner, keep_compilations
-from l4jax.text.chat import Prompt, PromptError, render_chat, spell_prompt
+from l4jax.text.chat import Prompt, PromptError, encode_prompt, render_chat
+from l4jax.text.detokenizer import Detokenizer
 from l4jax.text.grammar import Grammar
 from l4jax.text.image import ImageProcessor
-from l4jax.text.stream import Detokenizer
 from l4jax.text.tokenizer import Tokenizer
 
 Messages: TypeAlias = Sequence[dict[str, Any]]
@@ -361,7 +361,7 @@ class LLM:
 
     def _read(self, prompt: PromptLike) -> Prompt:
         if isinstance(prompt, str):
-            return spell_prompt(self.tokenizer, self.processor, prompt)
+            return encode_prompt(self.tokenizer, self.processor, prompt)
         unknown = set(prompt) - {"prompt", "prompt_token_ids", "multi_modal_data"}
         if unknown or ("prompt" in prompt) == ("prompt_token_ids" in prompt):
             raise PromptError(
@@ -374,7 +374,7 @@ class LLM:
             return Prompt(tuple(int(token) for token in prompt["prompt_token_ids"]), ())
         images = (prompt.get("multi_modal_data") or {}).get("image", ())
         images = list(images) if isinstance(images, list | tuple) else [images]
-        return spell_prompt(self.tokenizer, self.processor, prompt["prompt"], images)
+        return encode_prompt(self.tokenizer, self.processor, prompt["prompt"], images)
 
     def _render(
         self,

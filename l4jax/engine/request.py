@@ -282,7 +282,7 @@ class Request:
     @functools.cached_property
     def tile_hashes(self) -> list[bytes]:
         """A digest of the pixels of each image tile of the prompt."""
-        return [name for image in self.images for name in image.names]
+        return [name for image in self.images for name in image.hashes]
 
     @property
     def tiles(self) -> int:

@@ -29,7 +29,7 @@ from l4jax.server.service import Part, Service, make_id
 from l4jax.server.usage import UsageCounter
 from l4jax.text.chat import Prompt
 from l4jax.text.grammar import tool_schema
-from l4jax.text.tools import CallDelta, ToolStream
+from l4jax.text.tools import CallDelta, ToolCallParser
 
 
 async def answer_chat(service: Service, request: ChatRequest) -> Response:
@@ -67,7 +67,7 @@ def _find_forced(request: ChatRequest) -> dict[str, Any] | None:
 class _Turn:
     """What one answer has said so far."""
 
-    tools: ToolStream | None
+    tools: ToolCallParser | None
     content: list[str]
     calls: list[ToolCall]
     logprobs: list[TokenLogprob]
@@ -104,7 +104,7 @@ class _Chat:
         reads_calls = bool(request.tools) and request.tool_choice != "none"
         names = [tool.function.name for tool in request.tools or ()]
         self._turns = [
-            _Turn(ToolStream(names) if reads_calls else None, [], [], []) for _ in answers
+            _Turn(ToolCallParser(names) if reads_calls else None, [], [], []) for _ in answers
         ]
 
     async def collect(self) -> ChatResponse:

@@ -6,7 +6,7 @@ from typing import Any
 
 from l4jax.engine.request import TokenLogprobs
 from l4jax.server.protocol import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
-from l4jax.text.stream import Detokenizer
+from l4jax.text.detokenizer import Detokenizer
 from l4jax.text.tokenizer import Tokenizer
 
 # JSON has no -inf: what OpenAI gives for a token that cannot come.

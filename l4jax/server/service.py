@@ -18,7 +18,7 @@ from l4jax.server.metrics import Metrics
 from l4jax.server.options import Options
 from l4jax.server.protocol import Conversation
 from l4jax.server.usage import UsageCounter
-from l4jax.text.chat import Prompt, render_chat, spell_prompt
+from l4jax.text.chat import Prompt, encode_prompt, render_chat
 from l4jax.text.tokenizer import Tokenizer
 
 READERS = 4  # threads that render templates, tokenize, and decode and cut pictures
@@ -152,7 +152,7 @@ class Service:
         """A raw prompt as the model reads it."""
         if adds_special_tokens:
             tokenizer, processor = self.llm.tokenizer, self.llm.processor
-            return await self.read(lambda: spell_prompt(tokenizer, processor, text), "prompt")
+            return await self.read(lambda: encode_prompt(tokenizer, processor, text), "prompt")
         ids = await self.read(
             lambda: self.llm.tokenizer.encode(text, add_special_tokens=False), "prompt"
         )

@@ -1,11 +1,11 @@
-"""Conversations and raw prompts to token ids and tiles.
+"""Encode conversations and raw prompts as token ids and image tiles.
 
-Text that comes from outside cannot forge structure. In a conversation, `<|eot|>` and every other
-special token written in a message, a tool or an argument is encoded as the characters it is
-written with, as Meta's own encoder does and as transformers offers (`sanitize_control_tokens`).
-Only the chat template ends a turn. The six image tokens are refused instead: whoever writes
-`<|image|>` in a message expects a picture there, and would silently get none.
-A raw prompt (`spell_prompt`) is the caller's own program, and its special tokens count.
+Text from outside cannot forge structure. In a conversation, `<|eot|>` and every other special token
+inside a message, a tool or an argument is encoded as its characters. Meta's encoder does the same;
+transformers offers it as `sanitize_control_tokens`. Only the chat template ends a turn.
+The six image tokens are refused instead: a client that writes `<|image|>` in a message expects an
+image there, and would silently get none.
+A raw prompt (`encode_prompt`) is the caller's own program, and its special tokens count.
 """
 
 import json
@@ -18,20 +18,27 @@ from typing import Any
 
 from PIL import Image
 
-from l4jax.text.image import IMAGE_MARK, IMAGE_TOKENS, ImageError, ImageProcessor, Tiles, open_image
-from l4jax.text.picture import ImageSource
+from l4jax.text.image import (
+    IMAGE_PLACEHOLDER,
+    IMAGE_TOKENS,
+    ImageError,
+    ImageProcessor,
+    Tiles,
+    open_image,
+)
+from l4jax.text.image_io import ImageSource
 from l4jax.text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 
 
 class PromptError(ValueError):
-    """Messages, a template or a prompt that cannot become a prompt; says which field, and why."""
+    """Messages, a template or a prompt that cannot be encoded; names the field and the cause."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model reads. The `<|patch|>` ids take the tiles' features, picture by picture."""
+    """The model's input. The `<|patch|>` ids take the features of the tiles, image by image."""
 
     token_ids: tuple[int, ...]
     images: tuple[Tiles, ...]
@@ -57,10 +64,10 @@ def render_chat(
     Args:
         tokenizer, processor: the checkpoint's; no processor for a model without vision.
         messages: oldest first.
-        chat_template: a Jinja template in place of the checkpoint's.
-        add_generation_prompt: open the assistant's turn at the end.
-        tools: OpenAI-style function definitions, handed to the template.
-        max_images: more pictures than this, in all messages, are refused.
+        chat_template: a Jinja template that replaces the checkpoint's.
+        add_generation_prompt: append the header that opens the assistant's turn.
+        tools: OpenAI-style function definitions, passed to the template.
+        max_images: limit over all messages; more images are refused.
 
     Raises:
         PromptError: names the field at fault, such as `messages[1].content[0].type`.
@@ -73,10 +80,10 @@ def render_chat(
         )
     if not isinstance(messages, list | tuple) or not messages:
         raise PromptError("messages must be a list with at least one message.")
-    shield = Shield(tokenizer)
+    escaper = SpecialTokenEscaper(tokenizer)
     sources: list[tuple[str, ImageSource]] = []
     plain = [
-        read_message(message, f"messages[{n}]", shield, sources)
+        read_message(message, f"messages[{n}]", escaper, sources)
         for n, message in enumerate(messages)
     ]
     if len(sources) > max_images:
@@ -85,7 +92,7 @@ def render_chat(
         )
     if tools is not None and not all(isinstance(tool, dict) for tool in tools):
         raise PromptError("tools must be a list of objects, each the definition of a function.")
-    definitions = shield.cover(tools, "tools") if tools else None
+    definitions = escaper.escape(tools, "tools") if tools else None
     try:
         text = tokenizer.render(
             plain,
@@ -93,118 +100,121 @@ def render_chat(
             add_generation_prompt=add_generation_prompt,
             tools=definitions,
         )
-    except Exception as error:  # a template is a program from elsewhere: it may raise anything
+    except Exception as error:  # templates are programs from the checkpoint and raise anything
         raise PromptError(f"The chat template failed on these messages: {error}") from error
-    images = tuple(cut_image(processor, where, source) for where, source in sources)
-    marks = text.count(IMAGE_MARK)
-    if marks != len(images):
+    images = tuple(make_tiles(processor, where, source) for where, source in sources)
+    placeholders = text.count(IMAGE_PLACEHOLDER)
+    if placeholders != len(images):
         raise PromptError(
-            f"The chat template wrote {marks} {IMAGE_MARK} for {len(images)} images; it does not "
-            "show images where these messages have them, so move them or pass a chat_template."
+            f"The chat template wrote {placeholders} {IMAGE_PLACEHOLDER} for {len(images)} images; "
+            "it does not show images where these messages have them, so move them or pass a "
+            "chat_template."
         )
-    return Prompt(encode_spelled(tokenizer, processor, text, images, shield), images)
+    return Prompt(encode_rendered(tokenizer, processor, text, images, escaper), images)
 
 
-def spell_prompt(
+def encode_prompt(
     tokenizer: Tokenizer,
     processor: ImageProcessor | None,
     text: str,
     images: Sequence[ImageSource] = (),
 ) -> Prompt:
-    """Encode a raw prompt that holds one `<|image|>` for each picture.
+    """Encode a raw prompt that holds one `<|image|>` for each image.
 
-    Special tokens in the text count. BOS is put in front unless the text begins with it.
+    Special tokens in the text count. BOS is prepended unless the text begins with it.
 
     Raises:
-        PromptError: the marks and the pictures do not match, or a picture cannot be read.
+        PromptError: the placeholders do not match the images, or an image cannot be read.
     """
     for token in IMAGE_TOKENS:
-        if token != IMAGE_MARK and token in text:
+        if token != IMAGE_PLACEHOLDER and token in text:
             raise PromptError(
-                f"prompt: {token} cannot be written by hand; write one {IMAGE_MARK} for each image."
+                f"prompt: {token} cannot be written by hand; write one {IMAGE_PLACEHOLDER} for "
+                "each image."
             )
-    marks = text.count(IMAGE_MARK)
-    if marks != len(images):
+    placeholders = text.count(IMAGE_PLACEHOLDER)
+    if placeholders != len(images):
         raise PromptError(
-            f"prompt: {marks} {IMAGE_MARK} in the text for {len(images)} images; write one for "
-            "each image, where it belongs."
+            f"prompt: {placeholders} {IMAGE_PLACEHOLDER} in the text for {len(images)} images; "
+            "write one for each image, where it belongs."
         )
-    tiles = tuple(cut_image(processor, f"images[{n}]", source) for n, source in enumerate(images))
-    ids = encode_spelled(tokenizer, processor, text, tiles)
+    tiles = tuple(make_tiles(processor, f"images[{n}]", source) for n, source in enumerate(images))
+    ids = encode_rendered(tokenizer, processor, text, tiles)
     bos = tokenizer.bos_id
     return Prompt(ids if ids[:1] == (bos,) else (bos, *ids), tiles)
 
 
-def encode_spelled(
+def encode_rendered(
     tokenizer: Tokenizer,
     processor: ImageProcessor | None,
     text: str,
     images: Sequence[Tiles],
-    shield: "Shield | None" = None,
+    escaper: "SpecialTokenEscaper | None" = None,
 ) -> tuple[int, ...]:
-    """Encode text with each `<|image|>` replaced by the tokens of its picture; no BOS is added."""
-    spelled = iter([processor.spell(tiles) for tiles in images] if processor else [])
+    """Encode rendered text, with each `<|image|>` replaced by its image's tokens; add no BOS."""
+    image_tokens = iter([processor.format_tokens(tiles) for tiles in images] if processor else [])
     ids: list[int] = []
-    for place, piece in enumerate(tokenizer.special_re.split(text)):
-        if piece == IMAGE_MARK:
-            ids.extend(tokenizer.encode(next(spelled), add_special_tokens=False))
-        elif place % 2:
+    for index, piece in enumerate(tokenizer.special_re.split(text)):
+        if piece == IMAGE_PLACEHOLDER:
+            ids.extend(tokenizer.encode(next(image_tokens), add_special_tokens=False))
+        elif index % 2:
             ids.append(tokenizer.special_ids[piece])
         else:
-            # Between special tokens the text is encoded in one go, so that what a message says
-            # is cut into tokens as if it had never been covered.
-            plain = shield.uncover(piece) if shield else piece
+            # The text between two special tokens is encoded in one call. A message is therefore
+            # tokenized as if it had never been escaped.
+            plain = escaper.unescape(piece) if escaper else piece
             ids.extend(tokenizer.encode(plain, add_special_tokens=False, parse_special=False))
     return tuple(ids)
 
 
-class Shield:
-    """Keeps special tokens that messages spell out away from the template and the tokenizer.
+class SpecialTokenEscaper:
+    """Special-token escaping: hides special tokens in messages from template and tokenizer.
 
-    `cover` writes an unguessable word for each; the template carries the word along (through its
-    trims and JSON too); `uncover` puts the characters back once the real special tokens are found.
+    `escape` replaces each by an unguessable word, which survives the template's trims and JSON
+    filters. `unescape` restores the characters after the real special tokens have been found.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._special_re = tokenizer.special_re
-        self._names = list(tokenizer.special_ids)
-        self._place_of = {name: place for place, name in enumerate(self._names)}
-        self._word = f"covered{secrets.token_hex(12)}n"
-        self._covered_re = re.compile(f"{self._word}([0-9]+)n")
+        self._tokens = list(tokenizer.special_ids)
+        self._index_of = {name: index for index, name in enumerate(self._tokens)}
+        self._word = f"escaped{secrets.token_hex(12)}n"
+        self._escaped_re = re.compile(f"{self._word}([0-9]+)n")
 
-    def cover(self, value: Any, where: str) -> Any:
-        """Cover every text inside a value of JSON types, names of fields included."""
+    def escape(self, value: Any, where: str) -> Any:
+        """Escape every string inside a value of JSON types, field names included."""
         if isinstance(value, str):
-            return self._special_re.sub(lambda match: self._cover_token(match[0], where), value)
+            return self._special_re.sub(lambda match: self._escape_token(match[0], where), value)
         if isinstance(value, dict):
             return {
-                self.cover(key, where): self.cover(item, f"{where}.{key}")
+                self.escape(key, where): self.escape(item, f"{where}.{key}")
                 for key, item in value.items()
             }
         if isinstance(value, list | tuple):
-            return [self.cover(item, f"{where}[{n}]") for n, item in enumerate(value)]
+            return [self.escape(item, f"{where}[{n}]") for n, item in enumerate(value)]
         return value
 
-    def _cover_token(self, token: str, where: str) -> str:
+    def _escape_token(self, token: str, where: str) -> str:
         if token in IMAGE_TOKENS:
             raise PromptError(
-                f"{where}: the text holds {token}, which stands for a picture; send pictures as "
+                f"{where}: the text holds {token}, which stands for an image; send images as "
                 "parts of type image_url, and write the token differently if you only mention it."
             )
-        return f"{self._word}{self._place_of[token]}n"
+        return f"{self._word}{self._index_of[token]}n"
 
-    def uncover(self, text: str) -> str:
-        return self._covered_re.sub(lambda match: self._names[int(match[1])], text)
+    def unescape(self, text: str) -> str:
+        """Restore the characters of escaped tokens."""
+        return self._escaped_re.sub(lambda match: self._tokens[int(match[1])], text)
 
 
 def read_message(
-    message: Any, where: str, shield: Shield, sources: list[tuple[str, ImageSource]]
+    message: Any, where: str, escaper: SpecialTokenEscaper, sources: list[tuple[str, ImageSource]]
 ) -> dict[str, Any]:
-    """Check one message, cover its text, and add its pictures to `sources`.
+    """Check one message, escape its text, and append its images to `sources`.
 
-    The result suits Llama's templates: content of text parts only is one text, `null` fields and
-    empty tool calls are left out (the published template drops a message that has them), and the
-    arguments of a tool call are an object, where OpenAI sends JSON in a string.
+    The result suits Llama's templates. Content of text parts only becomes one string. `null` fields
+    and empty tool calls are left out: the published template drops a message that has them. The
+    arguments of a tool call become an object; OpenAI sends them as JSON in a string.
     """
     if not isinstance(message, dict):
         raise PromptError(f"{where}: must be an object, not a {type(message).__name__}.")
@@ -223,19 +233,20 @@ def read_message(
         content = "" if content is None else content
     return {
         "role": role,
-        "content": read_content(content, f"{where}.content", shield, sources),
-        **shield.cover(kept, where),
+        "content": read_content(content, f"{where}.content", escaper, sources),
+        **escaper.escape(kept, where),
     }
 
 
 def read_content(
-    content: Any, where: str, shield: Shield, sources: list[tuple[str, ImageSource]]
+    content: Any, where: str, escaper: SpecialTokenEscaper, sources: list[tuple[str, ImageSource]]
 ) -> str | list[dict[str, str]]:
+    """Check a message's content and escape its text; append its images to `sources`."""
     if isinstance(content, str):
-        return shield.cover(content, where)
+        return escaper.escape(content, where)
     if not isinstance(content, list | tuple) or not content:
         raise PromptError(f"{where}: must be text, or a list with at least one part.")
-    parts: list[tuple[str, str | None]] = []  # where, and the text, or None for a picture
+    parts: list[tuple[str, str | None]] = []  # field name; text, or None for an image
     for n, part in enumerate(content):
         here = f"{where}[{n}]"
         if not isinstance(part, dict):
@@ -245,7 +256,7 @@ def read_content(
             text = part.get("text")
             if not isinstance(text, str):
                 raise PromptError(f"{here}.text: must be text, not a {type(text).__name__}.")
-            # Neighbors are joined before they are covered: "<|eo" and "t|>" would slip through.
+            # Adjacent texts are joined before escaping, or "<|eo" and "t|>" would slip through.
             before = parts[-1][1] if parts else None
             if before is None:
                 parts.append((f"{here}.text", text))
@@ -256,23 +267,24 @@ def read_content(
             parts.append((here, None))
         else:
             raise PromptError(f"{here}.type: {kind!r} is not one of text, image_url, image.")
-    covered = [
-        (where, None if text is None else shield.cover(text, where)) for where, text in parts
+    escaped = [
+        (where, None if text is None else escaper.escape(text, where)) for where, text in parts
     ]
-    if len(covered) == 1 and covered[0][1] is not None:
-        return covered[0][1]
+    if len(escaped) == 1 and escaped[0][1] is not None:
+        return escaped[0][1]
     return [
-        {"type": "image"} if text is None else {"type": "text", "text": text} for _, text in covered
+        {"type": "image"} if text is None else {"type": "text", "text": text} for _, text in escaped
     ]
 
 
 def read_source(part: dict[str, Any], kind: str, where: str) -> tuple[str, ImageSource]:
+    """Return the field name and the source of an image part."""
     value, where = part.get(kind), f"{where}.{kind}"
     if kind == "image_url" and isinstance(value, dict):
         value, where = value.get("url"), f"{where}.url"
     if isinstance(value, str):
         if value[:8].lower().startswith(("data:", "http://", "https://")):
-            return where, value  # open_image refuses http in words
+            return where, value  # open_image refuses http with a message
         raise PromptError(
             f"{where}: {value[:80]!r} is not a data: URI; to read a local file, pass "
             '{"type": "image", "image": pathlib.Path(...)} from Python.'
@@ -287,6 +299,7 @@ def read_source(part: dict[str, Any], kind: str, where: str) -> tuple[str, Image
 
 
 def read_tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Check a message's tool calls and parse their arguments."""
     if not isinstance(calls, list | tuple):
         raise PromptError(f"{where}: must be a list, not a {type(calls).__name__}.")
     result = []
@@ -306,7 +319,8 @@ def read_tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     return result
 
 
-def cut_image(processor: ImageProcessor | None, where: str, source: ImageSource) -> Tiles:
+def make_tiles(processor: ImageProcessor | None, where: str, source: ImageSource) -> Tiles:
+    """Open one image and split it into tiles; errors name the field `where`."""
     if processor is None:
         raise PromptError(f"{where}: this model takes no images; send text only.")
     try:

@@ -1,9 +1,9 @@
-"""Structured outputs: which tokens may come next, so that the answer fits a schema or a grammar.
+"""Structured outputs: token bitmasks that keep an answer inside a JSON schema or a grammar.
 
-A grammar is compiled once for a request (`Grammar.compile`); each answer then has a `Matcher`,
-which gives a mask before a token is sampled and takes the token after. The work is done by
-llguidance, which counts its steps and gives up beyond a limit. What it does not count is refused
-here first, so no schema from outside can hang a server or fill its memory.
+A grammar is compiled once per request (`Grammar.compile`). Each answer then has a `Matcher`: it
+computes a token bitmask before a token is sampled and accepts the token afterwards. The backend is
+llguidance, which counts its steps and stops at a limit. Costs that it does not count are refused
+here first, so no client's schema can hang a server or fill its memory.
 """
 
 import json
@@ -18,17 +18,17 @@ import numpy as np
 
 from l4jax.text.tokenizer import Tokenizer
 
-# Characters of a schema or of all choices, of a Lark grammar, of a regular expression.
+# Limits in characters: a schema or all choices; a Lark grammar; a regular expression.
 MAX_SCHEMA = 200_000
 MAX_GRAMMAR = 20_000
 MAX_REGEX = 10_000
-# States that all `multipleOf` of a schema may need: an automaton of remainders has one for each
-# remainder, and several in one place multiply. A hundred thousand take a quarter of a second.
+# Limit on the states of all `multipleOf` of a schema. An automaton has one state per remainder, and
+# several divisors in one place multiply. A hundred thousand states take a quarter of a second.
 MAX_REMAINDERS = 100_000
-# Fields of one object. llguidance gives up at about 500 that may be left out, but first takes time
-# that grows with their square.
+# Limit on the properties of one object. llguidance fails at about 500 optional ones, after a time
+# that grows with the square of their number.
 MAX_FIELDS = 1000
-# llguidance's own limits, where its defaults let one request take more than a second or a GB.
+# llguidance's own limits; with its defaults one request may take more than a second or a GB.
 LIMITS = {
     "initial_lexer_fuel": 200_000,
     "step_lexer_fuel": 100_000,
@@ -36,25 +36,27 @@ LIMITS = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
-# Parts of llguidance's errors: the names of special tokens, and a note that details are missing.
-LEFT_OUT = re.compile(r"; following special tokens are available: ⟦.*?⟧|<non-verbose/>", re.S)
-# Blanks between JSON's tokens: enough to indent, and no way to go on for ever.
+# Parts of llguidance's errors that are removed: special tokens' names, a note on missing details.
+OMITTED_DETAILS = re.compile(
+    r"; following special tokens are available: ⟦.*?⟧|<non-verbose/>", re.S
+)
+# Blanks between JSON's tokens: enough to indent, and never endless.
 JSON_OPTIONS = {"whitespace_pattern": r"[ \t\r\n]{1,24}"}
-# Behind every grammar. llguidance would look as far ahead as only one text can follow, to have it
-# in the tokens that the tokenizer would choose. That is for ever in `start: /b+/ /b+/`.
+# Appended to every grammar. By default llguidance looks ahead for as long as only one text can
+# follow, to tokenize it as the tokenizer would. That never ends for `start: /b+/ /b+/`.
 OPTIONS = '%llguidance {"no_forcing": true}'
 
 
 class GrammarError(ValueError):
-    """A schema, regular expression or grammar that cannot be followed; names the field."""
+    """A schema, regular expression or grammar that cannot be enforced; names the field."""
 
 
 @dataclass(frozen=True, eq=False)
 class Grammar:
-    """What an answer must look like, compiled; `start` begins an answer."""
+    """A compiled grammar; `start` begins an answer."""
 
     _vocabulary: "_Vocabulary" = field(repr=False)
-    _prototype: Any = field(repr=False)  # an LLMatcher that nobody advances
+    _prototype: Any = field(repr=False)  # an LLMatcher at its start, copied for each answer
     where: str
 
     @classmethod
@@ -64,17 +66,17 @@ class Grammar:
         """Compile one of these kinds:
 
         - `json`: `value` is a JSON schema, as an object or as its text;
-        - `json_object`: any JSON object; `value` is not looked at;
+        - `json_object`: any JSON object; `value` is ignored;
         - `regex`: a regular expression that the whole answer matches;
-        - `choice`: a list of texts, of which the answer is one;
-        - `grammar`: a Lark grammar as llguidance reads it.
+        - `choice`: a list of texts; the answer is one of them;
+        - `grammar`: a Lark grammar in llguidance's dialect.
 
         Args:
             tokenizer: the checkpoint's.
-            where: the field that the value came from, for errors; the kind if it is not given.
+            where: the field of the value, for errors; by default the kind.
 
         Raises:
-            GrammarError: the value is wrong, or too large to be followed.
+            GrammarError: the value is wrong, or too large to be enforced.
             ImportError: llguidance is not installed.
         """
         llguidance = import_llguidance()
@@ -90,11 +92,11 @@ class Grammar:
             raise
         except RecursionError as error:
             raise GrammarError(f"{where}: nested too deeply; flatten it.") from error
-        except (TypeError, ValueError) as error:  # no JSON, or half of a surrogate pair
-            raise GrammarError(f"{where}: {spell_line(str(error))}") from error
+        except (TypeError, ValueError) as error:  # invalid JSON, or a lone surrogate
+            raise GrammarError(f"{where}: {format_error(str(error))}") from error
         grammar = cls(vocabulary, prototype, where)
-        # Some grammars show only at their first token that they are too large, or that nothing
-        # fits them; better now than when others wait for the step.
+        # Some grammars exceed the limits, or match nothing, only at their first token. Detect that
+        # here, before other requests wait for the step.
         grammar.start(tokenizer.vocab_size, ()).mask()
         return grammar
 
@@ -102,14 +104,15 @@ class Grammar:
         """Begin an answer.
 
         Args:
-            vocab: the model's, at least the tokenizer's; ids without a token are never allowed.
+            vocab: the model's vocabulary size, at least the tokenizer's; ids without a token are
+                never allowed.
             stop_ids: the tokens that end an answer, allowed where the grammar may end.
         """
         return Matcher(self._vocabulary, self._prototype.deep_copy(), vocab, stop_ids, self.where)
 
 
 class Matcher:
-    """One answer on its way through a grammar."""
+    """The state of one answer in a grammar."""
 
     def __init__(
         self,
@@ -119,7 +122,7 @@ class Matcher:
         stop_ids: Iterable[int],
         where: str,
     ) -> None:
-        """Made by `Grammar.start`, which says what the arguments are."""
+        """Use `Grammar.start`, which documents the arguments."""
         assert vocab >= vocabulary.backend.vocab_size, (vocab, vocabulary.backend.vocab_size)
         self._vocabulary = vocabulary
         self._backend = backend
@@ -128,20 +131,21 @@ class Matcher:
         self._stops_V = pack_ids(self._stop_ids, vocab)
         self._where = where
         self._has_stopped = False
-        self._mask_V: np.ndarray | None = None  # until the next token is taken
+        self._mask_V: np.ndarray | None = None  # cached until the next token is accepted
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing but a stop token may follow."""
+        """True if only a stop token may follow."""
         return self._has_stopped or (self._backend.is_stopped() and not self._backend.is_error())
 
     def mask(self) -> np.ndarray:
-        """The tokens that may come next, as int32 [ceil(vocab / 32)]: bit i % 32 of word i // 32.
+        """Compute the token bitmask of the next token: bit i % 32 of word i // 32 allows id i.
 
-        The array is read-only, and never empty.
+        Returns:
+            A read-only int32 array [ceil(vocab / 32)] with at least one bit set.
 
         Raises:
-            GrammarError: the grammar grew beyond the limits, or nothing fits it.
+            GrammarError: the grammar grew beyond the limits, or no token matches it.
         """
         if self._mask_V is None:
             self._mask_V = self._compute_mask()
@@ -155,15 +159,15 @@ class Matcher:
             self._backend.unsafe_compute_mask_ptr(known_V.ctypes.data, known_V.nbytes)
             known_V &= self._vocabulary.plain_V
         if self._backend.is_error():
-            raise GrammarError(f"{self._where}: {spell_line(self._backend.get_error())}")
+            raise GrammarError(f"{self._where}: {format_error(self._backend.get_error())}")
         if self._has_stopped or self._backend.is_accepting():
             words_V |= self._stops_V
         elif not words_V.any():
-            raise GrammarError(f"{self._where}: {spell_line('NoExtension')}")
+            raise GrammarError(f"{self._where}: {format_error('NoExtension')}")
         return words_V
 
     def accept(self, token: int) -> bool:
-        """Take the token that was chosen; False, and nothing changes, if `mask` forbids it.
+        """Advance by a sampled token; return False, without a change, if `mask` forbids it.
 
         Raises:
             GrammarError: as `mask`.
@@ -183,12 +187,12 @@ class Matcher:
 def tool_schema(
     tools: Sequence[dict[str, Any]], name: str | None = None, *, is_parallel: bool = True
 ) -> dict[str, Any]:
-    """The JSON schema of tool calls, which `parse_tool_calls` reads back.
+    """Build the JSON schema of tool calls, whose answers `parse_tool_calls` parses.
 
     Args:
         tools: OpenAI-style function definitions.
-        name: the one tool to call, once. Without it a list of at least one call is asked for.
-        is_parallel: whether the list may hold more than one.
+        name: the one tool to call, once. Without it the schema is a list of at least one call.
+        is_parallel: allow more than one call in the list.
 
     Raises:
         GrammarError: no tool has that name, or parameters are nested too deeply.
@@ -207,17 +211,17 @@ def tool_schema(
         ]
     except RecursionError as error:
         raise GrammarError("tools: parameters are nested too deeply; flatten them.") from error
-    most = {} if is_parallel else {"maxItems": 1}
-    return {"type": "array", "minItems": 1, **most, "items": {"anyOf": calls}}
+    limit = {} if is_parallel else {"maxItems": 1}
+    return {"type": "array", "minItems": 1, **limit, "items": {"anyOf": calls}}
 
 
 def _call_schema(function: dict[str, Any], pointer: str) -> dict[str, Any]:
-    """The schema of one call, which stands at `pointer` in the whole schema."""
+    """Build the schema of one call, located at `pointer` in the whole schema."""
     nothing = {"properties": {}, "additionalProperties": False}
-    parameters = _move_references(
+    parameters = _rebase_references(
         function.get("parameters") or nothing, f"{pointer}/properties/parameters"
     )
-    # The references are moved, so where the schema was at home is of no use, and in the way.
+    # The references are rebased; the schema's own base URI would make them wrong.
     parameters = {k: v for k, v in parameters.items() if k not in ("$schema", "$id")}
     return {
         "type": "object",
@@ -230,21 +234,21 @@ def _call_schema(function: dict[str, Any], pointer: str) -> dict[str, Any]:
     }
 
 
-def _move_references(schema: Any, pointer: str) -> Any:
-    """A schema with its references to itself, "#/...", as they read when it stands at `pointer`."""
+def _rebase_references(schema: Any, pointer: str) -> Any:
+    """Rebase a schema's references to itself, "#/...", for its location at `pointer`."""
     if isinstance(schema, dict):
         return {
             key: pointer + value[1:]
             if key == "$ref" and isinstance(value, str) and value.startswith("#")
-            else _move_references(value, pointer)
+            else _rebase_references(value, pointer)
             for key, value in schema.items()
         }
     if isinstance(schema, list):
-        return [_move_references(item, pointer) for item in schema]
+        return [_rebase_references(item, pointer) for item in schema]
     return schema
 
 
-# The kinds: a value from outside to a grammar in Lark, as llguidance reads it.
+# One reader per kind: each turns a client's value into a Lark grammar in llguidance's dialect.
 
 
 def _read_schema(value: Any, where: str) -> str:
@@ -252,7 +256,7 @@ def _read_schema(value: Any, where: str) -> str:
     check_size(text, MAX_SCHEMA, where)
     schema = json.loads(text)
     check_schema(schema, where)
-    # Written once more, so that llguidance reads exactly what was checked.
+    # Serialized again, so that llguidance parses exactly the checked schema.
     return f"start: %json {json.dumps({**schema, 'x-guidance': JSON_OPTIONS}, allow_nan=False)}"
 
 
@@ -262,7 +266,7 @@ def _read_json_object(value: Any, where: str) -> str:
 
 def _read_regex(value: Any, where: str) -> str:
     check_text(value, MAX_REGEX, where)
-    # In Lark's spelling; \d means 0 to 9, and not the digits of all scripts.
+    # In Lark's syntax; \d matches 0 to 9 only, not the digits of all scripts.
     return f"start: /{import_llguidance().regex_to_lark(value, 'd')}/"
 
 
@@ -276,7 +280,7 @@ def _read_choice(value: Any, where: str) -> str:
 
 def _read_lark(value: Any, where: str) -> str:
     check_text(value, MAX_GRAMMAR, where)
-    # Of a schema inside, which is not checked; and what switches limits off.
+    # A schema inside a grammar is not checked, and %llguidance can switch limits off.
     for word in ("multipleOf", "%llguidance"):
         if word in value:
             raise GrammarError(f"{where}: {word} is not allowed in a grammar; do without it.")
@@ -292,22 +296,24 @@ KINDS: dict[str, Callable[[Any, str], str]] = {
 }
 
 
-def check_text(value: Any, most: int, where: str) -> None:
+def check_text(value: Any, limit: int, where: str) -> None:
+    """Refuse a value that is not a non-empty string of at most `limit` characters."""
     if not isinstance(value, str) or not value:
         raise GrammarError(f"{where}: must be a text that is not empty.")
-    check_size(value, most, where)
+    check_size(value, limit, where)
 
 
-def check_size(text: str, most: int, where: str) -> None:
-    if len(text) > most:
+def check_size(text: str, limit: int, where: str) -> None:
+    """Refuse a text of more than `limit` characters."""
+    if len(text) > limit:
         raise GrammarError(
-            f"{where}: {len(text)} characters are more than the {most} that can be compiled; "
+            f"{where}: {len(text)} characters are more than the {limit} that can be compiled; "
             "shorten it."
         )
 
 
 def check_schema(schema: Any, where: str) -> None:
-    """Refuse what is no schema, and what costs more than llguidance counts."""
+    """Refuse values that are not schemas, and schemas with costs that llguidance does not count."""
     if not isinstance(schema, dict):
         raise GrammarError(f"{where}: a JSON schema is an object, not a {type(schema).__name__}.")
     divisors: set[Decimal] = set()
@@ -340,7 +346,7 @@ def check_schema(schema: Any, where: str) -> None:
 
 
 def walk_fields(value: Any) -> Iterator[tuple[str, Any]]:
-    """All fields of all objects inside a value of JSON types."""
+    """Iterate over all fields of all objects inside a value of JSON types."""
     rest = [value]
     while rest:
         value = rest.pop()
@@ -351,37 +357,37 @@ def walk_fields(value: Any) -> Iterator[tuple[str, Any]]:
             rest.extend(value)
 
 
-def spell_line(error: str) -> str:
-    """llguidance's error, which draws on many lines, as one line of reasonable length."""
+def format_error(error: str) -> str:
+    """Format llguidance's multi-line error as one line of at most 300 characters."""
     if error.startswith("NoExtension"):
-        return "no text fits it; mend it."
-    line = " ".join(LEFT_OUT.sub("", error).split())
+        return "no text matches it; correct it."
+    line = " ".join(OMITTED_DETAILS.sub("", error).split())
     return line if len(line) <= 300 else f"{line[:300]}..."
 
 
-# The vocabulary, as llguidance wants it.
+# The vocabulary in llguidance's form.
 
 
 @dataclass(frozen=True, eq=False)
 class _Vocabulary:
-    """A tokenizer's tokens: llguidance's tree of them, and which are plain text, as a mask."""
+    """A tokenizer's tokens: llguidance's trie, and the bitmask of the plain-text tokens."""
 
     backend: Any
     plain_V: np.ndarray
 
 
 class _Tokens:
-    """The attributes that llguidance asks of a tokenizer."""
+    """The tokenizer interface that llguidance expects."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        # llguidance looks special tokens up by name, and by the byte 0xFF in front of it. These
-        # names nobody can write, and so no grammar can ask for a special token by name.
+        # llguidance recognizes special tokens by a leading byte 0xFF and their name. No grammar can
+        # contain these names, so no grammar can require a special token.
         self.tokens = [
             b"\xff<%d>" % i if tokenizer.is_special(i) else tokenizer.token_bytes(i)
             for i in range(tokenizer.vocab_size)
         ]
-        # One that llguidance may use for "the end"; which tokens really stop is a Matcher's
-        # business, so any special one will do.
+        # llguidance needs an end token. A Matcher handles the real stop tokens, so any special
+        # token will do.
         self.eos_token_id = tokenizer.bos_id
         self.bos_token_id = tokenizer.bos_id
         self.special_token_ids = sorted(tokenizer.special_ids.values())
@@ -391,7 +397,7 @@ class _Tokens:
         return self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)
 
 
-@lru_cache(maxsize=4)  # a process has one, but for tests; the real one takes seconds to read
+@lru_cache(maxsize=4)  # a server has one tokenizer; Llama 4's takes seconds
 def _read_vocabulary(tokenizer: Tokenizer) -> _Vocabulary:
     llguidance = import_llguidance()
     tokens = _Tokens(tokenizer)
@@ -401,13 +407,14 @@ def _read_vocabulary(tokenizer: Tokenizer) -> _Vocabulary:
 
 
 def pack_ids(ids: Iterable[int], vocab: int) -> np.ndarray:
-    """Some ids below `vocab` as a mask: int32 [ceil(vocab / 32)]."""
+    """Pack ids below `vocab` into a bitmask, int32 [ceil(vocab / 32)]."""
     bits_V = np.zeros(-(-vocab // 32) * 32, bool)
     bits_V[list(ids)] = True
     return np.packbits(bits_V, bitorder="little").view("<i4").astype(np.int32)
 
 
 def import_llguidance() -> Any:
+    """Import llguidance, or say how to install it."""
     try:
         import llguidance
     except ImportError as error:

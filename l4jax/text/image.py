@@ -1,7 +1,8 @@
-"""Pictures to tiles, and the tokens that stand for them.
+"""The image processor: canvases, tiles, and the tokens that stand for an image in the prompt.
 
-Source of the steps: Llama4ImageProcessor and Llama4Processor of transformers 5.23; the goldens in
-the tests were recorded from them, and the pixels agree bit for bit.
+Source of the steps: Llama4ImageProcessor and Llama4Processor of transformers 5.23. The goldens in
+the tests were recorded from them, and the pixels agree bit for bit. `image_io` opens images,
+`resample` resizes and normalizes pixels.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from l4jax.text.picture import ImageError, convert_to_rgb, open_image
+from l4jax.text.image_io import ImageError, convert_to_rgb, open_image
 from l4jax.text.resample import make_levels, resize
 
 __all__ = [
@@ -25,25 +26,25 @@ __all__ = [
     "choose_canvas",
     "count_tokens",
     "fit_inside",
+    "format_image_tokens",
     "open_image",
-    "spell_image",
 ]
 
-IMAGE_MARK = "<|image|>"
+IMAGE_PLACEHOLDER = "<|image|>"
 PATCH = "<|patch|>"
 IMAGE_START = "<|image_start|>"
 IMAGE_END = "<|image_end|>"
 TILE_X = "<|tile_x_separator|>"
 TILE_Y = "<|tile_y_separator|>"
-IMAGE_TOKENS = (IMAGE_MARK, PATCH, IMAGE_START, IMAGE_END, TILE_X, TILE_Y)
+IMAGE_TOKENS = (IMAGE_PLACEHOLDER, PATCH, IMAGE_START, IMAGE_END, TILE_X, TILE_Y)
 
 
-@dataclass(frozen=True, eq=False)  # arrays have no yes-or-no equality
+@dataclass(frozen=True, eq=False)  # array equality is elementwise
 class Tiles:
-    """One picture, ready for the vision encoder.
+    """One image, ready for the vision encoder.
 
-    `pixels_ICHW` is float32 `[tiles, 3, tile, tile]`: `rows * cols` tiles in reading order, then,
-    if there is more than one, a tile that shows the whole picture.
+    `pixels_ICHW` is float32 `[tiles, 3, tile, tile]`: `rows * cols` tiles in reading order. If
+    there is more than one, the global tile follows, which shows the whole image.
     """
 
     pixels_ICHW: np.ndarray
@@ -51,8 +52,8 @@ class Tiles:
     cols: int
 
     @cached_property
-    def names(self) -> list[bytes]:
-        """A digest of each tile's pixels: what is encoded alike has the same."""
+    def hashes(self) -> list[bytes]:
+        """A digest of each tile's pixels; tiles with equal pixels have equal hashes."""
         return [
             hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
             for pixels in np.ascontiguousarray(self.pixels_ICHW)
@@ -61,7 +62,7 @@ class Tiles:
 
 @lru_cache
 def list_canvases(max_tiles: int) -> np.ndarray:
-    """Every `(rows, cols)` of at most `max_tiles` tiles, smallest area first: int64 `[N, 2]`."""
+    """List every `(rows, cols)` of at most `max_tiles` tiles as int64 `[N, 2]`, by area."""
     pairs = [(r, c) for r in range(1, max_tiles + 1) for c in range(1, max_tiles // r + 1)]
     return np.array(sorted(pairs, key=lambda pair: pair[0] * pair[1]))
 
@@ -69,10 +70,10 @@ def list_canvases(max_tiles: int) -> np.ndarray:
 def choose_canvas(
     height: int, width: int, *, tile: int = 336, max_tiles: int = 16
 ) -> tuple[int, int]:
-    """The grid of tiles, `(rows, cols)`, that a picture of this size (pixels) is laid on.
+    """Choose the canvas, `(rows, cols)` of tiles, for an image of this size in pixels.
 
-    The canvas that needs the least enlargement, or failing that the least reduction; of equals the
-    smallest. Scales are float32, as in the reference: in float64 other sizes would tie.
+    The canvas with the least enlargement wins, else the one with the least reduction; the smallest
+    area breaks ties. Scales are float32, as in the reference: in float64 other sizes would tie.
     """
     canvases_N2 = list_canvases(max_tiles)
     side_2 = np.array([height, width], np.float32)
@@ -86,11 +87,11 @@ def choose_canvas(
 def fit_inside(
     height: int, width: int, rows: int, cols: int, *, tile: int = 336
 ) -> tuple[int, int]:
-    """The size, `(height, width)` in pixels, of a picture once it lies on its canvas.
+    """Compute the size, `(height, width)` in pixels, of an image on its canvas.
 
     The aspect ratio is kept, and no side grows beyond one tile. The reference computes a ratio in
-    float32 where the canvas bounds that side and in float64 elsewhere, and floors the result, so
-    the precision can decide a pixel; it is followed here.
+    float32 where the canvas bounds that side, else in float64, and floors the result. The precision
+    can decide a pixel, so it is the same here.
     """
     room_height, room_width = max(height, tile), max(width, tile)
     is_cut_height, is_cut_width = rows * tile < room_height, cols * tile < room_width
@@ -112,26 +113,26 @@ def fit_inside(
 
 
 def count_tokens(rows: int, cols: int, *, patches_per_tile: int = 144) -> int:
-    """How many tokens a picture of `rows x cols` tiles takes in the prompt."""
+    """Count the prompt tokens of an image of `rows x cols` tiles."""
     tiles = rows * cols
     grid = 0 if tiles == 1 else tiles * patches_per_tile + rows * (cols - 1) + rows
     return grid + patches_per_tile + 3  # image_start, image, image_end
 
 
-def spell_image(rows: int, cols: int, patches_per_tile: int = 144) -> str:
-    """The token string of a picture of `rows x cols` tiles.
+def format_image_tokens(rows: int, cols: int, patches_per_tile: int = 144) -> str:
+    """Format the token string of an image of `rows x cols` tiles.
 
-    Each row of tiles is joined by x separators and closed by a y separator; the global tile comes
+    X separators join the tiles of a row, and a y separator ends the row. The global tile comes
     last, after `<|image|>`. A single tile is its own global tile.
     """
     tile = PATCH * patches_per_tile
     grid = "" if rows * cols == 1 else (TILE_X.join([tile] * cols) + TILE_Y) * rows
-    return IMAGE_START + grid + IMAGE_MARK + tile + IMAGE_END
+    return IMAGE_START + grid + IMAGE_PLACEHOLDER + tile + IMAGE_END
 
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Cuts a picture into normalized tiles. Sides in pixels; `patch` is the side of a patch."""
+    """Splits an image into normalized tiles. `tile` and `patch` are side lengths in pixels."""
 
     tile: int = 336
     patch: int = 14
@@ -155,13 +156,13 @@ class ImageProcessor:
         Args:
             folder: a checkpoint's folder.
             image_size, patch_size, pixel_shuffle: the model's vision configuration. The files must
-                agree with it, since the model cannot take other tiles.
+                agree with it: the model cannot take other tiles.
 
         Raises:
-            ImageError: a file asks for something that is not implemented here.
+            ImageError: a file has a value that is not implemented here.
         """
         outer = read_json(Path(folder) / "processor_config.json")
-        # transformers 5 nests the image processor in the processor's file, and prefers it there.
+        # transformers 5 nests the image processor in processor_config.json, which takes precedence.
         nested = outer.pop("image_processor", None)
         name = "processor_config.json"
         check_values(name, outer, {"patch_size": patch_size, "pixel_shuffle_ratio": pixel_shuffle})
@@ -188,26 +189,28 @@ class ImageProcessor:
 
     @property
     def patches_per_tile(self) -> int:
-        """Tokens a tile becomes: 144 for 336 pixels, patches of 14 and a pixel shuffle of 0.5."""
+        """Tokens per tile: 144 for 336 pixels, patches of 14 and a pixel shuffle of 0.5."""
         return (self.tile // self.patch) ** 2 // round(1 / self.pixel_shuffle**2)
 
     @cached_property
     def levels_C256(self) -> np.ndarray:
+        """The normalized value of every uint8 level of each channel, float32 `[3, 256]`."""
         return make_levels(self.rescale, self.mean, self.std)
 
     def __call__(self, image: Image.Image) -> Tiles:
-        """Lay the picture on its canvas, cut it and normalize the tiles."""
-        tiles_ICHW, rows, cols = self.cut(image)
+        """Split an image into tiles and normalize them."""
+        tiles_ICHW, rows, cols = self.split(image)
         normal_ICHW = np.stack(
             [levels_256[tiles_ICHW[:, c]] for c, levels_256 in enumerate(self.levels_C256)], axis=1
         )
         return Tiles(normal_ICHW, rows, cols)
 
-    def cut(self, image: Image.Image) -> tuple[np.ndarray, int, int]:
-        """The tiles of a picture as uint8 `[tiles, 3, tile, tile]`, and the canvas's rows and
-        columns of them.
+    def split(self, image: Image.Image) -> tuple[np.ndarray, int, int]:
+        """Resize an image onto its canvas and split the canvas into tiles.
 
-        Padding, right and bottom, is black.
+        Returns:
+            The tiles as uint8 `[tiles, 3, tile, tile]`, and the canvas's rows and columns of tiles.
+            The padding at the right and the bottom is black.
         """
         pixels_HWC = np.asarray(convert_to_rgb(image))
         height, width = pixels_HWC.shape[:2]
@@ -218,17 +221,17 @@ class ImageProcessor:
         grid = canvas_HWC.reshape(rows, self.tile, cols, self.tile, 3).transpose(0, 2, 4, 1, 3)
         tiles_ICHW = grid.reshape(rows * cols, 3, self.tile, self.tile)
         if rows * cols > 1:
-            # The global tile is the whole picture stretched to a square, aspect ratio or not.
-            whole_CHW = resize(pixels_HWC, self.tile, self.tile).transpose(2, 0, 1)
-            tiles_ICHW = np.concatenate([tiles_ICHW, whole_CHW[None]])
+            # The global tile is the whole image stretched to a square, whatever its aspect ratio.
+            global_CHW = resize(pixels_HWC, self.tile, self.tile).transpose(2, 0, 1)
+            tiles_ICHW = np.concatenate([tiles_ICHW, global_CHW[None]])
         return tiles_ICHW, rows, cols
 
-    def spell(self, tiles: Tiles) -> str:
-        """The token string of this picture."""
-        return spell_image(tiles.rows, tiles.cols, self.patches_per_tile)
+    def format_tokens(self, tiles: Tiles) -> str:
+        """Format the token string of this image."""
+        return format_image_tokens(tiles.rows, tiles.cols, self.patches_per_tile)
 
 
-# The one value that is implemented for each key; the arguments of check_values add to these.
+# The one implemented value of each key; the arguments of check_values add to these.
 IMPLEMENTED = {
     "do_resize": True,
     "do_rescale": True,
@@ -242,16 +245,16 @@ IMPLEMENTED = {
     "pad_size": None,
     "default_to_square": True,
     "data_format": "channels_first",
-    "fake_image_token": IMAGE_MARK,
-    "image_token": IMAGE_MARK,
+    "fake_image_token": IMAGE_PLACEHOLDER,
+    "image_token": IMAGE_PLACEHOLDER,
     "patch_token": PATCH,
     "start_of_image_token": IMAGE_START,
     "end_of_image_token": IMAGE_END,
     "tile_x_separator_token": TILE_X,
     "tile_y_separator_token": TILE_Y,
 }
-# Keys that from_folder reads, or that say nothing about the pixels.
-FREE = {
+# Keys that may have any value: from_folder reads them, or they do not affect the pixels.
+UNCHECKED = {
     "max_patches",
     "rescale_factor",
     "image_mean",
@@ -271,7 +274,7 @@ def check_values(name: str, values: dict[str, Any], wanted: dict[str, Any]) -> N
     """Raise ImageError for a value that is not implemented. `null` means the default."""
     wanted = IMPLEMENTED | wanted
     for key, value in values.items():
-        if value is None or key in FREE or key.startswith("_"):
+        if value is None or key in UNCHECKED or key.startswith("_"):
             continue
         if key not in wanted:
             raise ImageError(
@@ -284,7 +287,7 @@ def check_values(name: str, values: dict[str, Any], wanted: dict[str, Any]) -> N
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file."""
+    """Read the object in a JSON file; a missing file reads as an empty object."""
     if not path.is_file():
         return {}
     try:
@@ -297,6 +300,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_channels(name: str, key: str, value: Any) -> tuple[float, ...]:
+    """Read one number per channel; a single number holds for all three."""
     channels = tuple(value) if isinstance(value, list | tuple) else (value,) * 3
     if len(channels) != 3 or not all(isinstance(x, int | float) for x in channels):
         raise ImageError(f"{name}: {key} = {value!r} must be one number for each of 3 channels.")

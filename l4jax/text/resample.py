@@ -1,33 +1,33 @@
-"""Shrink and grow pictures, and normalize them, with the same rounding as the reference.
+"""Resize images and normalize pixels with the same rounding as the reference.
 
-Transformers hands uint8 tensors to torch, which resamples them with 16-bit integer weights, while
-Pillow uses 22-bit ones: the two differ by one level in up to a fifth of the values. The integers
-of torch are reproduced here, so a picture becomes the same pixels, bit for bit. (Torch takes that
-path on any x86 machine with AVX2; elsewhere its own result may differ by one level.)
+Transformers passes uint8 tensors to torch, which resamples them with 16-bit integer weights. Pillow
+uses 22-bit weights; the two differ by one level in up to a fifth of the values. This module
+reproduces torch's integers, so the pixels agree bit for bit. (Torch takes that path on any x86
+machine with AVX2; elsewhere its own result may differ by one level.)
 """
 
 import numpy as np
 
-# Output columns or rows that share one matrix product. Wider blocks multiply by more zeros,
-# narrower ones cost more calls; with 8 a 12-megapixel photograph takes about 0.1 s on two cores.
+# Output columns or rows per matrix product. Wider blocks multiply by more zeros, narrower blocks
+# cost more calls. With 8, a 12-megapixel photograph takes about 0.1 s on two cores.
 BLOCK = 8
 
 
 def resize(pixels_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear, antialiased resize of a uint8 picture `[H, W, C]` to `[height, width, C]`.
+    """Resize a uint8 image `[H, W, C]` to `[height, width, C]`: bilinear, antialiased.
 
     Columns first, rounded to uint8, then rows: the order of torch and of Pillow.
     """
     shrunk_HWC = resample_columns(pixels_HWC, width)
-    # Rows are the columns of the transposed picture.
+    # Rows are the columns of the transposed image.
     return resample_columns(shrunk_HWC.swapaxes(0, 1), height).swapaxes(0, 1)
 
 
 def resample_columns(pixels_HWC: np.ndarray, width: int) -> np.ndarray:
     """Resample axis 1 of a uint8 array `[H, W, C]` to `width` columns.
 
-    The sums are taken by matrix products of floating point numbers, and are exact: every partial
-    sum is an integer that the chosen type can hold (float32 up to about 4x shrinkage).
+    Floating-point matrix products compute the sums, and they are exact: every partial sum is an
+    integer that the chosen type can hold (float32 up to about 4x shrinkage).
     """
     source_width = pixels_HWC.shape[1]
     if source_width == width:
@@ -41,7 +41,7 @@ def resample_columns(pixels_HWC: np.ndarray, width: int) -> np.ndarray:
         columns = np.arange(start, min(start + BLOCK, width))
         low = first[start]
         high = min(first[columns[-1]] + taps, source_width)
-        # Taps past the right edge have weight zero: park them on the last column.
+        # Taps past the right edge have weight zero; their index is clamped to the last column.
         band = np.zeros((columns.size, high - low), exact)
         index = np.minimum(first[columns, None] + np.arange(taps) - low, high - low - 1)
         np.add.at(band, (np.arange(columns.size)[:, None], index), weights[columns])
@@ -53,14 +53,14 @@ def resample_columns(pixels_HWC: np.ndarray, width: int) -> np.ndarray:
 
 
 def make_weights(source: int, target: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Triangle-filter weights that take `source` samples to `target` samples.
+    """Compute triangle-filter weights that resample `source` samples to `target` samples.
 
     Returns:
         `first [target]` first source index of each output; `weights [target, taps]` integers;
         `bits`: an output is `(sum + half) >> bits`.
     """
     scale = source / target
-    reach = max(scale, 1.0)  # growing does not blur: the triangle is never narrower than a sample
+    reach = max(scale, 1.0)  # half width of the triangle; at least one sample when enlarging
     center = scale * (np.arange(target) + 0.5)
     first = np.maximum((center - reach + 0.5).astype(np.int64), 0)
     last = np.minimum((center + reach + 0.5).astype(np.int64), source)
@@ -68,7 +68,7 @@ def make_weights(source: int, target: int) -> tuple[np.ndarray, np.ndarray, int]
     distance = (tap + first[:, None] - center[:, None] + 0.5) * (1.0 / reach)
     weights = np.maximum(0.0, 1.0 - np.abs(distance)) * (tap < (last - first)[:, None])
     weights /= weights.sum(axis=1, keepdims=True)
-    # As many fraction bits as keep the largest weight inside a signed 16-bit integer.
+    # The most fraction bits for which the largest weight fits a signed 16-bit integer.
     bits = 0
     while bits < 22 and int(0.5 + weights.max() * (1 << (bits + 1))) < 1 << 15:
         bits += 1
@@ -76,10 +76,10 @@ def make_weights(source: int, target: int) -> tuple[np.ndarray, np.ndarray, int]
 
 
 def make_levels(rescale: float, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """The normalized value of every uint8 level: float32 `[channels, 256]`.
+    """Compute the normalized value of every uint8 level: float32 `[channels, 256]`.
 
     The reference normalizes in bfloat16, rounding after each operation: `level * rescale`,
-    `- mean`, `/ std`. A picture has 256 levels, so that arithmetic fits in a table.
+    `- mean`, `/ std`. A pixel has 256 levels, so that arithmetic fits in a table.
     """
     level_256 = np.arange(256, dtype=np.float32)
     scaled_256 = round_to_bfloat16(level_256 * np.float32(rescale))

@@ -1,9 +1,9 @@
-"""Text to token ids and back.
+"""The tokenizer: encode text as token ids, decode ids, and render chat templates.
 
-The ids come from the `tokenizers` library, straight from tokenizer.json. On the real tokenizer
-that loads in 0.6 s, where `transformers.AutoTokenizer` takes 3.2 s (it imports torch if torch is
-installed, and rebuilds the 200,000-entry vocabulary); the ids are the same, and a test compares
-them. transformers still renders the chat templates, and is imported when the first one is needed.
+The `tokenizers` library computes the ids, straight from tokenizer.json. Llama 4's tokenizer loads
+in 0.6 s; `transformers.AutoTokenizer` takes 3.2 s, because it imports torch if torch is installed
+and rebuilds the 200,000-entry vocabulary. The ids are the same, and a test compares them.
+transformers still renders the chat templates, and is imported for the first one.
 """
 
 import json
@@ -15,12 +15,13 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-_MAKING = threading.Lock()  # of a renderer: what its import sets for a moment is the process's
+# Guards the construction of a renderer: it sets an environment variable during an import.
+_RENDERER_LOCK = threading.Lock()
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 class TokenizerError(ValueError):
-    """A folder without a usable tokenizer, a token that it lacks, or text it cannot encode."""
+    """A folder without a usable tokenizer, a missing token, or text that cannot be encoded."""
 
 
 class Tokenizer:
@@ -30,18 +31,18 @@ class Tokenizer:
     """
 
     def __init__(self, backend: Any, *, config: dict[str, Any], chat_template: str | None) -> None:
-        """Wrap a `tokenizers.Tokenizer`, which the new object then owns; see `from_folder`."""
+        """Wrap a `tokenizers.Tokenizer` and take ownership of it; see `from_folder`."""
         from tokenizers import decoders
 
         if not isinstance(backend.decoder, decoders.ByteLevel):
             raise TokenizerError(
                 f"The tokenizer decodes by {type(backend.decoder).__name__}, but Llama 4's is "
-                "byte-level; take tokenizer.json from a Llama 4 repository."
+                "byte-level; use tokenizer.json of a Llama 4 repository."
             )
         backend.no_truncation()
         backend.no_padding()
-        # Special tokens are found here, by special_re, and never by the library. Whether a text
-        # may hold them is then an argument, where the library has a switch that threads share.
+        # `special_re` finds special tokens; the library never does. `parse_special` is therefore
+        # an argument of `encode`, where the library has a switch that threads share.
         backend.encode_special_tokens = True
         self.backend = backend
         self.chat_template = chat_template
@@ -52,13 +53,13 @@ class Tokenizer:
         for token in added.values():
             if token.special and (token.lstrip or token.rstrip or token.single_word):
                 raise TokenizerError(
-                    f"The special token {token.content!r} swallows or needs neighbors (lstrip, "
-                    "rstrip, single_word), which is not implemented; Llama 4's do not."
+                    f"The special token {token.content!r} sets lstrip, rstrip or single_word, "
+                    "which is not implemented; use Llama 4's tokenizer.json, which sets none."
                 )
         longest_first = sorted(self.special_ids, key=len, reverse=True)
         self.special_re = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-        self._silent_ids = frozenset(self.special_ids.values())
-        # What the post-processor puts around every text: [BOS] and nothing for Llama 4.
+        self._skipped_ids = frozenset(self.special_ids.values())
+        # The post-processor's prefix and suffix of every text: [BOS] and none for Llama 4.
         bare = backend.encode("a", add_special_tokens=False).ids
         full = backend.encode("a", add_special_tokens=True).ids
         start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
@@ -72,7 +73,7 @@ class Tokenizer:
         `tokenizer_config.json`, or else None.
 
         Raises:
-            TokenizerError: no tokenizer there, or one that is not byte-level BPE.
+            TokenizerError: the folder has no tokenizer, or it is not byte-level BPE.
         """
         import tokenizers
 
@@ -80,7 +81,7 @@ class Tokenizer:
         file = path / "tokenizer.json"
         if not file.is_file():
             raise TokenizerError(
-                f"No tokenizer in {str(folder)!r}: looked for {' and '.join(TOKENIZER_FILES)}; "
+                f"No tokenizer in {str(folder)!r}: it needs {' and '.join(TOKENIZER_FILES)}; "
                 "copy them from the model's Hugging Face repository."
             )
         try:
@@ -93,8 +94,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the highest id that has a token (a model may have more embeddings)."""
-        # The ranks of a BPE vocabulary have no holes, so counting them is enough.
+        """One more than the highest id of a token (a model may have more embeddings)."""
+        # The ranks of a BPE vocabulary have no gaps, so their count is enough.
         ranks = self.backend.get_vocab_size(with_added_tokens=False)
         return max(ranks, 1 + max(self._added_ids, default=-1))
 
@@ -104,7 +105,7 @@ class Tokenizer:
         return self.token_id(self.special_tokens_map.get("bos_token", "<|begin_of_text|>"))
 
     def token_id(self, text: str) -> int:
-        """The id of one token, by its exact text."""
+        """Return the id of one token, by its exact text."""
         found = self.backend.token_to_id(text)
         if found is None:
             raise TokenizerError(
@@ -114,11 +115,11 @@ class Tokenizer:
         return found
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for; none for an id without a token.
+        """Return the bytes of a token; empty for an id without a token.
 
         A token may be part of a UTF-8 character.
         """
-        # The library counts ids in 32 bits, and raises beyond.
+        # The library raises for ids of more than 32 bits.
         token = self.backend.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
         if token is None:
             return b""
@@ -128,25 +129,25 @@ class Tokenizer:
         return token.encode()
 
     def is_special(self, token_id: int) -> bool:
-        """Whether `decode` leaves this id out by default."""
-        return token_id in self._silent_ids
+        """Return True if `decode` skips this id by default."""
+        return token_id in self._skipped_ids
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True
     ) -> list[int]:
-        """Token ids of a text.
+        """Encode a text as token ids.
 
         Args:
             text: any text.
-            add_special_tokens: put BOS in front, as the checkpoint's tokenizer.json says.
+            add_special_tokens: add BOS as the checkpoint's tokenizer.json says.
             parse_special: read `<|eot|>` and the like in the text as tokens. If False they are
-                encoded as the characters they are written with.
+                encoded as their characters.
         """
         ids: list[int] = []
-        # split with a capture group: texts at even places, special tokens at odd ones.
+        # The capture group puts texts at even indices and special tokens at odd ones.
         pieces = self.special_re.split(text) if parse_special else [text]
-        for place, piece in enumerate(pieces):
-            if place % 2:
+        for index, piece in enumerate(pieces):
+            if index % 2:
                 ids.append(self.special_ids[piece])
             elif piece:
                 ids.extend(self._encode_plain(piece))
@@ -154,7 +155,7 @@ class Tokenizer:
 
     def _encode_plain(self, text: str) -> list[int]:
         try:
-            # The fast variant skips the character offsets, which nobody here asks for.
+            # The fast variant skips the character offsets, which are not needed here.
             return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except TypeError as error:
             raise TokenizerError(
@@ -163,13 +164,13 @@ class Tokenizer:
             ) from error
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of some ids. Ids without a token decode to nothing, invalid UTF-8 to U+FFFD."""
+        """Decode ids. Ids without a token decode to nothing, invalid UTF-8 to U+FFFD."""
         known = [int(i) for i in ids if 0 <= i < 1 << 32]
         return self.backend.decode(known, skip_special_tokens=skip_special_tokens)
 
     def render(self, messages: list[dict[str, Any]], *, template: str, **values: Any) -> str:
         """Render a chat template as transformers does, with its filters and date functions."""
-        with _MAKING:
+        with _RENDERER_LOCK:
             renderer = self._renderer
         return renderer.apply_chat_template(
             messages, chat_template=template, tokenize=False, **values
@@ -179,7 +180,7 @@ class Tokenizer:
     def _renderer(self) -> Any:
         import tokenizers
 
-        # Imported without PyTorch, transformers says so on the terminal, to someone who uses jax.
+        # Without PyTorch, transformers prints an advice at import that l4jax's users do not need.
         quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
         was_set = quiet in os.environ
         os.environ.setdefault(quiet, "1")
@@ -188,7 +189,7 @@ class Tokenizer:
         finally:
             if not was_set:
                 del os.environ[quiet]
-        # Rendering needs the names of the special tokens and no vocabulary: an empty one saves
+        # Rendering needs the special tokens' names but no vocabulary. An empty vocabulary avoids
         # loading the real one a second time.
         return PreTrainedTokenizerFast(
             tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE()),
@@ -198,7 +199,7 @@ class Tokenizer:
 
 @lru_cache
 def byte_of_char() -> dict[str, int]:
-    """The byte that each character of a byte-level token stands for.
+    """Map each character of a byte-level token to its byte.
 
     GPT-2's alphabet: a printable Latin-1 character is its own byte; the other bytes, in order, are
     the characters from U+0100 on.
@@ -206,11 +207,11 @@ def byte_of_char() -> dict[str, int]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in printable}
-    return table | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+    return table | {chr(0x100 + index): byte for index, byte in enumerate(others)}
 
 
 def read_special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """`bos_token`, `eos_token` and the like; each is text or an object that holds `content`."""
+    """Read `bos_token` and the like; each is a string or an object with `content`."""
     tokens = {}
     for name in ("bos_token", "eos_token", "pad_token"):
         value = config.get(name)
@@ -222,18 +223,19 @@ def read_special_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 
 def read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """Read the chat template from `chat_template.jinja` or the tokenizer's config."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
     template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
+    if isinstance(template, list):  # several named templates
         named = {entry["name"]: entry["template"] for entry in template}
         template = named.get("default")
     return template
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file."""
+    """Read the object in a JSON file; a missing file reads as an empty object."""
     if not path.is_file():
         return {}
     try:

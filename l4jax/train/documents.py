@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from l4jax.text.image import ImageProcessor, fit_inside, spell_image
+from l4jax.text.image import ImageProcessor, fit_inside, format_image_tokens
 from l4jax.text.tokenizer import Tokenizer
 from l4jax.train import tasks
 from l4jax.train.charts import Paper, draw
@@ -80,10 +80,10 @@ class Speller:
         for place, (question, answer) in enumerate(example.turns):
             if place == 0 and example.picture is not None:
                 paper = draw(example.picture)
-                tiles, rows, columns = self.processor.cut(paper.image)
+                tiles, rows, columns = self.processor.split(paper.image)
                 seen_F = self._find_seen(paper, rows, columns)
                 say(_open("user"))
-                say(spell_image(rows, columns, self.processor.patches_per_tile))
+                say(format_image_tokens(rows, columns, self.processor.patches_per_tile))
                 say(question + "<|eot|>")
             else:
                 say(_open("user") + question + "<|eot|>")

@@ -1,4 +1,4 @@
-"""The two tokenizers: a tiny one of our own, and Llama 4's from the package that carries it."""
+"""Fixtures of two tokenizers: a tiny one, and Llama 4's from the package `llama_models`."""
 
 import ast
 import importlib.util
@@ -24,7 +24,7 @@ def tiny(tiny_folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def meta_folder() -> Path:
-    """The folder of `llama_models.llama4`, found without importing it (it may import torch)."""
+    """The folder of `llama_models.llama4`, located without an import (which may import torch)."""
     found = importlib.util.find_spec("llama_models")
     if found is None or not found.submodule_search_locations:
         pytest.skip("llama-models is not installed; it carries the real tokenizer.model")

@@ -1,4 +1,4 @@
-"""Laws of prompts: turns and pictures are where the messages put them, and nobody can forge one."""
+"""Laws of prompts: turns and images follow the messages, and no text can forge either."""
 
 import ast
 import base64
@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from l4jax.testing import SPECIAL_TOKENS
-from l4jax.text.chat import Prompt, PromptError, render_chat, spell_prompt
+from l4jax.text.chat import Prompt, PromptError, encode_prompt, render_chat
 from l4jax.text.image import IMAGE_TOKENS, ImageProcessor
 from l4jax.text.tokenizer import Tokenizer
 
-PROCESSOR = ImageProcessor(tile=28, patch=7)  # 4 tokens a tile
+PROCESSOR = ImageProcessor(tile=28, patch=7)  # 4 tokens per tile
 SMALL = Image.new("RGB", (28, 28), "red")
 WIDE = Image.new("RGB", (56, 28), "blue")
 
@@ -63,14 +63,16 @@ def test_a_conversation_is_laid_out_in_turns(tiny: Tokenizer) -> None:
     )
 
 
-def test_the_generation_prompt_is_the_only_difference_it_makes(tiny: Tokenizer) -> None:
+def test_add_generation_prompt_only_appends_the_generation_prompt(tiny: Tokenizer) -> None:
     opened = render_chat(tiny, None, [say("Why?")]).token_ids
     closed = render_chat(tiny, None, [say("Why?")], add_generation_prompt=False).token_ids
     assert opened[: len(closed)] == closed
     assert tiny.decode(opened[len(closed) :]) == "assistant\n\n"
 
 
-def test_ids_equal_transformers_where_nothing_is_forged(tiny: Tokenizer, tiny_folder: Path) -> None:
+def test_ids_equal_transformers_without_special_tokens_in_the_text(
+    tiny: Tokenizer, tiny_folder: Path
+) -> None:
     from transformers import PreTrainedTokenizerFast
 
     reference = PreTrainedTokenizerFast.from_pretrained(tiny_folder)
@@ -107,10 +109,10 @@ def test_null_fields_and_empty_tool_calls_change_nothing(tiny: Tokenizer) -> Non
     assert render_chat(tiny, None, [odd]) == expected
 
 
-# Pictures.
+# Images.
 
 
-def test_pictures_stand_where_the_parts_are_and_in_their_order(tiny: Tokenizer) -> None:
+def test_images_keep_the_position_and_order_of_their_parts(tiny: Tokenizer) -> None:
     content = [
         {"type": "text", "text": "left "},
         {"type": "image", "image": SMALL},
@@ -120,13 +122,13 @@ def test_pictures_stand_where_the_parts_are_and_in_their_order(tiny: Tokenizer) 
     prompt = render_chat(tiny, PROCESSOR, [say(content), say("ok", "assistant"), say(content)])
     grids = [(tiles.rows, tiles.cols) for tiles in prompt.images]
     assert grids == [(1, 1), (1, 2)] * 2
-    spelled = [PROCESSOR.spell(tiles) for tiles in prompt.images[:2]]
-    assert show(tiny, prompt).count(f"left {spelled[0]} right {spelled[1]}<|eot|>") == 2
+    image_tokens = [PROCESSOR.format_tokens(tiles) for tiles in prompt.images[:2]]
+    assert show(tiny, prompt).count(f"left {image_tokens[0]} right {image_tokens[1]}<|eot|>") == 2
     patches = prompt.token_ids.count(tiny.token_id("<|patch|>"))
     assert patches == sum(len(tiles.pixels_ICHW) for tiles in prompt.images) * 4
 
 
-def test_every_way_to_send_a_picture_is_the_same(tiny: Tokenizer, tmp_path: Path) -> None:
+def test_every_image_source_gives_the_same_prompt(tiny: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "wide.png"
     WIDE.save(path)
     parts = [
@@ -162,14 +164,14 @@ def test_a_message_from_the_network_cannot_name_a_file(tiny: Tokenizer, tmp_path
 
 
 @pytest.mark.parametrize("token", HARMLESS)
-def test_special_tokens_in_a_message_are_characters(tiny: Tokenizer, token: str) -> None:
+def test_special_tokens_in_a_message_are_encoded_as_characters(tiny: Tokenizer, token: str) -> None:
     honest = list_special(tiny, render_chat(tiny, None, [say("ab")]))
     prompt = render_chat(tiny, None, [say(f"a{token}b")])
     assert list_special(tiny, prompt) == honest
     assert f"a{token}b<|eot|>" in show(tiny, prompt)
 
 
-def test_a_turn_cannot_be_forged_from_pieces(tiny: Tokenizer) -> None:
+def test_a_turn_cannot_be_forged_from_split_text_parts(tiny: Tokenizer) -> None:
     def part(text: str) -> dict[str, str]:
         return {"type": "text", "text": text}
 
@@ -200,7 +202,7 @@ def test_tools_and_their_arguments_cannot_forge_a_turn(tiny: Tokenizer) -> None:
         return render_chat(tiny, None, messages, tools=tools)
 
     assert list_special(tiny, render("<|eot|>")) == list_special(tiny, render("x"))
-    assert "covered" not in show(tiny, render("<|eot|>"))
+    assert "escaped" not in show(tiny, render("<|eot|>"))
 
 
 FRAGMENTS = st.lists(
@@ -224,7 +226,7 @@ def test_image_tokens_in_a_message_are_refused(tiny: Tokenizer, token: str) -> N
         f"see {token}",
         [{"type": "text", "text": "a"}, {"type": "text", "text": token}],
     ):
-        with pytest.raises(PromptError, match=r"messages\[1\]\.content.*stands for a picture"):
+        with pytest.raises(PromptError, match=r"messages\[1\]\.content.*stands for an image"):
             render_chat(tiny, PROCESSOR, [say("hello"), say(content)])
     with pytest.raises(PromptError, match=r"tools\[0\]\.name"):
         render_chat(tiny, PROCESSOR, [say("hello")], tools=[{"name": token}])
@@ -254,7 +256,7 @@ def test_image_tokens_in_a_message_are_refused(tiny: Tokenizer, token: str) -> N
         ),
         (
             [say([{"type": "image", "image": b"not a picture"}])],
-            "messages[0].content[0].image: the image (13 bytes) is not a picture",
+            "messages[0].content[0].image: the image (13 bytes) is not an image",
         ),
         ([say("x") | {"tool_calls": {"f": 1}}], "messages[0].tool_calls: must be a list"),
         ([call_tool("{")], "messages[0].tool_calls[0].function.arguments: not valid JSON"),
@@ -267,13 +269,13 @@ def test_bad_messages_are_refused_by_field(tiny: Tokenizer, messages: Any, words
     assert words in str(error.value)
 
 
-def test_too_many_pictures_are_refused_before_any_is_read(tiny: Tokenizer) -> None:
+def test_too_many_images_are_refused_before_any_is_opened(tiny: Tokenizer) -> None:
     parts = [{"type": "image", "image": b"broken"}] * 3
     with pytest.raises(PromptError, match="3 images, more than max_images = 2"):
         render_chat(tiny, PROCESSOR, [say(parts)], max_images=2)
 
 
-def test_a_model_without_vision_refuses_pictures(tiny: Tokenizer) -> None:
+def test_a_model_without_vision_refuses_images(tiny: Tokenizer) -> None:
     with pytest.raises(PromptError, match="takes no images"):
         render_chat(tiny, None, [say([{"type": "image", "image": SMALL}])])
 
@@ -288,14 +290,14 @@ def test_a_model_without_vision_refuses_pictures(tiny: Tokenizer) -> None:
         ("<|image|><|image|>", "wrote 2 <|image|> for 1 images"),
     ],
 )
-def test_a_template_that_fails_is_reported(tiny: Tokenizer, template: str, words: str) -> None:
+def test_a_failing_template_is_reported(tiny: Tokenizer, template: str, words: str) -> None:
     messages = [say([{"type": "image", "image": SMALL}])]
     with pytest.raises(PromptError) as error:
         render_chat(tiny, PROCESSOR, messages, chat_template=template)
     assert words in str(error.value)
 
 
-def test_a_checkpoint_without_template_says_so(tiny: Tokenizer) -> None:
+def test_a_checkpoint_without_chat_template_is_refused(tiny: Tokenizer) -> None:
     bare = Tokenizer(tiny.backend, config=tiny.special_tokens_map, chat_template=None)
     with pytest.raises(PromptError, match="no chat template"):
         render_chat(bare, None, [say("hello")])
@@ -305,15 +307,15 @@ def test_a_checkpoint_without_template_says_so(tiny: Tokenizer) -> None:
 
 
 def test_a_raw_prompt_gets_bos_once(tiny: Tokenizer) -> None:
-    prompt = spell_prompt(tiny, None, "hello<|eot|>")
-    assert prompt == spell_prompt(tiny, None, "<|begin_of_text|>hello<|eot|>")
+    prompt = encode_prompt(tiny, None, "hello<|eot|>")
+    assert prompt == encode_prompt(tiny, None, "<|begin_of_text|>hello<|eot|>")
     assert show(tiny, prompt) == "<|begin_of_text|>hello<|eot|>"
-    assert spell_prompt(tiny, None, "").token_ids == (tiny.bos_id,)
+    assert encode_prompt(tiny, None, "").token_ids == (tiny.bos_id,)
 
 
-def test_a_raw_prompt_holds_its_pictures(tiny: Tokenizer) -> None:
-    prompt = spell_prompt(tiny, PROCESSOR, "a <|image|> b <|image|>", [SMALL, WIDE])
-    first, second = map(PROCESSOR.spell, prompt.images)
+def test_a_raw_prompt_contains_its_images(tiny: Tokenizer) -> None:
+    prompt = encode_prompt(tiny, PROCESSOR, "a <|image|> b <|image|>", [SMALL, WIDE])
+    first, second = map(PROCESSOR.format_tokens, prompt.images)
     assert show(tiny, prompt) == f"<|begin_of_text|>a {first} b {second}"
 
 
@@ -323,14 +325,14 @@ def test_a_raw_prompt_holds_its_pictures(tiny: Tokenizer) -> None:
         ("no mark", [SMALL], "0 <|image|> in the text for 1 images"),
         ("<|image|>", [], "1 <|image|> in the text for 0 images"),
         ("<|image|><|patch|>", [SMALL], "<|patch|> cannot be written by hand"),
-        ("<|image|>", [b"x"], "images[0]: the image (1 bytes) is not a picture"),
+        ("<|image|>", [b"x"], "images[0]: the image (1 bytes) is not an image"),
     ],
 )
-def test_a_raw_prompt_that_does_not_match_its_pictures_is_refused(
+def test_a_raw_prompt_with_another_number_of_images_is_refused(
     tiny: Tokenizer, text: str, images: list, words: str
 ) -> None:
     with pytest.raises(PromptError) as error:
-        spell_prompt(tiny, PROCESSOR, text, images)
+        encode_prompt(tiny, PROCESSOR, text, images)
     assert words in str(error.value)
 
 
@@ -338,9 +340,10 @@ def test_a_raw_prompt_that_does_not_match_its_pictures_is_refused(
 
 
 @pytest.mark.slow
-def test_a_dialog_equals_meta_s_encoding(real: Tokenizer) -> None:
-    """Meta's `ChatFormat` encodes the header, the blank line and the content of a turn by turns;
-    it needs torch, so its few lines are followed here with its tokenizer, which does not."""
+def test_a_dialog_equals_the_encoding_of_meta(real: Tokenizer) -> None:
+    """Meta's `ChatFormat` encodes the header, the blank line and the content of a turn separately.
+
+    It needs torch, so its few lines are repeated here with its tokenizer, which does not."""
     from llama_models.llama4.tokenizer import Tokenizer as MetaTokenizer
 
     meta = MetaTokenizer.get_instance()
@@ -375,8 +378,8 @@ def test_a_dialog_equals_meta_s_encoding(real: Tokenizer) -> None:
     assert list(render_chat(real, None, messages, chat_template=template).token_ids) == expected
 
 
-def test_the_template_that_transformers_carries_renders(real: Tokenizer) -> None:
-    import transformers  # only its file is read: importing the processor would import torch
+def test_the_template_in_transformers_renders(real: Tokenizer) -> None:
+    import transformers  # only its file is read; importing the processor would import torch
 
     source = Path(transformers.__path__[0]) / "models/llama4/processing_llama4.py"
     template = read_constant(source, "chat_template")

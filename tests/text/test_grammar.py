@@ -1,4 +1,4 @@
-"""Laws of structured outputs: whatever the masks let through fits, and only that."""
+"""Laws of structured outputs: token bitmasks allow every matching answer, and no other."""
 
 import json
 import random
@@ -19,7 +19,7 @@ from l4jax.text.grammar import Grammar, GrammarError, Matcher, tool_schema
 from l4jax.text.tokenizer import Tokenizer
 from l4jax.text.tools import parse_tool_calls
 
-VOCAB = 530  # more than the tokenizer has, and no multiple of 32
+VOCAB = 530  # more than the tokenizer has, and not a multiple of 32
 CLOSERS = tuple(b'"}])')
 
 
@@ -35,7 +35,7 @@ def unpack(mask_V: np.ndarray) -> list[int]:
 def walk(
     tokenizer: Tokenizer, matcher: Matcher, seed: int, *, judge: bool = False, most: int = 2000
 ) -> str:
-    """A random answer: any allowed token, rather one that closes something; ends when it may.
+    """Sample a random answer of allowed tokens, with a preference for closing tokens.
 
     With `judge`, every forbidden token is tried first.
     """
@@ -104,9 +104,7 @@ SCHEMAS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", SCHEMAS)
 @pytest.mark.parametrize("seed", range(8))
-def test_what_a_schema_lets_through_is_valid_under_it(
-    tiny: Tokenizer, name: str, seed: int
-) -> None:
+def test_every_answer_that_a_schema_allows_is_valid(tiny: Tokenizer, name: str, seed: int) -> None:
     schema = SCHEMAS[name]
     value = schema if seed % 2 else json.dumps(schema)
     matcher = Grammar.compile(tiny, "json", value).start(VOCAB, find_stops(tiny))
@@ -115,7 +113,7 @@ def test_what_a_schema_lets_through_is_valid_under_it(
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_json_object_lets_any_object_through(tiny: Tokenizer, seed: int) -> None:
+def test_json_object_allows_any_object(tiny: Tokenizer, seed: int) -> None:
     matcher = Grammar.compile(tiny, "json_object").start(VOCAB, find_stops(tiny))
     assert isinstance(json.loads(walk(tiny, matcher, seed)), dict)
     matcher = Grammar.compile(tiny, "json_object").start(VOCAB, find_stops(tiny))
@@ -135,12 +133,14 @@ def test_json_object_lets_any_object_through(tiny: Tokenizer, seed: int) -> None
     ],
 )
 @pytest.mark.parametrize("seed", range(4))
-def test_what_a_regex_lets_through_matches_it(tiny: Tokenizer, regex: str, seed: int) -> None:
+def test_every_answer_that_a_regex_allows_matches_it(
+    tiny: Tokenizer, regex: str, seed: int
+) -> None:
     matcher = Grammar.compile(tiny, "regex", regex).start(VOCAB, find_stops(tiny))
     assert re.fullmatch(regex, walk(tiny, matcher, seed, judge=True))
 
 
-def test_every_choice_and_nothing_else_comes(tiny: Tokenizer) -> None:
+def test_exactly_the_choices_are_allowed(tiny: Tokenizer) -> None:
     choices = ["a", "ab", "b\nc", 'q"\\é', "/x/i", "the sky", "<|eot|>"]
     grammar = Grammar.compile(tiny, "choice", choices)
     texts = {
@@ -150,7 +150,7 @@ def test_every_choice_and_nothing_else_comes(tiny: Tokenizer) -> None:
     assert texts == set(choices)
 
 
-def test_a_lark_grammar_is_followed(tiny: Tokenizer) -> None:
+def test_a_lark_grammar_is_enforced(tiny: Tokenizer) -> None:
     lark = 'start: "the " ("sky" | "water") (" is " WORD)*\nWORD: /[a-z]{1,5}/'
     grammar = Grammar.compile(tiny, "grammar", lark)
     for seed in range(10):
@@ -158,7 +158,7 @@ def test_a_lark_grammar_is_followed(tiny: Tokenizer) -> None:
         assert re.fullmatch(r"the (sky|water)( is [a-z]{1,5})*", text)
 
 
-def test_answers_of_one_grammar_do_not_know_each_other(tiny: Tokenizer) -> None:
+def test_matchers_of_one_grammar_are_independent(tiny: Tokenizer) -> None:
     grammar = Grammar.compile(tiny, "choice", ["ab", "cd"])
     first, second = (grammar.start(VOCAB, find_stops(tiny)) for _ in range(2))
     assert first.accept(ord("a"))
@@ -166,7 +166,7 @@ def test_answers_of_one_grammar_do_not_know_each_other(tiny: Tokenizer) -> None:
     assert unpack(first.mask()) == [ord("b")]
 
 
-def test_masks_have_the_size_of_the_model(tiny: Tokenizer) -> None:
+def test_bitmasks_have_the_size_of_the_model_vocabulary(tiny: Tokenizer) -> None:
     grammar = Grammar.compile(tiny, "regex", "(?s:.*)")
     for vocab in (tiny.vocab_size, 512, 513, 4096):
         mask_V = grammar.start(vocab, find_stops(tiny)).mask()
@@ -184,7 +184,7 @@ def test_stop_tokens_need_not_be_special(tiny: Tokenizer) -> None:
     assert matcher.accept(VOCAB - 1)
 
 
-# What is refused.
+# Refusals.
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_stop_tokens_need_not_be_special(tiny: Tokenizer) -> None:
         ("json", {1, 2}, "not JSON serializable"),
         ("json", "[" * 50_000, "nested too deeply"),
         ("json", '{"items":' * 500 + "{}" + "}" * 500, "recursion limit"),
-        ("json", {"$ref": "#"}, "no text fits"),
+        ("json", {"$ref": "#"}, "no text matches"),
         ("json", {"type": "integer", "minimum": 5, "maximum": 1}, "minimum"),
         ("json", {"$ref": "https://example.com/schema.json"}, "example.com"),
         ("json", {"multipleOf": float("nan")}, "JSON compliant"),
@@ -205,19 +205,19 @@ def test_stop_tokens_need_not_be_special(tiny: Tokenizer) -> None:
         ("regex", "(a", "unclosed group"),
         ("regex", "", "not empty"),
         ("regex", None, "must be a text"),
-        ("regex", r"[^\s\S]", "no text fits"),
+        ("regex", r"[^\s\S]", "no text matches"),
         ("regex", "\ud800", "surrogates"),
         ("choice", [], "at least one"),
         ("choice", "abc", "must be a list"),
         ("choice", ["a", 1], "must be a list"),
         ("grammar", "start: nothing", "nothing"),
         ("grammar", "start: <|eot|>", "unknown special token"),
-        ("grammar", "start: <[464]>", "no text fits"),
+        ("grammar", "start: <[464]>", "no text matches"),
         ("grammar", 'start: "a"\n%llguidance {"no_forcing": false}', "%llguidance is not allowed"),
         ("grammar", "start: " + "(" * 9000 + '"a"' + ")" * 9000, "too deeply nested"),
     ],
 )
-def test_what_cannot_be_followed_is_refused_by_field(
+def test_an_invalid_value_is_refused_by_field(
     tiny: Tokenizer, kind: str, value: Any, said: str
 ) -> None:
     with pytest.raises(GrammarError, match=re.escape(said)) as error:
@@ -258,8 +258,8 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_what_is_too_large_is_refused_at_once(tiny: Tokenizer, name: str) -> None:
-    Grammar.compile(tiny, "json_object")  # the vocabulary is read once
+def test_a_grammar_above_the_limits_is_refused_quickly(tiny: Tokenizer, name: str) -> None:
+    Grammar.compile(tiny, "json_object")  # reads the vocabulary, once per process
     kind, value = BOMBS[name]
     began = time.process_time()
     with pytest.raises(GrammarError):
@@ -289,8 +289,8 @@ def test_what_is_too_large_is_refused_at_once(tiny: Tokenizer, name: str) -> Non
         ("json", {"allOf": [{"properties": {f"a{n}": {"type": "string"}}} for n in range(300)]}),
     ],
 )
-def test_no_token_takes_long_whatever_the_grammar(tiny: Tokenizer, kind: str, value: Any) -> None:
-    """It may be followed or given up, in words; it may not hang."""
+def test_no_grammar_makes_a_token_slow(tiny: Tokenizer, kind: str, value: Any) -> None:
+    """A grammar may be enforced or refused with an error; it may not hang."""
     Grammar.compile(tiny, "json_object")
     draw = random.Random(0)
     began = time.process_time()
@@ -312,7 +312,7 @@ LARK_TEXTS = st.lists(st.sampled_from(LARK_PIECES), max_size=12).map(" ".join)
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(max_size=8) | LARK_TEXTS.map("start: {}".format))
-def test_any_text_is_a_grammar_or_refused(tiny: Tokenizer, text: str) -> None:
+def test_any_text_compiles_or_is_refused(tiny: Tokenizer, text: str) -> None:
     for kind in ("grammar", "regex", "json"):
         try:
             grammar = Grammar.compile(tiny, kind, text)
@@ -321,7 +321,7 @@ def test_any_text_is_a_grammar_or_refused(tiny: Tokenizer, text: str) -> None:
         assert unpack(grammar.start(VOCAB, find_stops(tiny)).mask())
 
 
-def test_without_llguidance_the_error_says_what_to_install() -> None:
+def test_without_llguidance_the_error_names_the_package_to_install() -> None:
     program = """
 import sys
 sys.modules["llguidance"] = None
@@ -375,7 +375,7 @@ def read_calls(text: str, tools: Sequence[dict]) -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("is_parallel", [True, False])
-def test_required_calls_are_read_back(tiny: Tokenizer, is_parallel: bool) -> None:
+def test_required_calls_are_parsed_back(tiny: Tokenizer, is_parallel: bool) -> None:
     schema = tool_schema(TOOLS, is_parallel=is_parallel)
     grammar = Grammar.compile(tiny, "json", schema)
     seen = []
@@ -390,7 +390,7 @@ def test_required_calls_are_read_back(tiny: Tokenizer, is_parallel: bool) -> Non
 
 
 @pytest.mark.parametrize("name", ["get_weather", "maps.now", "note"])
-def test_a_named_call_is_read_back(tiny: Tokenizer, name: str) -> None:
+def test_a_named_call_is_parsed_back(tiny: Tokenizer, name: str) -> None:
     grammar = Grammar.compile(tiny, "json", tool_schema(TOOLS, name))
     for seed in range(8):
         text = walk(tiny, grammar.start(VOCAB, find_stops(tiny)), seed)
@@ -416,7 +416,7 @@ def real_grammar(real: Tokenizer) -> Grammar:
     return Grammar.compile(real, "json", SCHEMAS["person"])
 
 
-def test_the_real_vocabulary_writes_valid_answers(real: Tokenizer, real_grammar: Grammar) -> None:
+def test_answers_of_the_real_vocabulary_are_valid(real: Tokenizer, real_grammar: Grammar) -> None:
     stops = find_stops(real)
     for text in (
         '{"name": "Ada Byron", "age": 36}',
@@ -430,7 +430,7 @@ def test_the_real_vocabulary_writes_valid_answers(real: Tokenizer, real_grammar:
         assert unpack(matcher.mask()) == sorted(stops)
 
 
-def test_a_mask_of_the_real_vocabulary_costs_little(real: Tokenizer, real_grammar: Grammar) -> None:
+def test_a_bitmask_of_the_real_vocabulary_is_cheap(real: Tokenizer, real_grammar: Grammar) -> None:
     text = json.dumps({"name": "Ada", "age": 36, "height": 1.65, "tags": ["a", "b c"]})
     milliseconds = []
     for _ in range(5):

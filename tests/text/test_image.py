@@ -1,11 +1,11 @@
-"""Laws of pictures: tiles equal the reference's, sources are refused in words.
+"""Laws of images: tiles equal the reference's, bad sources are refused with a message.
 
 `golden/image_tiling.json` holds 71 rows `[height, width, rows, cols]`, read off
 `Llama4ImageProcessor` of transformers 5.23. `golden/image_tiles.json` holds, for each name in
-PICTURES, `summarize` of what the same processor returned for `make_picture`, with torchvision
+IMAGES, `summarize` of what the same processor returned for `make_image`, with torchvision
 0.28.0 on x86 with AVX-512:
 
-    out = Llama4ImageProcessor()(make_picture(name), return_tensors="pt")
+    out = Llama4ImageProcessor()(make_image(name), return_tensors="pt")
     rows, cols = out["aspect_ratios"][0].tolist()
     summarize(out["pixel_values"].float().numpy(), rows, cols)
 
@@ -34,15 +34,15 @@ from l4jax.text.image import (
     choose_canvas,
     count_tokens,
     fit_inside,
+    format_image_tokens,
     open_image,
-    spell_image,
 )
 from l4jax.text.resample import make_levels, resize
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 # name: height, width, mode
-PICTURES = {
+IMAGES = {
     "one tile": (336, 336, "RGB"),
     "small": (100, 70, "RGB"),
     "one pixel": (1, 1, "RGB"),
@@ -56,9 +56,9 @@ PICTURES = {
 }
 
 
-def make_picture(name: str) -> Image.Image:
-    """Gradients with a hash for noise: integers only, so the same picture everywhere."""
-    height, width, mode = PICTURES[name]
+def make_image(name: str) -> Image.Image:
+    """Gradients and hash noise in integers: the same image on every machine."""
+    height, width, mode = IMAGES[name]
     y, x = np.mgrid[:height, :width].astype(np.uint32)
     noise = ((x * 2654435761 ^ y * 2246822519) * np.uint32(3266489917)) >> 24
     channels = [(x * 3 + y) % 256, (y * 2) % 256, noise, (x + y) % 256]
@@ -68,7 +68,7 @@ def make_picture(name: str) -> Image.Image:
 
 
 def summarize(pixels_ICHW: np.ndarray, rows: int, cols: int) -> dict:
-    """What a golden keeps: the shape, a hash of every pixel, and a few to look at."""
+    """Summarize tiles for a golden: the shape, a hash of every pixel, and a few pixels."""
     return {
         "shape": list(pixels_ICHW.shape),
         "grid": [rows, cols],
@@ -81,10 +81,10 @@ def summarize(pixels_ICHW: np.ndarray, rows: int, cols: int) -> dict:
 # Tiles.
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_tiles_equal_the_reference_bit_for_bit(name: str) -> None:
     golden = json.loads((GOLDEN / "image_tiles.json").read_text())[name]
-    tiles = ImageProcessor()(make_picture(name))
+    tiles = ImageProcessor()(make_image(name))
     assert tiles.pixels_ICHW.dtype == np.float32
     assert summarize(tiles.pixels_ICHW, tiles.rows, tiles.cols) == golden
 
@@ -98,7 +98,7 @@ def test_canvases_equal_the_reference() -> None:
 
 @settings(deadline=None)
 @given(height=st.integers(1, 20_000), width=st.integers(1, 20_000))
-def test_a_picture_fits_its_canvas_and_is_never_grown_beyond_a_tile(
+def test_an_image_fits_its_canvas_and_is_never_enlarged_beyond_a_tile(
     height: int, width: int
 ) -> None:
     rows, cols = choose_canvas(height, width)
@@ -108,7 +108,7 @@ def test_a_picture_fits_its_canvas_and_is_never_grown_beyond_a_tile(
     assert 1 <= fit_width <= min(cols * 336, max(width, 336))
 
 
-def test_a_small_picture_is_padded_with_black_and_a_large_one_ends_with_itself() -> None:
+def test_a_small_image_is_padded_with_black_and_a_large_one_ends_with_its_global_tile() -> None:
     white = Image.new("RGB", (336, 168), "white")
     tiles = ImageProcessor()(white)
     assert (tiles.rows, tiles.cols) == (1, 1)
@@ -129,14 +129,14 @@ def test_tiles_are_in_reading_order() -> None:
 
 def test_other_tiles_follow_the_vision_configuration() -> None:
     processor = ImageProcessor(tile=28, patch=7, max_tiles=4)
-    tiles = processor(make_picture("landscape"))
+    tiles = processor(make_image("landscape"))
     assert tiles.pixels_ICHW.shape[1:] == (3, 28, 28)
     assert tiles.rows * tiles.cols <= 4
     assert processor.patches_per_tile == 4
-    assert processor.spell(tiles).count("<|patch|>") == len(tiles.pixels_ICHW) * 4
+    assert processor.format_tokens(tiles).count("<|patch|>") == len(tiles.pixels_ICHW) * 4
 
 
-def test_a_resize_keeps_a_flat_picture_and_stays_near_pillow() -> None:
+def test_a_resize_keeps_a_flat_image_and_stays_near_pillow() -> None:
     rng = random.Random(0)
     for _ in range(20):
         height, width, new_height, new_width = (rng.randint(1, 300) for _ in range(4))
@@ -155,7 +155,7 @@ def test_levels_are_bfloat16_and_keep_black_and_white() -> None:
     assert (levels.view(np.uint32) & 0xFFFF == 0).all()
     assert levels[0, 0] == -1
     assert levels[0, 255] == 1
-    # Level 1 is 1/255 = 0.00392 in bfloat16; minus 0.5 leaves 8 bits: a float32 would say -0.99216.
+    # Level 1 is 1/255 = 0.00392 in bfloat16; minus 0.5 leaves 8 bits. In float32 it is -0.99216.
     assert levels[0, 1] == -0.9921875
     assert (np.diff(levels[0]) >= 0).all()
 
@@ -168,28 +168,28 @@ def test_levels_are_bfloat16_and_keep_black_and_white() -> None:
 )
 def test_token_counts_are_the_known_ones(rows: int, cols: int, tokens: int) -> None:
     assert count_tokens(rows, cols) == tokens
-    assert spell_image(rows, cols).count("<|") == tokens
+    assert format_image_tokens(rows, cols).count("<|") == tokens
 
 
 @pytest.mark.parametrize("patches", [1, 4, 144])
-def test_counting_is_spelling(patches: int) -> None:
+def test_count_tokens_counts_the_formatted_tokens(patches: int) -> None:
     for rows in range(1, 17):
         for cols in range(1, 16 // rows + 1):
-            spelled = spell_image(rows, cols, patches)
-            assert spelled.count("<|") == count_tokens(rows, cols, patches_per_tile=patches)
+            image_tokens = format_image_tokens(rows, cols, patches)
+            assert image_tokens.count("<|") == count_tokens(rows, cols, patches_per_tile=patches)
 
 
-def test_a_picture_is_spelled_row_by_row_with_the_whole_last() -> None:
+def test_image_tokens_are_row_by_row_with_the_global_tile_last() -> None:
     p, x, y = "<|patch|>", "<|tile_x_separator|>", "<|tile_y_separator|>"
-    assert spell_image(1, 1, 1) == f"<|image_start|><|image|>{p}<|image_end|>"
+    assert format_image_tokens(1, 1, 1) == f"<|image_start|><|image|>{p}<|image_end|>"
     row = f"{p}{p}{x}{p}{p}{x}{p}{p}{y}"
-    assert spell_image(2, 3, 2) == f"<|image_start|>{row}{row}<|image|>{p}{p}<|image_end|>"
+    assert format_image_tokens(2, 3, 2) == f"<|image_start|>{row}{row}<|image|>{p}{p}<|image_end|>"
 
 
 # Configuration files.
 
 
-def test_a_folder_without_files_gives_the_model_its_defaults(tmp_path: Path) -> None:
+def test_a_folder_without_files_gives_the_defaults_of_the_model(tmp_path: Path) -> None:
     processor = ImageProcessor.from_folder(tmp_path, image_size=28, patch_size=7)
     assert processor == ImageProcessor(tile=28, patch=7)
 
@@ -199,7 +199,7 @@ def test_the_published_files_are_read(tmp_path: Path) -> None:
     assert ImageProcessor.from_folder(tmp_path) == ImageProcessor()
 
 
-def test_a_nested_image_processor_is_read_and_goes_first(tmp_path: Path) -> None:
+def test_a_nested_image_processor_takes_precedence(tmp_path: Path) -> None:
     write_processor_configs(tmp_path, 336, 14)
     file = tmp_path / "processor_config.json"
     nested = json.loads((tmp_path / "preprocessor_config.json").read_text())
@@ -253,16 +253,16 @@ def write_bytes(image: Image.Image, format: str = "PNG", **options) -> bytes:
     return file.getvalue()
 
 
-def test_every_source_opens_as_the_same_picture(tmp_path: Path) -> None:
-    picture = make_picture("small")
-    data = write_bytes(picture)
+def test_every_source_opens_as_the_same_image(tmp_path: Path) -> None:
+    image = make_image("small")
+    data = write_bytes(image)
     path = tmp_path / "picture.png"
     path.write_bytes(data)
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
-    for source in (picture, data, bytearray(data), path, str(path), uri):
+    for source in (image, data, bytearray(data), path, str(path), uri):
         opened = open_image(source)
         assert opened.mode == "RGB"
-        assert (np.asarray(opened) == np.asarray(picture)).all()
+        assert (np.asarray(opened) == np.asarray(image)).all()
 
 
 @pytest.mark.parametrize(
@@ -278,33 +278,33 @@ def test_every_source_opens_as_the_same_picture(tmp_path: Path) -> None:
         ("data:image/png;base64,@@@@", "base64 of the data: URI is broken"),
         ("data:image/png;base64,QQ", "base64 of the data: URI is broken"),
         ("data:image/png;base64,é", "base64 of the data: URI is broken"),
-        ("data:image/png;base64,", "not a picture in a known format"),
-        (b"", "not a picture in a known format"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture in a known format"),
-        (b"<svg></svg>", "not a picture in a known format"),
+        ("data:image/png;base64,", "not an image in a known format"),
+        (b"", "not an image in a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image in a known format"),
+        (b"<svg></svg>", "not an image in a known format"),
         (Image.new("RGB", (0, 5)), "empty: 0 x 5"),
         (Image.new("F", (2, 2)), "mode 'F'"),
         (7, "cannot be made of a int"),
     ],
 )
-def test_a_bad_source_is_refused_in_words(source: object, words: str) -> None:
+def test_a_bad_source_is_refused_with_a_message(source: object, words: str) -> None:
     with pytest.raises(ImageError) as error:
         open_image(source)  # type: ignore[arg-type]
     assert words in str(error.value)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_a_truncated_file_is_refused_in_words(format: str) -> None:
-    data = write_bytes(make_picture("landscape"), format)
+def test_a_truncated_file_is_refused_with_a_message(format: str) -> None:
+    data = write_bytes(make_image("landscape"), format)
     open_image(data)
-    with pytest.raises(ImageError, match=r"truncated or damaged|not a picture"):
+    with pytest.raises(ImageError, match=r"truncated or damaged|not an image"):
         open_image(data[: len(data) // 2])
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
-def test_a_damaged_file_opens_or_is_refused_in_words(format: str) -> None:
+def test_a_damaged_file_opens_or_is_refused_with_a_message(format: str) -> None:
     rng = random.Random(format)
-    data = write_bytes(make_picture("small"), format)
+    data = write_bytes(make_image("small"), format)
     for _ in range(150):
         broken = bytearray(data)
         for _ in range(rng.randint(1, 8)):
@@ -317,24 +317,24 @@ def test_a_damaged_file_opens_or_is_refused_in_words(format: str) -> None:
                 assert str(error)
 
 
-def test_a_large_picture_is_refused_before_it_is_decoded() -> None:
-    picture = Image.new("1", (3000, 3000))
+def test_a_large_image_is_refused_before_it_is_decoded() -> None:
+    image = Image.new("1", (3000, 3000))
     with pytest.raises(ImageError, match="3000 x 3000 pixels, more than the 1000000 allowed"):
-        open_image(write_bytes(picture), max_pixels=1_000_000)
-    # A header alone: decoding would fail, and would need 40 GB.
+        open_image(write_bytes(image), max_pixels=1_000_000)
+    # Only a header: decoding would fail, and would need 40 GB.
     header = b"P6 200000 200000 255\n"
     with pytest.raises(ImageError, match="too large to decode"):
         open_image(header)
 
 
 def test_the_exif_orientation_is_applied() -> None:
-    picture = Image.new("RGB", (40, 20), "white")
+    image = Image.new("RGB", (40, 20), "white")
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    assert open_image(write_bytes(picture, "JPEG", exif=exif)).size == (20, 40)
+    exif[0x0112] = 6  # rotated by 90 degrees
+    assert open_image(write_bytes(image, "JPEG", exif=exif)).size == (20, 40)
 
 
-def test_transparency_is_laid_on_white() -> None:
+def test_transparent_pixels_are_blended_onto_white() -> None:
     clear = Image.new("RGBA", (2, 1), (10, 20, 30, 0))
     clear.putpixel((1, 0), (10, 20, 30, 255))
     for source in (clear, write_bytes(clear), clear.convert("LA")):
@@ -346,7 +346,7 @@ def test_transparency_is_laid_on_white() -> None:
     assert open_image(palette).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_other_modes_become_rgb_sanely() -> None:
+def test_other_modes_keep_their_levels_in_rgb() -> None:
     grey16 = Image.fromarray(np.array([[0, 0x7FFF, 0xFFFF]], np.uint16))
     for source in (grey16, write_bytes(grey16), write_bytes(grey16, "TIFF")):
         levels = [open_image(source).getpixel((x, 0)) for x in range(3)]

@@ -59,7 +59,7 @@ def test_the_tiny_vocabulary_fits_and_puts_special_tokens_last(
     assert [tokenizer.token_bytes(i) for i in range(256)] == [bytes([i]) for i in range(256)]
 
 
-def test_a_vocabulary_without_room_is_refused(tmp_path: Path) -> None:
+def test_a_vocabulary_that_is_too_small_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="vocab_size = 270 is too small"):
         write_tokenizer(tmp_path, vocab_size=270)
 
@@ -88,19 +88,19 @@ def test_any_text_survives_the_round_trip(tiny: Tokenizer, text: str) -> None:
     assert b"".join(map(tiny.token_bytes, ids)) == text.encode()
 
 
-def test_bos_is_added_once_and_only_if_asked(tiny: Tokenizer) -> None:
+def test_bos_is_added_once_and_only_on_request(tiny: Tokenizer) -> None:
     assert tiny.encode("sky") == [tiny.bos_id, *tiny.encode("sky", add_special_tokens=False)]
     assert tiny.encode("") == [tiny.bos_id]
 
 
-def test_special_tokens_in_text_are_tokens_or_characters_as_asked(tiny: Tokenizer) -> None:
+def test_parse_special_encodes_special_tokens_as_tokens_or_characters(tiny: Tokenizer) -> None:
     text = "a<|eot|>b"
     eot = tiny.token_id("<|eot|>")
     parsed = tiny.encode(text, add_special_tokens=False)
-    spelled = tiny.encode(text, add_special_tokens=False, parse_special=False)
+    plain = tiny.encode(text, add_special_tokens=False, parse_special=False)
     assert parsed.count(eot) == 1
-    assert eot not in spelled
-    assert tiny.decode(spelled) == text
+    assert eot not in plain
+    assert tiny.decode(plain) == text
     assert tiny.decode(parsed) == "ab"
     assert tiny.decode(parsed, skip_special_tokens=False) == text
 
@@ -112,7 +112,7 @@ def test_ids_without_a_token_decode_to_nothing(tiny: Tokenizer) -> None:
     assert all(tiny.token_bytes(i) == b"" for i in strange)
 
 
-def test_half_a_surrogate_pair_is_refused_in_words(tiny: Tokenizer) -> None:
+def test_half_a_surrogate_pair_is_refused_with_a_message(tiny: Tokenizer) -> None:
     with pytest.raises(TokenizerError, match="half of a surrogate pair"):
         tiny.encode("bad \ud83d")
 
@@ -148,7 +148,7 @@ def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path: Path) -> None:
         Tokenizer.from_folder(tmp_path)
 
 
-def test_the_template_file_goes_before_the_template_in_the_configuration(tmp_path: Path) -> None:
+def test_the_template_file_takes_precedence_over_the_configuration(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     config_file, jinja_file = tmp_path / "tokenizer_config.json", tmp_path / "chat_template.jinja"
     config = json.loads(config_file.read_text())
@@ -175,10 +175,8 @@ def test_special_tokens_may_be_objects_in_the_configuration(tmp_path: Path) -> N
     assert tokenizer.render(HELLO, template="{{ bos_token }}") == "<|begin_of_text|>"
 
 
-def test_many_threads_may_ask_for_the_first_rendering(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As the first requests of a server do: it is made ready once, and nobody finds it half so."""
+def test_many_threads_may_render_first(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a server's first requests do: the renderer is constructed once, and used only complete."""
     tokenizer, made = Tokenizer.from_folder(tiny_folder), []
 
     def make_slowly() -> tokenizers.models.BPE:

@@ -1,4 +1,4 @@
-"""Laws of tool calls: what is a call, what stays text, and that neither depends on the pieces."""
+"""Laws of the tool call parser: calls, text, and independence of the pieces of a stream."""
 
 import ast
 import json
@@ -16,7 +16,7 @@ from l4jax.text.tools import (
     Parsed,
     TextDelta,
     ToolCall,
-    ToolStream,
+    ToolCallParser,
     parse_tool_calls,
 )
 
@@ -28,8 +28,8 @@ def call(name: str, **arguments: Any) -> ToolCall:
 
 
 def stream(pieces: list[str], names: Any = NAMES) -> Parsed:
-    """Everything that a stream says, as if it had been parsed whole."""
-    reader = ToolStream(names)
+    """Parse pieces, and join the events as `parse_tool_calls` does."""
+    reader = ToolCallParser(names)
     events = [event for piece in pieces for event in reader.push(piece)] + reader.finish()
     calls = [event for event in events if isinstance(event, CallDelta)]
     assert [event.index for event in calls] == list(range(len(calls)))
@@ -37,7 +37,7 @@ def stream(pieces: list[str], names: Any = NAMES) -> Parsed:
     return Parsed(content, tuple(event.call for event in calls))
 
 
-# What is a call.
+# Calls.
 
 PARIS = call("get_weather", city="Paris", unit="c")
 CALLS = {
@@ -67,13 +67,13 @@ CALLS = {
         call("f", x=1),
     ),
     '{"name": "f", "parameters": {}}{"name": "f", "parameters": {}}': (call("f"), call("f")),
-    # The published template's form, had its marks not been skipped.
+    # The published template's form, with its special tokens kept.
     '<|python_start|><|python_end|>{"name": "f", "parameters": {}}': (call("f"),),
 }
 
 
 @pytest.mark.parametrize("text", CALLS)
-def test_calls_alone_leave_no_text(text: str) -> None:
+def test_an_answer_of_calls_leaves_no_text(text: str) -> None:
     assert parse_tool_calls(text, NAMES) == Parsed("", CALLS[text])
 
 
@@ -114,13 +114,13 @@ VALUES = {
 
 
 @pytest.mark.parametrize("text", VALUES)
-def test_arguments_have_types(text: str) -> None:
+def test_arguments_keep_their_types(text: str) -> None:
     for whole in (f"[f(x={text})]", f'{{"name": "f", "parameters": {{"x": {text}}}}}'):
         parsed = parse_tool_calls(whole, NAMES)
         assert parsed == Parsed("", (call("f", x=VALUES[text]),))
 
 
-# What stays text.
+# Text.
 
 TEXTS = [
     "",
@@ -172,7 +172,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_what_merely_looks_like_a_call_stays_text(text: str) -> None:
+def test_text_that_resembles_a_call_stays_text(text: str) -> None:
     assert parse_tool_calls(text, NAMES) == Parsed(text, ())
 
 
@@ -189,7 +189,7 @@ def test_what_merely_looks_like_a_call_stays_text(text: str) -> None:
         "[f(x=0123)] [f()]",
     ],
 )
-def test_a_call_behind_what_looks_like_one_is_found(text: str) -> None:
+def test_a_call_after_text_that_resembles_one_is_parsed(text: str) -> None:
     assert parse_tool_calls(text, NAMES) == Parsed(text.removesuffix("[f()]"), (call("f"),))
 
 
@@ -201,13 +201,13 @@ def test_without_names_any_name_is_a_call() -> None:
     assert parse_tool_calls(text, []) == Parsed(text, ())
 
 
-def test_values_nest_as_deep_as_is_said() -> None:
+def test_values_nest_up_to_max_depth() -> None:
     text = "[" * MAX_DEPTH + "]" * MAX_DEPTH
     parsed = parse_tool_calls(f"[f(x={text})]", NAMES)
     assert parsed == Parsed("", (ToolCall("f", f'{{"x": {text}}}'),))
 
 
-# Calls cut off by the end of the answer.
+# Calls truncated by the end of the answer.
 
 
 @pytest.mark.parametrize(
@@ -220,27 +220,27 @@ def test_values_nest_as_deep_as_is_said() -> None:
         ('<|python_start|>[f(), f(x={"a": [1, ', (call("f"),)),
     ],
 )
-def test_a_call_cut_off_is_text_and_those_before_it_are_calls(
+def test_a_truncated_call_is_text_and_the_calls_before_it_are_calls(
     text: str, calls: tuple[ToolCall, ...]
 ) -> None:
     for end in range(len(text) + 1):
         parsed = parse_tool_calls(text[:end], NAMES)
         assert parsed.calls == calls[: len(parsed.calls)]
-        # Nothing is lost: what is no call is the end of the text, up to blanks.
+        # Nothing is lost: the content is the end of the text, up to blanks.
         assert text[:end].endswith(parsed.content)
         if not parsed.calls:
             assert parsed.content == text[:end]
     assert parse_tool_calls(text, NAMES).calls == calls
 
 
-def test_the_cut_off_call_is_given_back_from_its_name_on() -> None:
+def test_a_truncated_call_is_returned_as_text_from_its_name_on() -> None:
     parsed = parse_tool_calls("See: [f(x=1), get_weather(city='Par", NAMES)
     assert parsed == Parsed("See: get_weather(city='Par", (call("f", x=1),))
     assert parse_tool_calls("[f(x=1)", NAMES) == Parsed("", (call("f", x=1),))
     assert parse_tool_calls("[f(x=1) ", NAMES) == Parsed("", (call("f", x=1),))
 
 
-# The oracle: Python's own rendering and reading, and JSON's.
+# The references: Python's repr and literal_eval, and JSON.
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 SCALARS = st.one_of(
@@ -276,12 +276,12 @@ CALL_NAMES = st.sampled_from(NAMES)
         max_size=3,
     )
 )
-def test_pythonic_arguments_are_what_python_reads(calls: list[tuple[str, dict]]) -> None:
-    spelled = [
+def test_pythonic_arguments_equal_what_python_parses(calls: list[tuple[str, dict]]) -> None:
+    rendered = [
         f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
         for name, arguments in calls
     ]
-    parsed = parse_tool_calls(f"[{', '.join(spelled)}]", NAMES)
+    parsed = parse_tool_calls(f"[{', '.join(rendered)}]", NAMES)
     assert parsed.content == ""
     assert [found.name for found in parsed.calls] == [name for name, _ in calls]
     for found, (_, arguments) in zip(parsed.calls, calls, strict=True):
@@ -301,7 +301,7 @@ def test_pythonic_arguments_are_what_python_reads(calls: list[tuple[str, dict]])
     is_ascii=st.booleans(),
     indent=st.sampled_from([None, 2]),
 )
-def test_json_arguments_are_what_json_reads(
+def test_json_arguments_equal_what_json_parses(
     calls: list[tuple[str, dict]],
     key: str,
     separator: str | None,
@@ -309,11 +309,11 @@ def test_json_arguments_are_what_json_reads(
     indent: int | None,
 ) -> None:
     objects = [{"name": name, key: arguments} for name, arguments in calls]
-    spelled = [
+    rendered = [
         json.dumps(value, ensure_ascii=is_ascii, indent=indent)
         for value in (objects if separator is not None else [objects])
     ]
-    parsed = parse_tool_calls((separator or "").join(spelled), NAMES)
+    parsed = parse_tool_calls((separator or "").join(rendered), NAMES)
     assert parsed.content == ""
     assert [found.name for found in parsed.calls] == [name for name, _ in calls]
     for found, value in zip(parsed.calls, objects, strict=True):
@@ -337,7 +337,7 @@ ANSWERS = st.lists(
 @pytest.mark.slow
 @settings(max_examples=1500, deadline=None)
 @given(text=ANSWERS, data=st.data(), names=st.sampled_from([NAMES, None]))
-def test_the_pieces_do_not_matter(text: str, data: st.DataObject, names: Any) -> None:
+def test_events_do_not_depend_on_the_pieces(text: str, data: st.DataObject, names: Any) -> None:
     whole = parse_tool_calls(text, names)
     assert stream(list(text), names) == whole
     cuts = data.draw(st.lists(st.integers(0, len(text)), max_size=8).map(sorted))
@@ -346,7 +346,7 @@ def test_the_pieces_do_not_matter(text: str, data: st.DataObject, names: Any) ->
 
 
 @pytest.mark.parametrize("value", VALUES)
-def test_no_two_cuts_matter(value: str) -> None:
+def test_events_do_not_depend_on_any_two_cuts(value: str) -> None:
     text = f"[f(x={value}, y=1)]"
     whole = parse_tool_calls(text, NAMES)
     for start, end in combinations(range(len(text)), 2):
@@ -387,8 +387,8 @@ def test_text_without_calls_is_unchanged(text: str) -> None:
         ("`[f(x=", ""),
     ],
 )
-def test_text_waits_only_while_it_may_become_a_call(text: str, waits: str) -> None:
-    reader = ToolStream(NAMES)
+def test_text_is_buffered_only_while_it_may_become_a_call(text: str, waits: str) -> None:
+    reader = ToolCallParser(NAMES)
     shown = ""
     for char in text:
         for event in reader.push(char):
@@ -397,9 +397,9 @@ def test_text_waits_only_while_it_may_become_a_call(text: str, waits: str) -> No
     assert shown == text.removesuffix(waits)
 
 
-def test_a_call_comes_with_its_last_character() -> None:
+def test_a_call_is_emitted_with_its_last_character() -> None:
     text = 'Hi {"name": "f", "parameters": {"x": 1}} [f(), f(x=2)]'
-    reader = ToolStream(NAMES)
+    reader = ToolCallParser(NAMES)
     came = {
         end: event.index
         for end, char in enumerate(text, start=1)
@@ -436,13 +436,13 @@ HARD = [
 @pytest.mark.parametrize("start", ["", '[a(x="', "[a(x=", '{"name": "a", "parameters": {"x": '])
 def test_ten_times_the_text_takes_about_ten_times_as_long(start: str) -> None:
     def measure(size: int, piece: int) -> float:
-        """The fastest of three times through all of the hard texts of one size, in seconds."""
+        """Measure all hard texts of one size: the fastest of three runs, in seconds."""
         texts = [start + (part * size)[:size] for part in HARD]
         seconds = []
         for _ in range(3):
             began = time.process_time()
             for text in texts:
-                reader = ToolStream()
+                reader = ToolCallParser()
                 for at in range(0, len(text), piece):
                     reader.push(text[at : at + piece])
                 reader.finish()
@@ -450,7 +450,7 @@ def test_ten_times_the_text_takes_about_ten_times_as_long(start: str) -> None:
         return min(seconds)
 
     for piece in (3, 1 << 30):
-        # Ten times is linear, a hundred would be quadratic.
+        # A factor of 10 is linear, a factor of 100 quadratic.
         assert measure(10_000, piece) < 30 * measure(1_000, piece) + 0.05
 
 

@@ -162,7 +162,7 @@ def test_pictures_come_from_files_and_from_data(model, tmp_path):
     documents = read(model, write_lines(tmp_path / "x.jsonl", *lines))
     processor = make_processor(toys.CONFIG, model)
     assert processor is not None
-    tiles_ICYX, _, _ = processor.cut(image)
+    tiles_ICYX, _, _ = processor.split(image)
     for document in documents:
         np.testing.assert_array_equal(document.tiles_ICYX, tiles_ICYX)
         features = document.feature_T[document.feature_T >= 0]

@@ -1,4 +1,4 @@
-"""Open pictures from wherever they come: a path, a data: URI, bytes, or Pillow."""
+"""Open images as upright RGB: from a path, a data: URI, bytes, or a Pillow image."""
 
 import base64
 import binascii
@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-# Pillow's own threshold: above it a small file may be meant to fill the memory.
+# Pillow's own threshold: a small file of more pixels may be a decompression bomb.
 MAX_PIXELS = 89_478_485
 
-# Plain raster formats. Others are left out on purpose: Pillow runs Ghostscript to open EPS.
+# Plain raster formats. Pillow opens more, but runs Ghostscript for EPS.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
-# What Pillow raises on broken files, depending on the format and on where the damage is.
+# Pillow raises these on broken files, depending on the format and the damaged part.
 DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -36,22 +36,22 @@ ImageSource = str | os.PathLike | bytes | bytearray | Image.Image
 
 
 class ImageError(ValueError):
-    """A picture that cannot be read, or a processor configuration that is not implemented."""
+    """An image that cannot be read, or a processor configuration that is not implemented."""
 
 
 def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Open a picture as upright RGB.
+    """Open an image as upright RGB.
 
-    The EXIF orientation is applied, as transformers' `load_image` does; transparent pixels are
-    laid on white, as its image processors do; 16-bit grey keeps its high byte; of an animation the
-    first frame is taken.
+    The EXIF orientation is applied, as transformers' `load_image` does. Transparent pixels are
+    blended onto white, as its image processors do. 16-bit gray keeps its high byte; an animation
+    gives its first frame.
 
     Args:
         source: a path, a base64 `data:` URI, the bytes of a file, or a Pillow image.
-        max_pixels: a larger picture is refused by its header, before it is decoded.
+        max_pixels: the limit; the header is checked before anything is decoded.
 
     Raises:
-        ImageError: the source cannot be read, is too large, or is not a picture.
+        ImageError: the source cannot be read, is too large, or is not an image.
     """
     if isinstance(source, Image.Image):
         return decode_image(source, "the image", max_pixels)
@@ -77,12 +77,13 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         raise ImageError(f"{name} is too large to decode: {error}") from error
     except DECODE_ERRORS as error:
         raise ImageError(
-            f"{name} is not a picture in a known format; use one of {', '.join(FORMATS)}."
+            f"{name} is not an image in a known format; use one of {', '.join(FORMATS)}."
         ) from error
     return decode_image(image, name, max_pixels)
 
 
 def read_file(path: str | os.PathLike) -> bytes:
+    """Read an image file."""
     try:
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
@@ -93,6 +94,7 @@ def read_file(path: str | os.PathLike) -> bytes:
 
 
 def decode_data_uri(uri: str) -> bytes:
+    """Decode the bytes of a base64 `data:` URI."""
     header, comma, payload = uri.partition(",")
     if not comma or not header.lower().endswith(";base64"):
         raise ImageError(
@@ -105,6 +107,7 @@ def decode_data_uri(uri: str) -> bytes:
 
 
 def decode_image(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    """Check the size of an opened image, decode it, and convert it to upright RGB."""
     width, height = image.size
     if width < 1 or height < 1:
         raise ImageError(f"{name} is empty: {width} x {height} pixels; give one with pixels.")
@@ -122,12 +125,13 @@ def decode_image(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to 8-bit RGB, transparent pixels onto white."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         # Pillow would clip every value above 255 to white.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ImageError(
-            f"A picture of mode {image.mode!r} has no known range of brightness; "
+            f"An image of mode {image.mode!r} has no known range of brightness; "
             "convert it to 8 bits first."
         )
     if "A" in image.getbands() or image.info.get("transparency") is not None:

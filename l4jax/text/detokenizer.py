@@ -1,4 +1,4 @@
-"""Token ids to text, as they arrive."""
+"""Incremental detokenization."""
 
 import codecs
 from collections.abc import Iterable
@@ -7,18 +7,17 @@ from l4jax.text.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """Turns one request's tokens into text, piece by piece.
+    """Decodes one request's tokens into text, incrementally.
 
-    It never emits part of a character, it costs the same for every token however long the text
-    is, and all pieces together are `tokenizer.decode` of all ids. Byte-level tokens make this
-    simple: a token is bytes, and an incremental UTF-8 decoder holds back the few (at most three)
-    that do not end a character yet.
+    It never emits part of a character. Every token costs the same, however long the text is. All
+    pieces joined equal `tokenizer.decode` of all ids. A byte-level token is bytes: an incremental
+    UTF-8 decoder buffers the at most three bytes of an incomplete character.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        # "replace" puts U+FFFD for invalid bytes, as many as the tokenizers library does.
+        # "replace" writes as many U+FFFD for invalid bytes as the tokenizers library does.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: Iterable[int]) -> str:
@@ -28,7 +27,7 @@ class Detokenizer:
         return self._decoder.decode(b"".join(map(tokenizer.token_bytes, kept)))
 
     def finish(self) -> str:
-        """Return what was held back: U+FFFD for a character that never ended, else nothing."""
+        """Flush the buffer: return U+FFFD for an incomplete character, else an empty string."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest

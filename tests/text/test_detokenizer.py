@@ -1,4 +1,4 @@
-"""Laws of the stream: whole characters only, and all pieces are the whole text."""
+"""Laws of the detokenizer: characters are complete, and all pieces join to the decoded text."""
 
 import time
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l4jax.text.stream import Detokenizer
+from l4jax.text.detokenizer import Detokenizer
 from l4jax.text.tokenizer import Tokenizer
 
 EMOJI = "👩‍👩‍👧‍👦"
@@ -16,8 +16,8 @@ def stream(detokenizer: Detokenizer, ids: list[int]) -> list[str]:
     return [*(detokenizer.push([i]) for i in ids), detokenizer.finish()]
 
 
-# Ids of the tiny tokenizer: 0 to 255 are bytes, so most sequences are not valid UTF-8; then words,
-# special tokens, ids without a token. Lead and continuation bytes come often.
+# Ids of the tiny tokenizer: 0 to 255 are bytes, so most sequences are invalid UTF-8. Words, special
+# tokens and ids without a token follow. Lead and continuation bytes are frequent.
 IDS = st.lists(
     st.one_of(
         st.integers(0, 255),
@@ -31,7 +31,7 @@ IDS = st.lists(
 
 @settings(max_examples=500, deadline=None)
 @given(ids=IDS, skip=st.booleans())
-def test_all_pieces_together_are_the_decoded_text(
+def test_all_pieces_joined_equal_the_decoded_text(
     tiny: Tokenizer, ids: list[int], skip: bool
 ) -> None:
     pieces = stream(Detokenizer(tiny, skip_special_tokens=skip), ids)
@@ -60,21 +60,21 @@ def test_an_emoji_appears_with_its_last_byte(tiny: Tokenizer) -> None:
     assert [detokenizer.push([byte]) for byte in "👍".encode()] == ["", "", "", "👍"]
 
 
-def test_characters_come_as_soon_as_they_are_whole(tiny: Tokenizer) -> None:
+def test_a_character_is_emitted_with_its_last_byte(tiny: Tokenizer) -> None:
     ids = list(f"日本{EMOJI}".encode())
     lengths = [len(piece) for piece in stream(Detokenizer(tiny), ids)]
     assert sum(lengths) == len(f"日本{EMOJI}")
     assert max(lengths) == 1
 
 
-def test_a_character_that_never_ends_is_replaced_at_the_end(tiny: Tokenizer) -> None:
+def test_an_incomplete_character_is_replaced_at_the_end(tiny: Tokenizer) -> None:
     detokenizer = Detokenizer(tiny)
     assert detokenizer.push([0xF0, 0x9F]) == ""
     assert detokenizer.finish() == "\ufffd"
     assert detokenizer.finish() == ""
 
 
-def test_special_tokens_are_left_out_unless_asked_for(tiny: Tokenizer) -> None:
+def test_special_tokens_are_skipped_by_default(tiny: Tokenizer) -> None:
     ids = tiny.encode("sky<|eot|>")
     assert "".join(stream(Detokenizer(tiny), ids)) == "sky"
     shown = "".join(stream(Detokenizer(tiny, skip_special_tokens=False), ids))
@@ -82,7 +82,7 @@ def test_special_tokens_are_left_out_unless_asked_for(tiny: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("byte", [ord("a"), 0xF0])
-def test_the_millionth_token_costs_what_the_first_did(tiny: Tokenizer, byte: int) -> None:
+def test_the_millionth_token_costs_as_much_as_the_first(tiny: Tokenizer, byte: int) -> None:
     detokenizer = Detokenizer(tiny)
 
     def measure() -> float:
@@ -93,7 +93,7 @@ def test_the_millionth_token_costs_what_the_first_did(tiny: Tokenizer, byte: int
 
     first = min(measure() for _ in range(3))
     detokenizer.push([byte] * 1_000_000)
-    # A stream that decodes its past again would be hundreds of times slower by now.
+    # A detokenizer that decoded all ids again would be hundreds of times slower by now.
     assert min(measure() for _ in range(3)) < 20 * first
 
 
@@ -103,4 +103,4 @@ def test_the_real_tokenizer_streams_split_characters(real: Tokenizer) -> None:
     pieces = stream(Detokenizer(real), ids)
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
-    assert "" in pieces[1:-1]  # the law would be empty if no character were split
+    assert "" in pieces[1:-1]  # at least one character is split
