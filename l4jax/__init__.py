@@ -1,4 +1,4 @@
-"""Llama 4 in JAX, for people who serve it: `from l4jax import LLM, SamplingParams`."""
+"""Llama 4 inference and serving in JAX: `from l4jax import LLM, SamplingParams`."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ __all__ = ["LLM", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for: `--help` and a check of the version should not wait for jax.
+    # Lazy: `--help` and `__version__` must not import jax.
     if name == "LLM":
         from l4jax.llm import LLM
 

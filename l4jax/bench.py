@@ -1,4 +1,4 @@
-"""How fast: `python -m l4jax.bench --config scout --quantization fp8`, with random weights."""
+"""The command `python -m l4jax.bench --config scout --quantization fp8`: measure random weights."""
 
 import argparse
 import contextlib
@@ -7,127 +7,142 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from l4jax.benchmark import report
+from l4jax.engine.arguments import add_engine_arguments, make_engine_config, parse_arguments
+
 EXAMPLES = """examples:
   python -m l4jax.bench
-  python -m l4jax.bench --config scout --quantization fp8 --plot decode.png
+  python -m l4jax.bench --config scout --quantization fp8 --json fp8.json --plot decode.svg
+  python -m l4jax.bench --from-json fp8.json --plot decode.svg
   python -m l4jax.bench --config scout --layers 24 --decode 1x256 1x32768 1xmax --prefill
   python -m l4jax.bench --config scout --quantization int4 --requests 512 --decode --prefill
 """
+# Fields of `EngineConfig` that are flags here.
+ENGINE_FIELDS = (
+    "mesh",
+    "tensor_parallel_size",
+    "kernels",
+    "dtype",
+    "quantization",
+    "quantize_attention",
+    "kv_cache_dtype",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "gpu_memory_utilization",
+    "seed",
+)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="l4jax.bench",
-        description="Measure a model of random weights against what its device could do.",
+        description="Measure a model of random weights, and compare with the device's limits.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add = parser.add_argument_group("workload").add_argument
     add("--config", default="tiny", choices=["tiny", "scout", "maverick"], help="(default: tiny)")
-    add("--layers", type=int, metavar="N", help="fewer than the model has (default: all)")
-    add("--mesh", default="1", help="devices: 8, 2x4 or data=2,model=4 (default: 1)")
-    kernels = ["portable", "hopper", "auto"]
-    add("--kernels", default="auto", choices=kernels, help="(default: the faster that runs)")
-    add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="(default: bfloat16)")
-    add("--quantization", choices=["fp8", "int4"], help="of the weights (default: none)")
-    add("--kv-cache-dtype", default="auto", choices=["auto", "fp8"], help="(default: auto)")
+    add("--layers", type=int, metavar="N", help="fewer layers than the model's (default: all)")
     numbers: Any = {"type": int, "nargs": "*", "metavar": "N"}
     add(
         "--decode",
         nargs="*",
-        type=_read_pair,
+        type=_parse_decode,
         metavar="ROWSxTOKENS",
         default=[(rows, 256) for rows in (1, 8, 32, 128)],
-        help="rows, and tokens before each, or max: as many as fit (default: 1x256 8x256 32x256 "
-        "128x256); none: no decode",
+        help="rows, and tokens of context of each, or max: as many as fit (default: 1x256 8x256 "
+        "32x256 128x256); none: no decode",
     )
-    add("--steps", type=int, default=64, metavar="N", help="of decode (default: 64)")
+    add("--steps", type=int, default=64, metavar="N", help="decode steps (default: 64)")
     add("--prefill", default=[2048, 8192], help="lengths of prompts; none: no prefill", **numbers)
-    add("--requests", type=int, default=0, metavar="N", help="through the engine (default: none)")
+    add(
+        "--requests",
+        type=int,
+        default=0,
+        metavar="N",
+        help="requests through the engine (default: 0)",
+    )
     span: Any = {"type": int, "nargs": 2, "metavar": ("LEAST", "MOST")}
     add("--input-len", default=[256, 768], help="tokens of their prompts", **span)
-    add("--output-len", default=[128, 384], help="tokens of their answers", **span)
-    add("--max-num-seqs", type=int, default=256, metavar="N", help="that run together")
-    add("--max-num-batched-tokens", type=int, default=2048, metavar="N", help="of an engine's step")
-    add("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="of the engine")
-    add("--seed", type=int, default=0)
+    add("--output-len", default=[128, 384], help="tokens of their outputs", **span)
+    add_engine_arguments(parser, ENGINE_FIELDS, dtype="bfloat16", max_num_seqs=256)
+    add = parser.add_argument_group("results").add_argument
     add("--json", type=Path, metavar="FILE", help="write the figures")
-    add("--plot", type=Path, metavar="FILE", help="draw decode against batch; needs l4jax[bench]")
+    add(
+        "--from-json",
+        type=Path,
+        metavar="FILE",
+        help="read the figures from a file of --json, and measure nothing",
+    )
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="plot decode steps against batch, as .svg, .png or .pdf; needs l4jax[bench]",
+    )
     add("--profile", type=Path, metavar="FOLDER", help="write a trace for XProf or Perfetto")
-    return parser.parse_args(argv)
+    return parse_arguments(parser, argv)
 
 
-def _read_pair(text: str) -> tuple[int, int | None]:
+def _parse_decode(text: str) -> tuple[int, int | None]:
     rows, _, tokens = text.partition("x")
     if not (rows.isdigit() and (tokens.isdigit() or tokens == "max") and int(rows)):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not like 8x256 or 8xmax, rows x tokens before each"
+            f"{text!r} is not like 8x256 or 8xmax, rows x tokens of context"
         )
     return int(rows), None if tokens == "max" else int(tokens)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, build, measure, print; 0 for figures, 1 for a wrong question."""
+    """Parse, measure or read, print; return 0, or 1 for an invalid argument."""
     args = parse(argv)
     try:
-        return _measure(args)
+        results = report.read_json(args.from_json) if args.from_json else _measure(args)
+        if args.from_json:
+            print(report.format_results(results))
+        if args.json:
+            report.write_json(args.json, results)
+        if args.plot:
+            report.draw_plot(args.plot, results)
     except (ValueError, OSError, ImportError) as error:
         print(f"l4jax.bench: {error}", file=sys.stderr)
         return 1
+    return 0
 
 
-def _measure(args: argparse.Namespace) -> int:
+def _measure(args: argparse.Namespace) -> report.Results:
     import jax
 
     from l4jax import config
     from l4jax.benchmark.measure import Bench
-    from l4jax.benchmark.report import (
-        draw_plot,
-        format_head,
-        format_line,
-        format_start,
-        write_json,
-    )
 
     model = getattr(config, args.config.upper())
     if args.layers is not None:
         model = model.replace_text(layers=args.layers)
-    bench = Bench(
-        model,
-        mesh=args.mesh,
-        dtype=args.dtype,
-        quantization=args.quantization,
-        kv_cache_dtype=args.kv_cache_dtype,
-        kernels=args.kernels,
-        seed=args.seed,
-    )
+    engine_config = make_engine_config(args, ENGINE_FIELDS)
+    bench = Bench(model, engine_config)
     about = {
         "config": args.config,
         "layers": model.text.layers,
         "quantization": args.quantization,
-        "format": args.quantization or args.dtype,
+        "format": args.quantization or bench.runner.dtype.name,
         "kernels": bench.runner.kernels,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
-    print(", ".join(f"{key} {value}" for key, value in about.items() if key != "quantization"))
-    print(format_head(), flush=True)
-    figures = []
+    results = report.Results(about, [], bench.phases)
+    print(report.format_header(results), flush=True)
     trace = jax.profiler.trace(args.profile) if args.profile else contextlib.nullcontext()
     with trace:
-        for figure in _run(bench, args):
-            figures.append(figure)
-            print(format_line(figure), flush=True)
-    print(format_start(bench.phases))
-    if args.json:
-        write_json(args.json, about, figures, bench.phases)
-    if args.plot:
-        draw_plot(args.plot, about, figures)
-    return 0
+        for figure in _iterate_figures(bench, args):
+            results.figures.append(figure)
+            print(report.format_figure(figure), flush=True)
+    print(report.format_start(results))
+    return results
 
 
-def _run(bench: Any, args: argparse.Namespace) -> Iterator[Any]:
+def _iterate_figures(bench: Any, args: argparse.Namespace) -> Iterator[report.Figure]:
     for batch, context in args.decode:
         yield bench.measure_decode(batch, context, args.steps)
     for length in args.prefill:
@@ -136,14 +151,7 @@ def _run(bench: Any, args: argparse.Namespace) -> Iterator[Any]:
         inputs, outputs = (
             range(least, most + 1) for least, most in (args.input_len, args.output_len)
         )
-        yield bench.measure_throughput(
-            args.requests,
-            inputs,
-            outputs,
-            seqs=args.max_num_seqs,
-            tokens=args.max_num_batched_tokens,
-            utilization=args.gpu_memory_utilization,
-        )
+        yield bench.measure_throughput(args.requests, inputs, outputs)
 
 
 if __name__ == "__main__":

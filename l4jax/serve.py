@@ -1,20 +1,21 @@
-"""The door to the server: `python -m l4jax.serve --model FOLDER`."""
+"""The command `python -m l4jax.serve --model FOLDER`: serve OpenAI's API."""
 
 import contextlib
 import logging
 import sys
 from collections.abc import Sequence
 
+from l4jax.engine.arguments import make_engine_config
 from l4jax.server import flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, build, call; 0 after SIGTERM or Ctrl-C, 1 for what cannot be served."""
+    """Parse, build, serve; return 0 after SIGTERM or Ctrl-C, 1 for an invalid argument."""
     args = flags.parse(argv)
     try:
         options = flags.make_options(args)
         changes = flags.make_generation_changes(args)
-        engine_options = flags.make_engine_options(args)
+        engine_config = make_engine_config(args)
         try:
             from l4jax.server.run import serve
         except ModuleNotFoundError as error:
@@ -25,9 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         configure_logs(args.log_level)
         with contextlib.redirect_stderr(LineLog(logging.getLogger("l4jax.serve"))):
-            llm = LLM(**engine_options)
-        is_own = args.generation_config == "auto"
-        defaults = llm.get_default_sampling_params() if is_own else SamplingParams()
+            llm = LLM(**vars(engine_config))
+        uses_checkpoint = args.generation_config == "auto"
+        defaults = llm.get_default_sampling_params() if uses_checkpoint else SamplingParams()
         return serve(Service(llm, options, defaults.replace(**changes)))
     except (ValueError, OSError) as error:
         print(f"l4jax.serve: {error}", file=sys.stderr)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l4jax import cache, checkpoint, decode
-from l4jax.engine.capacity import Capacity
+from l4jax.engine.config import EngineConfig
 from l4jax.engine.runner import Runner
 from l4jax.kernels.formats import FP8
 from l4jax.testing import write_model
@@ -59,13 +59,13 @@ def score(
     config = checkpoint.load_config(folder)
     runner = Runner(config, 1, "bfloat16")
     runner.load(folder, quantization=quantization, progress=False)
-    capacity = Capacity(
+    engine_config = EngineConfig(
         max_model_len=args.tokens,
         max_num_seqs=1,
         kv_cache_dtype="fp8" if dtype == FP8 else "auto",
         calculate_kv_scales=calculates,
     )
-    runner.reserve(capacity)
+    runner.reserve(engine_config)
     assert runner.pool is not None
     scales = jax.device_get((runner.pool.k_scale, runner.pool.v_scale))
     text, rng = config.text, np.random.default_rng(0)

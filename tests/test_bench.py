@@ -8,10 +8,11 @@ import pytest
 
 from l4jax import bench, cache, config
 from l4jax.benchmark import measure
-from l4jax.benchmark.cost import Format, count_hit, count_step
+from l4jax.benchmark.cost import Format, count_experts, count_step
 from l4jax.config import MAVERICK, SCOUT, TINY
 from l4jax.engine import runner
-from l4jax.engine.capacity import Capacity, find_longest, plan_limits
+from l4jax.engine.capacity import find_longest, plan_limits
+from l4jax.engine.config import EngineConfig
 
 FP8, INT4, BF16 = Format("fp8", True), Format("int4", False), Format(None, False)
 
@@ -26,9 +27,9 @@ def test_a_decode_step_of_scout_reads_its_weights_once():
 
 
 def test_experts_are_counted_once_however_many_tokens_want_them():
-    assert count_hit(16, 1) == 1
-    assert count_hit(16, 8) == pytest.approx(6.5, abs=0.1)
-    assert count_hit(16, 10000) == pytest.approx(16)
+    assert count_experts(16, 1) == 1
+    assert count_experts(16, 8) == pytest.approx(6.5, abs=0.1)
+    assert count_experts(16, 10000) == pytest.approx(16)
 
 
 def test_fewer_bits_are_fewer_bytes():
@@ -93,7 +94,7 @@ def test_max_is_the_longest_context_that_the_memory_holds(monkeypatch, rows, pag
     monkeypatch.setattr(
         runner, "CPU_POOL_BYTES", pages * cache.count_page_bytes(TINY.text, 32, np.float32)
     )
-    made = measure.Bench(short, dtype="float32")
+    made = measure.Bench(short, EngineConfig(dtype="float32"))
     assert made.measure_decode(rows, None, 2).context == longest - 2
     if rows == 1:
         assert made.runner.limits.max_length == longest  # what the planner says
@@ -104,7 +105,7 @@ def test_max_is_the_longest_context_that_the_memory_holds(monkeypatch, rows, pag
 
 def test_with_a_page_more_the_longest_request_would_not_fit():
     groups, chunk, page = 3, 64, 16
-    asked = Capacity(max_model_len=10000, max_num_seqs=1, block_size=page)
+    asked = EngineConfig(max_model_len=10000, max_num_seqs=1, block_size=page)
     chunked = TINY.replace_text(chunk=chunk)
     limits = plan_limits(chunked, asked, 1, 1, 10**6)
 

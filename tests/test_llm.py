@@ -15,7 +15,7 @@ from l4jax.checkpoint.conversion import convert_folder
 from l4jax.config import TINY
 from l4jax.engine.engine import RequestUpdate
 from l4jax.engine.request import StructuredOutputsParams, TokenLogprobs
-from l4jax.llm import Answer
+from l4jax.outputs import CompletionBuilder
 from l4jax.testing import write_model
 from l4jax.text.chat import PromptError
 from tests.engine.engines import assert_all_free
@@ -42,7 +42,7 @@ def nothing_is_left(request):
     if "llm" in request.fixturenames:
         llm = request.getfixturevalue("llm")
         assert_all_free(llm.engine)
-        assert not llm._mail
+        assert not llm._updates
 
 
 def make_image(width: int = 400, height: int = 300, seed: int = 0) -> Image.Image:
@@ -174,14 +174,14 @@ def test_a_stop_string_ends_the_text_before_it(llm):
 
 def test_a_stop_string_may_come_in_parts_and_half_of_one_is_held_back(llm):
     tokens = [llm.tokenizer.encode(char, add_special_tokens=False)[0] for char in "abcXYZd"]
-    answer = Answer(llm.tokenizer, SamplingParams(stop=["XYZ", "cQ"]))
-    texts = [answer.take(RequestUpdate(0, [token], [], None)).text for token in tokens[:5]]
+    answer = CompletionBuilder(llm.tokenizer, SamplingParams(stop=["XYZ", "cQ"]))
+    texts = [answer.add(RequestUpdate(0, [token], [], None)).text for token in tokens[:5]]
     assert texts == ["a", "b", "", "c", ""]  # "c" may begin "cQ", and "XY" may begin "XYZ"
-    last = answer.take(RequestUpdate(0, tokens[5:], [], None))
+    last = answer.add(RequestUpdate(0, tokens[5:], [], None))
     assert (last.text, last.finish_reason, last.stop_reason) == ("", "stop", "XYZ")
     assert last.token_ids == tokens[5:6]  # what comes behind the stop string is not counted
-    short = Answer(llm.tokenizer, SamplingParams(stop="XYZ"))
-    assert short.take(RequestUpdate(0, tokens[3:5], [], "length")).text == "XY"
+    short = CompletionBuilder(llm.tokenizer, SamplingParams(stop="XYZ"))
+    assert short.add(RequestUpdate(0, tokens[3:5], [], "length")).text == "XY"
 
 
 def test_a_stop_token_ends_the_answer_and_is_named(llm):

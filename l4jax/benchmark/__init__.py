@@ -1,1 +1,1 @@
-"""What `l4jax.bench` measures: how much must be moved and computed, and how long it takes."""
+"""Cost model, measurements and report of `l4jax.bench`."""

@@ -1,7 +1,7 @@
-"""The least that a step must read and compute, counted from a config. No jax.
+"""The least bytes and arithmetic of a step, counted from a config. No jax.
 
-Only what no implementation avoids: weights of the experts that are hit once a step, the head, the
-keys and values that are seen. Activations stay on the chip as far as this is concerned.
+Counted is what no implementation avoids: weights of the selected experts once per step, the head,
+and the keys and values in view. Activations count as staying on the chip.
 """
 
 import dataclasses
@@ -10,21 +10,21 @@ from l4jax.config import TextConfig
 
 GROUP = 128  # of int4: neighbors that share a float32 scale
 
-# Of one NVIDIA H200, the best that any kernel reached on it: bytes a second, FLOP a second.
+# The best that any kernel reached on one NVIDIA H200: bytes a second, FLOP a second.
 MEMORY = 4.3e12
 ARITHMETIC = {"bfloat16": 790e12, "fp8": 1465e12}
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How the weights are stored. The names are those of `--quantization`, None is bfloat16."""
+    """Storage of weights and cache. Names are those of `--quantization`; None is bfloat16."""
 
     quantization: str | None
     attention: bool  # quantized, too
-    cache_bytes: int = 2  # of a cached number
+    cache_bytes: int = 2  # per cached number
 
     def count_bytes(self, numbers: float, *, is_attention: bool = False) -> float:
-        """Bytes of so many weights of a linear layer, with their scales."""
+        """Count the bytes of `numbers` weights of a linear layer, with their scales."""
         if self.quantization is None or (is_attention and not self.attention):
             return 2 * numbers
         return numbers if self.quantization == "fp8" else numbers * (0.5 + 4 / GROUP)
@@ -32,29 +32,29 @@ class Format:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of a step, or of a prompt."""
+    """Bytes and FLOP of a step or of a prompt."""
 
     bytes: float
-    flops: dict[str, float]  # by the arithmetic that does them: "fp8", "bfloat16"
+    flops: dict[str, float]  # by arithmetic: "fp8", "bfloat16"
 
     @property
     def seconds(self) -> float:
-        """The floor: what takes longer, moving or computing."""
+        """The floor: the longer of moving and computing."""
         return max(self.bytes / MEMORY, sum(n / ARITHMETIC[how] for how, n in self.flops.items()))
 
 
-def count_hit(experts: int, tokens: int) -> float:
-    """Distinct experts that tokens hit, on average, each one's drawn evenly."""
+def count_experts(experts: int, tokens: int) -> float:
+    """Count the distinct experts that `tokens` tokens select, on average, with uniform routing."""
     return experts * (1 - (1 - 1 / experts) ** tokens)
 
 
 def count_step(config: TextConfig, form: Format, contexts: list[int], tokens: int = 1) -> Cost:
-    """The cost of a step of one row for each context, each row with its last `tokens` tokens.
+    """Count the cost of a step of one row per context, each row with its last `tokens` tokens.
 
     Args:
         config: of the text model.
         form: of weights and cache.
-        contexts: tokens of each row, this step's among them.
+        contexts: tokens of each row, including this step's.
         tokens: of each row that this step runs.
     """
     c, total = config, len(contexts) * tokens
@@ -69,7 +69,7 @@ def count_step(config: TextConfig, form: Format, contexts: list[int], tokens: in
         else:
             exact += 2 * attention * total
         if c.is_moe(layer):
-            moved += form.count_bytes(expert * (1 + count_hit(c.experts, total)))
+            moved += form.count_bytes(expert * (1 + count_experts(c.experts, total)))
             moved += 2 * c.experts * c.width
             linear += 2 * 2 * expert * total
         else:
@@ -85,5 +85,5 @@ def count_step(config: TextConfig, form: Format, contexts: list[int], tokens: in
 
 
 def _count_seen(config: TextConfig, layer: int, position: int) -> int:
-    """Positions that a token sees, its own among them."""
+    """Count the positions that a token sees, including its own."""
     return 1 + (position if config.is_nope(layer) else position % config.chunk)

@@ -1,4 +1,4 @@
-"""Running a model of random weights, and the clock beside it."""
+"""Time steps, prompts and requests on a model of random weights."""
 
 import dataclasses
 import functools
@@ -17,100 +17,73 @@ from tqdm import tqdm
 
 from l4jax import cache, decode
 from l4jax.benchmark.cost import Cost, Format, count_step
+from l4jax.benchmark.report import Figure
 from l4jax.config import Config
-from l4jax.engine.capacity import Capacity, find_longest
+from l4jax.engine.capacity import find_longest
+from l4jax.engine.config import EngineConfig
 from l4jax.engine.engine import Engine
 from l4jax.engine.request import SamplingParams
 from l4jax.engine.runner import Runner
 from l4jax.model import Llama4
 
-_REPEATS = 3  # of each figure, of which the median counts
-_PROMPT_STEP = 8192  # tokens of a prompt that run in one step
-
-
-@dataclasses.dataclass(frozen=True)
-class Figure:
-    """One line of the table.
-
-    Attributes:
-        what: "decode", "prefill" or "throughput".
-        batch: rows, or requests.
-        context: tokens of a row before the first step, or of a prompt.
-        seconds: of a step, of a prompt, or of it all.
-        tokens: that came out of it, or went in where it is a prompt.
-        bytes, flops, floor_seconds: what it costs at least; None of a mix, where nobody knows.
-    """
-
-    what: str
-    batch: int
-    context: int
-    seconds: float
-    tokens: int
-    bytes: float | None = None
-    flops: float | None = None
-    floor_seconds: float | None = None
-
-    @classmethod
-    def of(
-        cls, what: str, batch: int, context: int, seconds: float, tokens: int, cost: Cost
-    ) -> "Figure":
-        """A figure beside what it costs at least."""
-        flops = sum(cost.flops.values())
-        return cls(what, batch, context, seconds, tokens, cost.bytes, flops, cost.seconds)
+_REPEATS = 3  # timed runs of each figure; the median counts
+_PROMPT_STEP = 8192  # tokens of a prompt in one step
 
 
 class Bench:
-    """A runner with random weights, and what is measured on it.
+    """A runner with random weights, and measurements on it.
 
-    `phases` holds the seconds that the parts of the start took: "load" once; "compile" and
-    "warm-up" are added to by each figure.
+    `phases` holds the seconds of the parts of the start: "load" once; each figure adds to "compile"
+    and "warm-up".
     """
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        mesh: str = "1",
-        dtype: str = "bfloat16",
-        quantization: str | None = None,
-        kv_cache_dtype: str = "auto",
-        kernels: str = "auto",
-        seed: int = 0,
-    ):
-        # Of text alone: no token of a prompt stands for a picture.
+    def __init__(self, config: Config, engine_config: EngineConfig):
+        # Text only: no token of a prompt stands for an image.
         self.config = dataclasses.replace(config, vision=None, patch_id=None)
-        self.kv_cache_dtype, self.seed = kv_cache_dtype, seed
+        self.engine_config = engine_config
         self.phases: dict[str, float] = dict.fromkeys(("load", "compile", "warm-up"), 0.0)
+        dtype = "bfloat16" if engine_config.dtype == "auto" else engine_config.dtype
+        quantization = engine_config.quantization
+        quantizes_attention = engine_config.quantize_attention
+        if quantizes_attention is None:
+            quantizes_attention = quantization == "fp8"
         with self._clock("load"):
+            kernels, mesh = engine_config.kernels, engine_config.mesh_shape
             self.runner = Runner(self.config, mesh, dtype, kernels=kernels)
-            self.runner.initialize(seed, quantization=quantization)
+            self.runner.initialize(
+                engine_config.seed,
+                quantization=quantization,
+                quantize_attention=engine_config.quantize_attention,
+            )
             jax.block_until_ready(self.runner.params)
-        size = 1 if kv_cache_dtype != "auto" else jnp.dtype(dtype).itemsize
-        self.format = Format(quantization, quantization == "fp8", size)
+        size = 1 if engine_config.kv_cache_dtype != "auto" else jnp.dtype(dtype).itemsize
+        self.format = Format(quantization, quantizes_attention, size)
 
     def measure_decode(self, batch: int, context: int | None, steps: int) -> Figure:
-        """A decode step of `batch` rows, each behind `context` tokens or, where that is None, as
-        many as fit: the mean of `steps` steps that the device runs by itself, greedily."""
+        """Time a greedy decode step of `batch` rows: the mean of `steps` steps in a device loop.
+
+        Each row has `context` tokens of context; None is as many as fit.
+        """
         wanted = None if context is None else context + steps
         tables, length = self._reserve(batch, wanted, tokens=batch)
         context = length - steps
         if context < 0:
-            raise ValueError(f"--steps {steps}: of {batch} rows no more than {length} tokens fit.")
+            raise ValueError(f"--steps {steps}: {batch} rows fit with {length} tokens at most.")
         at_R = np.arange(batch, dtype=np.int32)
         start = cache.Batch(at_R, np.full(batch, context, np.int32), at_R, tables)
         run = self._compile(_decode, start, model=self.runner.model, steps=steps)
         seconds = self._time(run, start) / steps
         cost = count_step(self.config.text, self.format, [context + 1 + steps // 2] * batch)
-        return Figure.of("decode", batch, context, seconds, batch, cost)
+        return Figure.with_cost("decode", batch, context, seconds, batch, cost)
 
     def measure_prefill(self, length: int) -> Figure:
-        """A prompt, up to 8192 tokens a step, and the logits of its last token."""
+        """Time a prompt, up to 8192 tokens a step, and the logits of its last token."""
         chunk = self.config.text.chunk
         size = min(length, _PROMPT_STEP, chunk)
         if length % size:
             raise ValueError(f"--prefill {length}: a length beyond {size} is a multiple of it.")
         tables, _ = self._reserve(1, length, tokens=size)
-        rng = np.random.default_rng(self.seed)
+        rng = np.random.default_rng(self.engine_config.seed)
         token = rng.integers(0, self.config.text.vocab, length).astype(np.int32)
         parts = [
             cache.Batch(
@@ -136,73 +109,71 @@ class Bench:
         ]
         flops = {how: sum(c.flops[how] for c in costs) for how in costs[0].flops}
         cost = Cost(sum(c.bytes for c in costs), flops)
-        return Figure.of("prefill", 1, length, seconds, length, cost)
+        return Figure.with_cost("prefill", 1, length, seconds, length, cost)
 
-    def measure_throughput(
-        self,
-        requests: int,
-        inputs: range,
-        outputs: range,
-        *,
-        seqs: int,
-        tokens: int,
-        utilization: float,
-    ) -> Figure:
-        """Requests of random lengths, all at once, through the engine; a few of them warm up."""
-        rng = random.Random(self.seed)
-        asked = [(rng.choice(inputs), rng.choice(outputs)) for _ in range(requests)]
-        capacity = Capacity(
+    def measure_throughput(self, requests: int, inputs: range, outputs: range) -> Figure:
+        """Time requests of random lengths, submitted at once to an engine, after a warm-up.
+
+        Args:
+            requests: how many.
+            inputs: lengths of prompts, drawn uniformly, in tokens.
+            outputs: lengths of outputs, likewise.
+        """
+        rng = random.Random(self.engine_config.seed)
+        lengths = [(rng.choice(inputs), rng.choice(outputs)) for _ in range(requests)]
+        engine_config = dataclasses.replace(
+            self.engine_config,
             max_model_len=inputs[-1] + outputs[-1] + 1,
-            max_num_seqs=seqs,
-            max_num_batched_tokens=tokens,
-            kv_cache_dtype=self.kv_cache_dtype,
-            gpu_memory_utilization=utilization,
             loop_steps=16,
-            enable_prefix_caching=False,  # a second run would find all of the first
+            enable_prefix_caching=False,  # a repeated run would find every prompt cached
         )
-        engine = Engine(self.runner, capacity)
+        engine = Engine(self.runner, engine_config)
         with self._clock("compile"):
             engine.warm_up(progress=True)
         with self._clock("warm-up"):
-            self._serve(engine, [(length, min(wanted, 32)) for length, wanted in asked[:32]])
-        # Which would take time from the engine's thread; of no start, since others are served.
+            self._serve(engine, [(length, min(output, 32)) for length, output in lengths[:32]])
+        # Background compilation would slow the engine's thread. It is not part of the start: a
+        # server serves meanwhile.
         self.runner.wait_for_compilers(progress=True)
         started = time.perf_counter()
-        out = self._serve(engine, asked)
+        tokens = self._serve(engine, lengths)
         seconds = time.perf_counter() - started
-        return Figure("throughput", requests, sum(n for n, _ in asked) // requests, seconds, out)
+        mean_input = sum(length for length, _ in lengths) // requests
+        return Figure("throughput", requests, mean_input, seconds, tokens)
 
-    def _serve(self, engine: Engine, asked: list[tuple[int, int]]) -> int:
-        """Run requests to their ends; the tokens that came."""
-        rng = np.random.default_rng(self.seed)
-        for length, wanted in asked:
+    def _serve(self, engine: Engine, lengths: list[tuple[int, int]]) -> int:
+        """Run requests of (input, output) lengths to their ends; return the output tokens."""
+        rng = np.random.default_rng(self.engine_config.seed)
+        for length, output in lengths:
             ids = rng.integers(0, self.config.text.vocab, length).tolist()
-            engine.add(ids, SamplingParams(temperature=0.0, max_tokens=wanted, ignore_eos=True))
-        came = 0
-        with tqdm(desc="serving", total=len(asked), unit="request") as bar:
+            engine.add(ids, SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True))
+        tokens = 0
+        with tqdm(desc="serving", total=len(lengths), unit="request") as bar:
             while engine.has_work:
                 updates = engine.step()
-                came += sum(len(update.token_ids) for update in updates)
+                tokens += sum(len(update.token_ids) for update in updates)
                 bar.update(sum(update.finish_reason is not None for update in updates))
-        return came
+        return tokens
 
     def _reserve(
         self, rows: int, length: int | None, *, tokens: int
     ) -> tuple[cache.PageTables, int]:
-        """A pool of noise for so many rows of a length, or of the longest that fits; their tables,
-        and that length."""
-        capacity = Capacity(
+        """Reserve a pool of noise for rows of a length; None is the longest that fits.
+
+        Returns the page tables and the length.
+        """
+        engine_config = dataclasses.replace(
+            self.engine_config,
             max_model_len=length,
             max_num_seqs=rows,
             max_num_batched_tokens=max(tokens, rows),
-            kv_cache_dtype=self.kv_cache_dtype,
             gpu_memory_utilization=0.92,
         )
-        limits = self.runner.reserve(capacity)
+        limits = self.runner.reserve(engine_config)
         if length is None:
             length = find_longest(limits.count_pages, limits.pages // rows, limits.max_length)
-        whole = -(-length // limits.page)
-        local = -(-min(length, limits.chunk) // limits.page)
+        global_pages = -(-length // limits.page)
+        local_pages = -(-min(length, limits.chunk) // limits.page)
         each = limits.count_pages(length)
         if limits.pages < rows * each:
             raise ValueError(
@@ -210,10 +181,10 @@ class Bench:
                 f"{limits.pages} fit: take fewer rows or less context."
             )
         ids_RB = np.arange(rows * each, dtype=np.int32).reshape(rows, each)
-        locals_RGB = ids_RB[:, whole:].reshape(rows, limits.local_groups, local)
-        self.runner.pool = _fill(self.runner.pool, self.seed)
+        locals_RGB = ids_RB[:, global_pages:].reshape(rows, limits.local_groups, local_pages)
+        self.runner.pool = _fill(self.runner.pool, self.engine_config.seed)
         local_GRB = np.ascontiguousarray(locals_RGB.swapaxes(0, 1))
-        return cache.PageTables(ids_RB[:, :whole], local_GRB), length
+        return cache.PageTables(ids_RB[:, :global_pages], local_GRB), length
 
     def _compile(self, program: Any, batch: cache.Batch, **static: Any) -> Callable[..., Any]:
         with self.runner.layout.active(), self._clock("compile"):
@@ -221,7 +192,7 @@ class Bench:
             return lowered.compile()
 
     def _time(self, run: Callable[..., Any], argument: Any) -> float:
-        """The median of a few runs, in seconds, after one that does not count."""
+        """Return the median seconds of a few runs, after a warm-up run."""
         seconds = []
         argument = jax.block_until_ready(jax.device_put(argument))
         with self.runner.layout.active():
@@ -271,8 +242,10 @@ def _prefill(
 
 @functools.partial(jax.jit, donate_argnames="pool")
 def _fill(pool: cache.PagePool, seed: Any) -> cache.PagePool:
-    """Noise in place of zeros, which some devices multiply faster; added, so that it takes their
-    place and no other."""
+    """Add noise to a pool of zeros, which some devices multiply faster.
+
+    Adding keeps the donated buffers.
+    """
     key = jax.random.key(seed, impl="rbg")
 
     def draw(at: int, pages: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 
 from l4jax.config import Config, TextConfig
-from l4jax.engine.ngram_proposer import SpeculativeConfig
+from l4jax.engine.config import CapacityError, EngineConfig
 from l4jax.engine.scheduler import Limits
 
 TILES_PER_IMAGE = 17  # 16 tiles and the whole image, at most
@@ -15,85 +15,23 @@ _COARSE = 64  # requests, from which on there are loops between those in fours .
 _FINE = 32  # .. every so many rows, or a quarter of those where that is more
 
 
-class CapacityError(ValueError):
-    """What was asked for does not fit in memory, said in one sentence."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Capacity:
-    """What the engine is built for; names as in vLLM where the thing is the same. None is: choose.
-
-    Attributes:
-        max_model_len: tokens of prompt and output of a request, at most.
-        max_num_seqs: requests that run together, over all data shards.
-        max_num_batched_tokens: tokens of a step, over all data shards.
-        block_size: positions of a page.
-        kv_cache_dtype: of keys and values, "auto" (the model's) or "fp8".
-        calculate_kv_scales: whether to calibrate an fp8 cache where the checkpoint has no scales.
-        kv_cache_memory_bytes: for the page pool, over all devices of a data shard.
-        gpu_memory_utilization: share of an accelerator's memory that weights and pool may take.
-        max_images: images of a prompt, at most.
-        loop_steps: decode steps between two looks at the tokens.
-        enable_prefix_caching: whether prompts share what they begin with.
-        speculation: how to guess tokens; None is not at all.
-    """
-
-    max_model_len: int | None = None
-    max_num_seqs: int = 8
-    max_num_batched_tokens: int = 2048
-    block_size: int | None = None
-    kv_cache_dtype: str = "auto"
-    calculate_kv_scales: bool = False
-    kv_cache_memory_bytes: int | None = None
-    gpu_memory_utilization: float = 0.9
-    max_images: int = 10
-    loop_steps: int = 8
-    enable_prefix_caching: bool = True
-    speculation: SpeculativeConfig | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise CapacityError(f"{name} is {value}: it must be at least 1.")
-        if self.kv_cache_dtype not in ("auto", "fp8", "fp8_e4m3"):
-            raise CapacityError(
-                f"kv_cache_dtype is {self.kv_cache_dtype!r}: it is auto or fp8 (e4m3)."
-            )
-        if self.calculate_kv_scales and self.kv_cache_dtype == "auto":
-            raise CapacityError(
-                "calculate_kv_scales is for an fp8 cache, and kv_cache_dtype is 'auto': "
-                "make it fp8, or leave calculate_kv_scales out."
-            )
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise CapacityError(
-                f"gpu_memory_utilization is {self.gpu_memory_utilization}: "
-                "it is a share, above 0 and at most 1."
-            )
-
-    def divide(self, shards: int) -> tuple[int, int]:
-        """Requests, and tokens of a step, of each of so many data shards."""
-        requests = -(-self.max_num_seqs // shards)
-        return requests, max(-(-self.max_num_batched_tokens // shards), requests)
-
-
-def choose_page(config: Config, capacity: Capacity) -> int:
+def choose_page(config: Config, engine_config: EngineConfig) -> int:
     """Positions of a page: as asked, else 128 or what of it divides the attention chunk."""
     chunk = config.text.chunk
-    page = capacity.block_size or math.gcd(chunk, 128)
+    page = engine_config.block_size or math.gcd(chunk, 128)
     if chunk % page:
         raise CapacityError(f"block_size is {page}: it must divide the attention chunk of {chunk}.")
     return page
 
 
 def plan_limits(
-    config: Config, capacity: Capacity, shards: int, page_bytes: int, memory: int
+    config: Config, engine_config: EngineConfig, shards: int, page_bytes: int, memory: int
 ) -> Limits:
     """What the scheduler must keep within.
 
     Args:
         config: of the model.
-        capacity: what is wanted.
+        engine_config: the requested sizes.
         shards: data shards; requests and tokens are divided among them.
         page_bytes: bytes of one page id, over all arrays of the pool.
         memory: bytes that the pool of a data shard may take.
@@ -101,12 +39,12 @@ def plan_limits(
     Raises:
         CapacityError: where a request as long as asked for would not fit, and what would.
     """
-    text, page = config.text, choose_page(config, capacity)
-    asked, chunk, local_groups = capacity.max_model_len, text.chunk, text.nope_interval - 1
+    text, page = config.text, choose_page(config, engine_config)
+    asked, chunk, local_groups = engine_config.max_model_len, text.chunk, text.nope_interval - 1
     if asked is not None and asked > text.max_positions:
         raise CapacityError(f"max_model_len is {asked}, and the model's is {text.max_positions}.")
     wanted = asked or text.max_positions
-    requests, tokens = capacity.divide(shards)
+    requests, tokens = engine_config.divide(shards)
 
     def count_pages(length: int) -> int:
         return -(-length // page) + local_groups * -(-min(length, chunk) // page)
@@ -127,29 +65,29 @@ def plan_limits(
         pages=pages,
         tokens=tokens,
         rows=requests + tokens // chunk + 1,
-        feature_slots=TILES_PER_IMAGE * capacity.max_images if config.vision else 0,
+        feature_slots=TILES_PER_IMAGE * engine_config.max_images if config.vision else 0,
         page=page,
         chunk=chunk,
         local_groups=local_groups,
-        loop_steps=capacity.loop_steps,
+        loop_steps=engine_config.loop_steps,
         max_length=fits,
-        drafts=capacity.speculation.num_speculative_tokens if capacity.speculation else 0,
+        drafts=engine_config.speculation.num_speculative_tokens if engine_config.speculation else 0,
     )
 
 
 def find_free_bytes(
-    capacity: Capacity, *, limit: int, in_use: int, programs: int, share: float = 1.0
+    engine_config: EngineConfig, *, limit: int, in_use: int, programs: int, share: float = 1.0
 ) -> int:
     """Bytes of one accelerator that the page pool may take.
 
     Args:
-        capacity: says which share of the accelerator weights and pool may take, as in vLLM.
+        engine_config: its `gpu_memory_utilization` bounds weights and pool, as in vLLM.
         limit: bytes that this process may take.
         in_use: of them, by now.
         programs: of them, to be left for what programs take while they run.
         share: of the accelerator's memory that `limit` is.
     """
-    allowed = min(capacity.gpu_memory_utilization * limit / share, limit - programs)
+    allowed = min(engine_config.gpu_memory_utilization * limit / share, limit - programs)
     return max(0, int(allowed) - in_use)
 
 

@@ -14,7 +14,7 @@ import time
 import numpy as np
 
 from l4jax.engine.arrays import SampledTokens
-from l4jax.engine.capacity import Capacity
+from l4jax.engine.config import EngineConfig
 from l4jax.engine.ngram_proposer import NgramProposer
 from l4jax.engine.request import (
     Constraints,
@@ -73,18 +73,18 @@ class Engine:
     Not thread-safe: one thread calls it.
     """
 
-    def __init__(self, runner: Runner, capacity: Capacity, seed: int = 0):
+    def __init__(self, runner: Runner, engine_config: EngineConfig):
         """Raises `CapacityError` where the capacity does not fit in memory."""
-        self.runner, self.capacity = runner, capacity
-        self.limits = runner.reserve(capacity)
+        self.runner, self.engine_config = runner, engine_config
+        self.limits = runner.reserve(engine_config)
         self.scheduler = Scheduler(
             self.limits,
-            keeps_prefixes=capacity.enable_prefix_caching,
-            guess=NgramProposer(capacity.speculation) if capacity.speculation else None,
+            keeps_prefixes=engine_config.enable_prefix_caching,
+            guess=NgramProposer(engine_config.speculation) if engine_config.speculation else None,
         )
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
-        self._seeds = random.Random(seed)
+        self._seeds = random.Random(engine_config.seed)
         self._flight: PendingStep | None = None
         self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
         self._counts = dict.fromkeys(("prompt", "generation", "queries", "hits"), 0)
@@ -222,9 +222,9 @@ class Engine:
             raise PromptError(f"token id {strangers[0]} is not in the vocabulary of {vocab}.")
         if images and config.vision is None:
             raise PromptError("the prompt holds an image, and this model only reads text.")
-        if len(images) > self.capacity.max_images:
+        if len(images) > self.engine_config.max_images:
             raise PromptError(
-                f"the prompt holds {len(images)} images, and {self.capacity.max_images} are "
+                f"the prompt holds {len(images)} images, and {self.engine_config.max_images} are "
                 "allowed."
             )
         wanted = sum(len(image.pixels_ICHW) for image in images) * (

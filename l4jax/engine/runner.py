@@ -20,12 +20,12 @@ from l4jax.config import Config
 from l4jax.engine import arrays, calibrate
 from l4jax.engine.capacity import (
     Buckets,
-    Capacity,
     choose_page,
     count_program_bytes,
     find_free_bytes,
     plan_limits,
 )
+from l4jax.engine.config import EngineConfig
 from l4jax.engine.executables import Call, Executables
 from l4jax.engine.local_kernels import choose_kernels, make_kernels, name_kernels
 from l4jax.engine.request import MAX_LOGPROBS
@@ -154,16 +154,16 @@ class Runner:
 
         self.params = jax.tree_util.tree_map_with_path(fill, shapes, names)
 
-    def reserve(self, capacity: Capacity) -> Limits:
+    def reserve(self, engine_config: EngineConfig) -> Limits:
         """Allocate the page pool; how much there is of everything. Raises `CapacityError`."""
         self._drop_pool()
         text, shards = self.config.text, self.layout.count(axes.ROWS)
-        page = choose_page(self.config, capacity)
-        dtype = self.dtype if capacity.kv_cache_dtype == "auto" else FP8
+        page = choose_page(self.config, engine_config)
+        dtype = self.dtype if engine_config.kv_cache_dtype == "auto" else FP8
         page_bytes = cache.count_page_bytes(text, page, dtype)
-        self._scales = self._find_kv_scales(capacity, page) if dtype == FP8 else None
-        memory = self._find_memory(capacity)
-        self.limits = plan_limits(self.config, capacity, shards, page_bytes, memory)
+        self._scales = self._find_kv_scales(engine_config, page) if dtype == FP8 else None
+        memory = self._find_memory(engine_config)
+        self.limits = plan_limits(self.config, engine_config, shards, page_bytes, memory)
         self.buckets = Buckets.of(self.limits)
         self._pool_dtype = dtype
         about = (self.config, self.layout, self.kernels, self.dtype, self._precision)
@@ -404,10 +404,10 @@ class Runner:
         return np.zeros((tiles, c.channels, c.tile, c.tile), np.float32)
 
     def _find_kv_scales(
-        self, capacity: Capacity, page: int
+        self, engine_config: EngineConfig, page: int
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """The checkpoint's scales of an fp8 cache; else calibrated, if so asked; None is 1."""
-        if self.kv_scales is not None or not capacity.calculate_kv_scales:
+        if self.kv_scales is not None or not engine_config.calculate_kv_scales:
             return self.kv_scales
         shards = self.layout.count(axes.ROWS)
         batch = calibrate.make_batch(self.config, page, shards)
@@ -426,19 +426,19 @@ class Runner:
     def _put(self, tree: Any, names: Any) -> Any:
         return jax.device_put(tree, self.layout.place_all(names))
 
-    def _find_memory(self, capacity: Capacity) -> int:
+    def _find_memory(self, engine_config: EngineConfig) -> int:
         """Bytes that the page pool of one data shard may take, over the devices of the shard."""
-        if capacity.kv_cache_memory_bytes is not None:
-            return capacity.kv_cache_memory_bytes
+        if engine_config.kv_cache_memory_bytes is not None:
+            return engine_config.kv_cache_memory_bytes
         device = self.layout.mesh.devices.flat[0]
         stats = device.memory_stats()
         if not stats or "bytes_limit" not in stats:
             return CPU_POOL_BYTES
         share = find_gpu_share() if device.platform == "gpu" else 1.0
-        rows, tokens = capacity.divide(self.layout.count(axes.ROWS))
+        rows, tokens = engine_config.divide(self.layout.count(axes.ROWS))
         programs = count_program_bytes(self.config.text, rows=rows, tokens=tokens)
         free = find_free_bytes(
-            capacity,
+            engine_config,
             limit=stats["bytes_limit"],
             in_use=stats["bytes_in_use"],
             programs=programs,

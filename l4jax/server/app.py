@@ -155,7 +155,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     async def tokenizer_info() -> TokenizerInfo:
         """What a client needs to render conversations itself, as lm-eval does."""
         names = service.tokenizer.special_tokens_map
-        template = service.llm.chat_template or service.tokenizer.chat_template
+        template = service.llm.inputs.chat_template or service.tokenizer.chat_template
         return TokenizerInfo(**names, chat_template=template)
 
 

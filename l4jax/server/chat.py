@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from l4jax.llm import Answer
+from l4jax.outputs import CompletionBuilder
 from l4jax.server.errors import refuse_in_words
 from l4jax.server.logprobs import Speller
 from l4jax.server.loop import RequestHandle
@@ -94,7 +94,7 @@ class _Chat:
         model: str,
         prompt: Prompt,
         ticket: RequestHandle,
-        answers: list[Answer],
+        answers: list[CompletionBuilder],
     ):
         self._service, self._request, self._model = service, request, model
         self._prompt, self._ticket, self._answers = prompt, ticket, answers

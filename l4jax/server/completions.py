@@ -7,7 +7,7 @@ from typing import Any
 from starlette.responses import Response
 
 from l4jax.engine.request import TokenLogprobs
-from l4jax.llm import Answer
+from l4jax.outputs import CompletionBuilder
 from l4jax.server.logprobs import Ledger, Speller, join
 from l4jax.server.loop import RequestHandle
 from l4jax.server.params import read_completion_params
@@ -69,7 +69,7 @@ class _Completion:
         asked: list[str | list[int]],
         prompts: list[Prompt],
         ticket: RequestHandle,
-        answers: list[Answer],
+        answers: list[CompletionBuilder],
     ):
         self._service, self._request, self._model = service, request, model
         self._asked, self._prompts = asked, prompts

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from l4jax.engine.request import Constraints, SamplingParams
-from l4jax.llm import LLM, Answer, Piece
+from l4jax.llm import LLM
+from l4jax.outputs import CompletionBuilder, CompletionDelta
 from l4jax.server.errors import ApiError, refuse_in_words
 from l4jax.server.loop import BusyError, ClosedError, EngineLoop, RequestHandle, Work
 from l4jax.server.media import MediaReader
@@ -18,7 +19,7 @@ from l4jax.server.metrics import Metrics
 from l4jax.server.options import Options
 from l4jax.server.protocol import Conversation
 from l4jax.server.usage import UsageCounter
-from l4jax.text.chat import Prompt, encode_prompt, render_chat
+from l4jax.text.chat import Prompt
 from l4jax.text.tokenizer import Tokenizer
 
 READERS = 4  # threads that render templates, tokenize, and decode and cut pictures
@@ -32,7 +33,7 @@ class Part:
     """A piece of one of a request's answers, and what its prompt brought along."""
 
     index: int
-    piece: Piece
+    piece: CompletionDelta
     prompt_logprobs: list | None
 
 
@@ -135,14 +136,11 @@ class Service:
         messages = await self._media.read_messages(_rename_roles(talk.messages))
         tools = [tool.model_dump(exclude_none=True) for tool in talk.tools or ()]
         prompt = await self.read(
-            lambda: render_chat(
-                self.llm.tokenizer,
-                self.llm.processor,
+            lambda: self.llm.inputs.render_messages(
                 messages,
-                chat_template=talk.chat_template or self.llm.chat_template,
+                chat_template=talk.chat_template,
                 add_generation_prompt=talk.add_generation_prompt,
                 tools=tools if has_tools and tools else None,
-                max_images=self.llm.max_images,
             ),
             "messages",
         )
@@ -150,17 +148,14 @@ class Service:
 
     async def spell(self, text: str, adds_special_tokens: bool) -> Prompt:
         """A raw prompt as the model reads it."""
-        if adds_special_tokens:
-            tokenizer, processor = self.llm.tokenizer, self.llm.processor
-            return await self.read(lambda: encode_prompt(tokenizer, processor, text), "prompt")
-        ids = await self.read(
-            lambda: self.llm.tokenizer.encode(text, add_special_tokens=False), "prompt"
+        encode = self.llm.inputs.encode_text
+        return await self.read(
+            lambda: encode(text, add_special_tokens=adds_special_tokens), "prompt"
         )
-        return Prompt(tuple(ids), ())
 
     async def start(
         self, ticket: RequestHandle, prompts: list[Prompt], params: SamplingParams, param: str
-    ) -> list[Answer]:
+    ) -> list[CompletionBuilder]:
         """Hand n requests a prompt to the engine; the answers that their updates fill.
 
         Answer i is for prompt i // n. A refused prompt is the fault of the field `param`.
@@ -175,16 +170,18 @@ class Service:
                 await ticket.start(works, self.options.request_timeout)
         except ClosedError as error:
             raise make_closed(error) from None
-        return [Answer(self.tokenizer, work.params) for work in works]
+        return [CompletionBuilder(self.tokenizer, work.params) for work in works]
 
     async def _constrain(self, params: SamplingParams) -> Constraints | None:
         """What an answer must keep to: for one answer only, since it follows that answer."""
         if params.structured_outputs is None and not params.bad_words:
             return None
-        return await self.read(lambda: self.llm.make_constraints(params), "structured_outputs")
+        return await self.read(
+            lambda: self.llm.inputs.make_constraints(params), "structured_outputs"
+        )
 
     async def follow(
-        self, ticket: RequestHandle, answers: list[Answer], tally: UsageCounter, n: int
+        self, ticket: RequestHandle, answers: list[CompletionBuilder], tally: UsageCounter, n: int
     ) -> AsyncIterator[Part]:
         """What the engine brings, as pieces of text, until all answers have ended.
 
@@ -199,7 +196,7 @@ class Service:
             if update.finish_reason in ("error", "abort"):
                 ticket.end(index, update.finish_reason)
                 raise self._make_failure(update.finish_reason)
-            piece = answers[index].take(update)
+            piece = answers[index].add(update)
             tally.completion_tokens += len(piece.token_ids)
             if not begun[index] and index % n == 0:  # the answers to a prompt share it
                 tally.cached_tokens += update.cached_tokens
@@ -235,7 +232,7 @@ class Service:
                 param="continue_final_message",
             )
         ids = prompt.token_ids
-        end = ids[-1:] if ids and ids[-1] in self.llm.config.eos_ids else ()
+        end = ids[-1:] if ids and ids[-1] in self.llm.inputs.eos_ids else ()
         return Prompt(ids[: len(ids) - len(end)], prompt.images)
 
 

@@ -16,7 +16,7 @@ from l4jax.checkpoint import parameters
 from l4jax.checkpoint.errors import CheckpointError
 from l4jax.checkpoint.parameters import flatten, unflatten
 from l4jax.checkpoint.safetensors import Index, write_safetensors
-from l4jax.engine.capacity import Capacity
+from l4jax.engine.config import EngineConfig
 from l4jax.engine.engine import Engine
 from l4jax.engine.runner import Runner
 from l4jax.kernels import formats
@@ -157,8 +157,8 @@ def test_an_engine_gives_the_same_tokens_on_one_device_and_on_eight(stored):
     for mesh in ("1", "8"):
         runner = Runner(config, mesh, "float32")
         runner.load(folder, progress=False)
-        capacity = Capacity(max_model_len=64, max_num_seqs=1, block_size=4)
-        engine = Engine(runner, capacity)
+        engine_config = EngineConfig(max_model_len=64, max_num_seqs=1, block_size=4)
+        engine = Engine(runner, engine_config)
         engine.add(ids, GREEDY.replace(max_tokens=20 if form in ("w4a16", *WIDE) else 1))
         found.append(run_all(engine)[0])
     assert found[0] == found[1]

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from l4jax import checkpoint
-from l4jax.engine.capacity import Capacity
+from l4jax.engine.config import EngineConfig
 from l4jax.engine.engine import Engine
 from l4jax.engine.request import SamplingParams
 from l4jax.engine.runner import Runner
@@ -26,7 +26,7 @@ def load_runner(name: str, mesh: str) -> Runner:
     return runner
 
 
-def make_engine(name: str, mesh: str = "1", seed: int = 0, **capacity) -> Engine:
+def make_engine(name: str, mesh: str = "1", **engine_args) -> Engine:
     """An engine with a pool of its own."""
     defaults = {
         "max_model_len": 256,
@@ -35,7 +35,7 @@ def make_engine(name: str, mesh: str = "1", seed: int = 0, **capacity) -> Engine
         "max_num_batched_tokens": 64,
     }
     runner = load_runner(name, mesh)
-    return Engine(runner, Capacity(**{**defaults, **capacity}), seed)
+    return Engine(runner, EngineConfig(**{**defaults, **engine_args}))
 
 
 def run_all(engine: Engine, max_steps: int = 2000) -> dict[int, list[int]]:

@@ -10,7 +10,7 @@ import random
 import types
 
 from l4jax.engine.arrays import SampledTokens, _count_right
-from l4jax.engine.capacity import Capacity
+from l4jax.engine.config import EngineConfig
 from l4jax.engine.engine import Engine
 from l4jax.engine.request import Request, SamplingParams
 from l4jax.engine.scheduler import Limits, ScheduledChunk, SchedulerOutput
@@ -77,7 +77,7 @@ class SimulatedRunner:
         self.fails: set[int] = set()  # dispatches that fail
         self.start()
 
-    def reserve(self, capacity: Capacity) -> Limits:
+    def reserve(self, engine_config: EngineConfig) -> Limits:
         return self.limits
 
     def start(self) -> None:
@@ -142,7 +142,7 @@ class SimulatedRunner:
 
 
 def make_engine(limits: Limits, *, keeps: bool = True, guess=None, **runner) -> Engine:
-    engine = Engine(SimulatedRunner(limits, **runner), Capacity(enable_prefix_caching=keeps))
+    engine = Engine(SimulatedRunner(limits, **runner), EngineConfig(enable_prefix_caching=keeps))
     engine.scheduler._guess = guess
     return engine
 

@@ -12,7 +12,7 @@ import pytest
 from l4jax import LLM, cache
 from l4jax.config import TINY
 from l4jax.engine import calibrate
-from l4jax.engine.capacity import Capacity, CapacityError
+from l4jax.engine.config import CapacityError, EngineConfig
 from l4jax.engine.runner import Runner
 from l4jax.kernels import PORTABLE, Kernels, reference
 from l4jax.kernels.formats import FP8
@@ -22,7 +22,7 @@ from tests import models
 from tests.engine.engines import load_runner
 from tests.engine.test_fp8_cache import compute_logits
 
-CALCULATED = Capacity(
+CALCULATED = EngineConfig(
     max_model_len=64, block_size=4, kv_cache_dtype="fp8", calculate_kv_scales=True
 )
 
@@ -153,7 +153,7 @@ def test_they_cost_nothing_where_one_would_do():
 
 def test_a_cache_that_is_not_fp8_has_no_scales_to_calculate():
     with pytest.raises(CapacityError, match=r"calculate_kv_scales is for an fp8 cache, .* 'auto'"):
-        Capacity(calculate_kv_scales=True)
+        EngineConfig(calculate_kv_scales=True)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 import pytest
 
 from l4jax.config import SCOUT
-from l4jax.engine.capacity import Capacity, count_program_bytes, find_free_bytes
+from l4jax.engine.capacity import count_program_bytes, find_free_bytes
+from l4jax.engine.config import EngineConfig
 
 
 @pytest.mark.parametrize(
@@ -17,8 +18,10 @@ from l4jax.engine.capacity import Capacity, count_program_bytes, find_free_bytes
     ],
 )
 def test_utilization_is_a_share_of_the_whole_accelerator(utilization, share, in_use, free):
-    capacity = Capacity(gpu_memory_utilization=utilization)
-    assert find_free_bytes(capacity, limit=950, in_use=in_use, programs=30, share=share) == free
+    engine_config = EngineConfig(gpu_memory_utilization=utilization)
+    assert (
+        find_free_bytes(engine_config, limit=950, in_use=in_use, programs=30, share=share) == free
+    )
 
 
 def test_programs_are_left_what_sampling_and_prompts_take():

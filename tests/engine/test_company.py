@@ -54,7 +54,9 @@ def test_in_any_company_a_request_draws_what_it_draws_alone(mesh, speculates):
         max_num_seqs=6,
         max_num_batched_tokens=24 if mesh == "1" else 48,
         kv_cache_memory_bytes=(46 if mesh == "1" else 39) * page_bytes(),
-        speculation=SpeculativeConfig(3, prompt_lookup_min=1) if speculates else None,
+        speculative_config={"num_speculative_tokens": 3, "prompt_lookup_min": 1}
+        if speculates
+        else None,
     )
     rng, found, waiting = np.random.default_rng(1), {}, list(range(12))
     for _ in range(2000):
@@ -133,7 +135,7 @@ def test_after_the_warm_up_nothing_is_compiled_whatever_arrives():
         "scout-8-image",
         max_model_len=124,  # shapes that no other test has
         max_num_batched_tokens=64,
-        speculation=SpeculativeConfig(2),
+        speculative_config={"num_speculative_tokens": 2},
     )
     engine.warm_up()
     programs = engine.runner.programs

@@ -247,7 +247,7 @@ def test_features_are_made_anew_for_other_limits():
     """A buffer of fewer slots would drop the tiles of the images beyond it without a word."""
     golden = weights.read_golden("scout-8-image")
     for max_images in (1, 3):
-        engine = make_engine("scout-8-image", max_images=max_images)
+        engine = make_engine("scout-8-image", limit_mm_per_prompt={"image": max_images})
         engine.add(golden.ids.tolist(), GREEDY, find_tiles(golden))
         assert run_all(engine).popitem()[1] == golden.greedy_tokens.tolist()
         assert engine.runner.features.shape[0] == engine.limits.feature_slots == 17 * max_images

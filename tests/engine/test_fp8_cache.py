@@ -11,7 +11,7 @@ from l4jax import cache, checkpoint, decode
 from l4jax.checkpoint.errors import CheckpointError
 from l4jax.checkpoint.safetensors import Index, write_safetensors
 from l4jax.config import SCOUT, Config
-from l4jax.engine.capacity import Capacity, CapacityError
+from l4jax.engine.config import CapacityError, EngineConfig
 from l4jax.engine.runner import Runner
 from l4jax.kernels import PORTABLE, reference
 from l4jax.kernels.formats import FP8
@@ -25,7 +25,9 @@ def test_pages_per_gibibyte_double():
     assert 2 * narrow == wide
     runner = make_engine("scout-8-text").runner
     limits = [
-        runner.reserve(Capacity(kv_cache_dtype=dtype, kv_cache_memory_bytes=2**20, block_size=4))
+        runner.reserve(
+            EngineConfig(kv_cache_dtype=dtype, kv_cache_memory_bytes=2**20, block_size=4)
+        )
         for dtype in ("auto", "fp8")
     ]
     assert limits[1].pages == 4 * limits[0].pages  # against float32 here
@@ -99,10 +101,10 @@ def test_scales_are_read_from_the_checkpoint(tmp_path, form, prefix):
     config = write_with_scales(tmp_path, scales)
     runner = Runner(config, "2x4", "float32")
     runner.load(tmp_path, progress=False)
-    runner.reserve(Capacity(max_model_len=64, kv_cache_dtype="fp8"))
+    runner.reserve(EngineConfig(max_model_len=64, kv_cache_dtype="fp8"))
     np.testing.assert_array_equal(runner.pool.k_scale, 0.5 + np.arange(layers))
     np.testing.assert_array_equal(runner.pool.v_scale, 10.5 + np.arange(layers))
-    runner.reserve(Capacity(max_model_len=64))
+    runner.reserve(EngineConfig(max_model_len=64))
     assert runner.pool.k_scale is None
 
 
@@ -129,4 +131,4 @@ def test_an_engine_runs_on_it_and_gives_all_pages_back(mesh):
 
 def test_another_dtype_is_refused():
     with pytest.raises(CapacityError, match="kv_cache_dtype is 'int8': it is auto or fp8"):
-        Capacity(kv_cache_dtype="int8")
+        EngineConfig(kv_cache_dtype="int8")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from l4jax.config import SCOUT
-from l4jax.engine.capacity import Capacity
+from l4jax.engine.config import EngineConfig
 from l4jax.engine.engine import Engine
 from l4jax.engine.request import SamplingParams
 from l4jax.engine.runner import Runner
@@ -99,7 +99,7 @@ def make_small(kernels: str, quantization: str | None, **changes) -> Engine:
     runner.initialize(0, quantization=quantization)
     return Engine(
         runner,
-        Capacity(
+        EngineConfig(
             max_model_len=1024,
             max_num_seqs=8,
             max_num_batched_tokens=256,

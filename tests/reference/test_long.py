@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from l4jax import checkpoint
-from l4jax.engine.capacity import Capacity
+from l4jax.engine.config import EngineConfig
 from l4jax.engine.engine import Engine
 from l4jax.engine.request import SamplingParams
 from l4jax.engine.runner import Runner
@@ -44,8 +44,10 @@ def engine():
         weights.write_checkpoint(folder, make_raw(), 0)
         runner = Runner(checkpoint.load_config(folder), "1", "float32")
         runner.load(Path(folder), progress=False)
-    capacity = Capacity(max_model_len=2 * CHUNK + 200, max_num_seqs=1, max_num_batched_tokens=2048)
-    return Engine(runner, capacity)
+    engine_config = EngineConfig(
+        max_model_len=2 * CHUNK + 200, max_num_seqs=1, max_num_batched_tokens=2048
+    )
+    return Engine(runner, engine_config)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from typing import Any
 
 from l4jax import SamplingParams
 from l4jax.engine.engine import RequestUpdate, Stats
+from l4jax.inputs import InputProcessor
 from l4jax.server.loop import EngineLoop
 from l4jax.testing import write_tokenizer
 from l4jax.text.chat import PromptError
@@ -92,14 +93,11 @@ class TypistEngine:
 def make_typist(folder: Path, requests: int = 2) -> Any:
     """What `Service` needs of an `LLM`."""
     write_tokenizer(folder)
+    tokenizer = Tokenizer.from_folder(folder)
     return SimpleNamespace(
-        tokenizer=Tokenizer.from_folder(folder),
-        processor=None,
-        chat_template=None,
-        max_images=10,
-        config=SimpleNamespace(eos_ids=()),
+        tokenizer=tokenizer,
+        inputs=InputProcessor(tokenizer),
         engine=TypistEngine(requests),
-        make_constraints=lambda params: None,
         get_default_sampling_params=SamplingParams,
     )
 

@@ -11,8 +11,8 @@ import httpx2
 import pytest
 
 from l4jax import serve
-from l4jax.server import flags
-from l4jax.server.flags import make_engine_options, make_generation_changes, make_options, parse
+from l4jax.engine.arguments import make_engine_config, parse_count
+from l4jax.server.flags import make_generation_changes, make_options, parse
 from tests.server.servers import Process
 
 
@@ -44,15 +44,15 @@ def test_the_flags_of_vllm_mean_here_what_they_mean_there(tmp_path):
             *("--lora", "adapter"),
         ]
     )
-    engine = make_engine_options(args)
-    assert engine["model"] == "meta-llama/Llama-4" and engine["mesh"] == "2x4"
-    assert engine["max_model_len"] == 131_072 and engine["max_num_batched_tokens"] == 4000
-    assert engine["enable_prefix_caching"] is False and engine["max_num_seqs"] == 16
-    assert engine["speculative_config"] == {"method": "ngram", "num_speculative_tokens": 4}
-    assert engine["limit_mm_per_prompt"] == {"image": 3} and engine["block_size"] == 64
-    assert engine["chat_template"] == "{{ messages }}" and engine["kv_cache_dtype"] == "fp8"
-    assert engine["quantization"] == "fp8" and engine["seed"] == 7
-    assert engine["gpu_memory_utilization"] == 0.5 and engine["lora"] == "adapter"
+    engine = make_engine_config(args)
+    assert engine.model == "meta-llama/Llama-4" and engine.mesh_shape == "2x4"
+    assert engine.max_model_len == 131_072 and engine.max_num_batched_tokens == 4000
+    assert engine.enable_prefix_caching is False and engine.max_num_seqs == 16
+    assert engine.speculative_config == {"method": "ngram", "num_speculative_tokens": 4}
+    assert engine.limit_mm_per_prompt == {"image": 3} and engine.block_size == 64
+    assert engine.chat_template == "{{ messages }}" and engine.kv_cache_dtype == "fp8"
+    assert engine.quantization == "fp8" and engine.seed == 7
+    assert engine.gpu_memory_utilization == 0.5 and engine.lora == "adapter"
     options = make_options(args)
     assert options.served_model_names == ("one", "two") and options.api_keys == ("a", "b")
     assert (options.host, options.port, options.max_new_tokens) == ("127.0.0.1", 9, 9)
@@ -62,15 +62,15 @@ def test_the_flags_of_vllm_mean_here_what_they_mean_there(tmp_path):
 
 def test_what_is_not_said_is_vllms_default_and_the_bundled_model():
     args = parse([])
-    options, engine = make_options(args), make_engine_options(args)
+    options, engine = make_options(args), make_engine_config(args)
     assert (options.host, options.port) == ("0.0.0.0", 8000)
-    assert engine["model"] is None and engine["mesh"] == "1x1"
+    assert engine.model is None and engine.mesh_shape == "1x1"
     assert options.served_model_names == ("l4jax-tiny",)
-    assert engine["enable_prefix_caching"] is True and engine["limit_mm_per_prompt"]["image"] == 10
-    assert make_engine_options(parse(["--mesh", "data=2,model=4"]))["mesh"] == "data=2,model=4"
-    assert make_engine_options(parse(["--limit-mm-per-prompt", "image=3"]))[
-        "limit_mm_per_prompt"
-    ] == {"image": 3}
+    assert engine.enable_prefix_caching is True and engine.max_images == 10
+    assert engine.max_num_seqs == 64 and engine.max_model_len is None
+    named = make_engine_config(parse(["--mesh", "data=2,model=4"]))
+    assert named.mesh_shape == "data=2,model=4"
+    assert make_engine_config(parse(["--limit-mm-per-prompt", "image=3"])).max_images == 3
 
 
 def test_a_key_may_come_from_the_environment(monkeypatch):
@@ -84,13 +84,13 @@ def test_a_key_may_come_from_the_environment(monkeypatch):
     [("4096", 4096), ("1k", 1000), ("1K", 1024), ("25.6k", 25_600), ("1M", 2**20), ("10m", 10**7)],
 )
 def test_sizes_are_read_as_vllm_reads_them(text, size):
-    assert flags.read_size(text) == size
+    assert parse_count(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "k", "-1", "1.5", "1.0001k", "1 k", "1T", "many"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="is not a count"):
-        flags.read_size(text)
+        parse_count(text)
 
 
 @pytest.mark.parametrize(

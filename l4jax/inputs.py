@@ -1,0 +1,159 @@
+"""Inputs of `LLM` and of the server: prompts and messages to token ids and images, and defaults."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from l4jax.config import Config
+from l4jax.engine.config import EngineConfig
+from l4jax.engine.request import Constraints, SamplingParams
+from l4jax.text.chat import Prompt, PromptError, encode_prompt, render_chat
+from l4jax.text.grammar import Grammar
+from l4jax.text.image import ImageProcessor
+from l4jax.text.tokenizer import Tokenizer
+
+Messages: TypeAlias = Sequence[dict[str, Any]]
+# Text, or {"prompt": text, "multi_modal_data": {"image": [...]}}, or {"prompt_token_ids": [...]}.
+PromptLike: TypeAlias = str | Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class InputProcessor:
+    """Tokenizer, image processor and defaults of a checkpoint. Any thread may call it.
+
+    Attributes:
+        tokenizer: the checkpoint's.
+        image_processor: the checkpoint's; None for a model that only reads text.
+        eos_ids: token ids that end a completion.
+        vocab: rows of the output head; ids beyond the tokenizer's are never allowed.
+        chat_template: Jinja; None is the checkpoint's.
+        max_images: images of a prompt, at most.
+        default_params: sampling parameters for calls without any.
+    """
+
+    tokenizer: Tokenizer
+    image_processor: ImageProcessor | None = None
+    eos_ids: tuple[int, ...] = ()
+    vocab: int = 0
+    chat_template: str | None = None
+    max_images: int = 10
+    default_params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, config: Config, engine_config: EngineConfig
+    ) -> "InputProcessor":
+        """Read tokenizer, image processor and sampling defaults of a checkpoint."""
+        image_processor = None
+        if config.vision is not None:
+            image_processor = ImageProcessor.from_folder(
+                folder, image_size=config.vision.tile, patch_size=config.vision.patch
+            )
+        return cls(
+            tokenizer=Tokenizer.from_folder(folder),
+            image_processor=image_processor,
+            eos_ids=config.eos_ids,
+            vocab=config.text.vocab,
+            chat_template=engine_config.chat_template,
+            max_images=engine_config.max_images,
+            default_params=read_generation_config(folder),
+        )
+
+    def encode_text(self, text: str, *, add_special_tokens: bool = True) -> Prompt:
+        """Encode a raw prompt without images; special tokens in the text count.
+
+        Without `add_special_tokens` it is encoded as it is, without BOS.
+        """
+        if add_special_tokens:
+            return encode_prompt(self.tokenizer, self.image_processor, text)
+        return Prompt(tuple(self.tokenizer.encode(text, add_special_tokens=False)), ())
+
+    def encode_prompt(self, prompt: PromptLike) -> Prompt:
+        """Encode a prompt of `LLM.generate`.
+
+        Raises:
+            PromptError: for other keys, and for images that do not match the text.
+        """
+        if isinstance(prompt, str):
+            return self.encode_text(prompt)
+        unknown = set(prompt) - {"prompt", "prompt_token_ids", "multi_modal_data"}
+        if unknown or ("prompt" in prompt) == ("prompt_token_ids" in prompt):
+            raise PromptError(
+                f"prompt: it has the keys {sorted(prompt)}; give 'prompt' or 'prompt_token_ids', "
+                "and 'multi_modal_data' only with 'prompt'."
+            )
+        if "prompt_token_ids" in prompt:
+            if prompt.get("multi_modal_data"):
+                raise PromptError("prompt: images need 'prompt' as text, not 'prompt_token_ids'.")
+            return Prompt(tuple(int(token) for token in prompt["prompt_token_ids"]), ())
+        images = (prompt.get("multi_modal_data") or {}).get("image", ())
+        images = list(images) if isinstance(images, list | tuple) else [images]
+        return encode_prompt(self.tokenizer, self.image_processor, prompt["prompt"], images)
+
+    def render_messages(
+        self,
+        messages: Messages,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> Prompt:
+        """Render a conversation with a chat template and encode it; see `text.chat.render_chat`."""
+        return render_chat(
+            self.tokenizer,
+            self.image_processor,
+            messages,
+            chat_template=chat_template or self.chat_template,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            max_images=self.max_images,
+        )
+
+    def make_constraints(self, params: SamplingParams) -> Constraints:
+        """Compile `structured_outputs` and `bad_words` for `Engine.add`, for one completion.
+
+        Raises:
+            ValueError: for a schema or a grammar that cannot be compiled.
+        """
+        matcher = None
+        if params.structured_outputs is not None:
+            wanted = params.structured_outputs
+            grammar = Grammar.compile(
+                self.tokenizer,
+                wanted.kind,
+                wanted.value,
+                where=f"structured_outputs.{wanted.kind}",
+            )
+            stop_ids = (*self.eos_ids, *(params.stop_token_ids or ()))
+            matcher = grammar.start(self.vocab, stop_ids)
+        # A word is forbidden at the beginning of a text and after a space.
+        forms = (form for word in params.bad_words or () for form in (word, f" {word.lstrip()}"))
+        ids = (self.tokenizer.encode(text, add_special_tokens=False) for text in forms)
+        return Constraints(tuple(dict.fromkeys(map(tuple, ids))), matcher)
+
+
+def get_prompt_text(prompt: PromptLike) -> str | None:
+    """Return the text of a prompt; None for token ids."""
+    return prompt if isinstance(prompt, str) else prompt.get("prompt")
+
+
+def expand_params(
+    params: SamplingParams | Sequence[SamplingParams], count: int
+) -> list[SamplingParams]:
+    """Return one set of sampling parameters per prompt."""
+    each = [params] * count if isinstance(params, SamplingParams) else list(params)
+    if len(each) != count:
+        raise ValueError(f"there are {len(each)} sampling_params for {count} prompts.")
+    return each
+
+
+def read_generation_config(folder: Path) -> SamplingParams:
+    """Read the checkpoint's sampling defaults; greedy if `do_sample` is false."""
+    path = folder / "generation_config.json"
+    raw = json.loads(path.read_text()) if path.exists() else {}
+    if raw.get("do_sample") is False:
+        return SamplingParams(temperature=0.0)
+    known = ("temperature", "top_p", "top_k", "min_p")
+    return SamplingParams(**{key: raw[key] for key in known if raw.get(key) is not None})
