@@ -1,10 +1,10 @@
-"""Learns an adapter (LoRA) of a checkpoint from conversations, and saves it in PEFT's layout.
+"""Train a LoRA adapter of a checkpoint on conversations, and save it in PEFT's layout.
 
     python -m scripts.finetune --model FOLDER --data chats.jsonl --out ADAPTER
     python -m l4jax.generate --model FOLDER --lora ADAPTER
 
-A line of the data is {"messages": [...]}, in OpenAI's chat form; what the assistant says is
-learned. A run that was cut off goes on where it saved last: the same command, with the same data.
+A line of the data is {"messages": [...]}, in OpenAI's chat format; the loss covers the
+assistant's messages. To resume an interrupted run, repeat the command with the same data.
 """
 
 import argparse
@@ -17,37 +17,39 @@ from l4jax import checkpoint
 from l4jax.engine.runner import keep_compilations
 from l4jax.llm import find_cache_folder
 from l4jax.text.tokenizer import Tokenizer
-from l4jax.train.batches import Recipe
+from l4jax.train.batches import DataConfig
 from l4jax.train.conversations import count_tiles, read_documents
-from l4jax.train.learning import Teaching
-from l4jax.train.run import Plan
-from l4jax.train.tuning import TARGETS, Tuning, make_processor, tune
+from l4jax.train.lora import TARGETS, LoraConfig, make_processor, train_adapter
+from l4jax.train.train_step import Hyperparameters
+from l4jax.train.trainer import TrainingConfig
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Learn an adapter (LoRA) from conversations.")
+    parser = argparse.ArgumentParser(description="Train a LoRA adapter on conversations.")
     add = parser.add_argument
     add("--model", required=True, help="folder or Hugging Face name, in BF16 or F32")
-    add("--data", type=Path, required=True, metavar="FILE", help="a conversation a line, as JSON")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="of the adapter and of the run")
-    add("--rank", type=int, default=16, help="of the factors (default: 16)")
-    add("--alpha", type=float, default=32.0, help="alpha / rank scales them (default: 32)")
+    add("--data", type=Path, required=True, metavar="FILE", help="a conversation per line, as JSON")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="folder of adapter and states")
+    add("--rank", type=int, default=16, help="rank of the factors (default: 16)")
+    add("--alpha", type=float, default=32.0, help="alpha / rank scales the product (default: 32)")
     add(
         "--targets",
         nargs="+",
         default=["attention", "shared_expert", "dense"],
         choices=list(TARGETS),
-        help="what is adapted (default: attention shared_expert dense)",
+        help="adapted matrices (default: attention shared_expert dense)",
     )
-    add("--rate", type=float, default=2e-4, help="the largest learning rate (default: 0.0002)")
-    add("--steps", type=int, default=500, help="of the whole run (default: 500)")
-    add("--rows", type=int, default=4, help="of a batch; the data axis divides it (default: 4)")
-    add("--length", type=int, default=2048, help="tokens of a row, at least a conversation's")
+    add("--rate", type=float, default=2e-4, help="peak learning rate (default: 0.0002)")
+    add("--steps", type=int, default=500, help="training steps in all (default: 500)")
+    add("--rows", type=int, default=4, help="per batch, a multiple of the data axis (default: 4)")
+    add("--length", type=int, default=2048, help="tokens per row (default: 2048)")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="(default: auto)")
     add("--mesh", default="1", help="devices: 8, 2x4 or data=2,model=4 (default: 1)")
-    add("--seed", type=int, default=0, help="of factors and order (default: 0)")
+    add("--seed", type=int, default=0, help="seed of factors and data order (default: 0)")
     add("--save-every", type=int, default=100, metavar="STEPS", help="(default: 100)")
-    add("--note-every", type=int, metavar="STEPS", help="(default: 10, or what divides the other)")
+    add(
+        "--note-every", type=int, metavar="STEPS", help="metrics (default: gcd of 10 and the above)"
+    )
     args = parser.parse_args()
     try:
         _run(args)
@@ -62,7 +64,7 @@ def _run(args: argparse.Namespace) -> None:
     processor = make_processor(config, folder)
     tokenizer = Tokenizer.from_folder(folder)
     documents = read_documents(args.data, tokenizer, processor, args.length)
-    recipe = Recipe(
+    data = DataConfig(
         folder=folder,
         seed=args.seed,
         steps=args.steps,
@@ -72,20 +74,20 @@ def _run(args: argparse.Namespace) -> None:
         tiles=count_tiles(documents, args.rows),
         features=config.vision.features if config.vision else 0,
     )
-    teaching = Teaching(
+    hparams = Hyperparameters(
         steps=args.steps,
         rate=args.rate,
         warmup=max(1, args.steps // 20),
         decay=0.0,
-        balance=0.0,  # routers stay as they are
+        balance=0.0,  # routers are frozen
         dtype=checkpoint.find_dtype(folder) if args.dtype == "auto" else args.dtype,
     )
     note_every = args.note_every or math.gcd(10, args.save_every)
-    plan = Plan(config, recipe, teaching, args.save_every, note_every)
-    data = hashlib.sha256(args.data.read_bytes()).hexdigest()
-    tuning = Tuning(plan, data, args.rank, args.alpha, tuple(args.targets))
+    training = TrainingConfig(config, data, hparams, args.save_every, note_every)
+    digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
+    lora_config = LoraConfig(training, digest, args.rank, args.alpha, tuple(args.targets))
     print(f"{len(documents)} conversations, {sum(len(d.token_T) for d in documents)} tokens")
-    tune(tuning, documents, args.out, model=args.model, mesh=args.mesh)
+    train_adapter(lora_config, documents, args.out, model=args.model, mesh=args.mesh)
     print(f"{args.out}: load it with --lora {args.out}")
 
 

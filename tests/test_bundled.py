@@ -11,7 +11,7 @@ import pytest
 from l4jax import LLM, SamplingParams, checkpoint
 from l4jax.text.tools import parse_tool_calls
 from l4jax.train import bundle, tasks
-from l4jax.train.documents import Speller
+from l4jax.train.documents import ExampleEncoder
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=48)
 BOUNDARIES = 5  # between a needle and its question
@@ -62,7 +62,7 @@ def sharded():
 
 @pytest.fixture(scope="module")
 def needles():
-    rng, count = random.Random(0), Speller.from_folder(checkpoint.BUNDLED).count
+    rng, count = random.Random(0), ExampleEncoder.from_folder(checkpoint.BUNDLED).count
     chunk = bundle.CONFIG.text.chunk
     return [tasks.make_needle(rng, count, chunk, BOUNDARIES) for _ in range(2)]
 

@@ -1,7 +1,9 @@
-"""How the bundled model is made: its data, its training on a mesh, its scores. And LoRA.
+"""Training: the bundled model's data, training on a mesh, scores; and LoRA on any checkpoint.
 
-`charts` and `tasks` invent examples, `documents` spells them as tokens, `batches` packs them and
-`stream` keeps workers at it: no jax in these. `kernels` lets the model of `l4jax.model` train
-without a page pool; `learning` is a step, `state` what outlives a process, `run` the loop.
-`conversations` reads what an adapter of any checkpoint learns from, and `tuning` learns it.
+Data, without jax: `charts` and `tasks` generate examples, `documents` encodes them as tokens,
+`batches` packs them into batches, `data_loader` runs workers. `conversations` reads a chat dataset.
+Training: `kernels` runs `l4jax.model` without a page pool, `train_step` computes loss and update,
+`saved_state` saves and restores, `trainer` is the loop, `lora` trains adapters.
+The bundled model: `bundle` is its config and export, `tokenizer` its tokenizer, `scoring` its
+scores, `card` its model card.
 """

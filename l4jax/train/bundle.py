@@ -1,4 +1,4 @@
-"""The bundled model: its sizes, how it is trained, and how it is laid out for whoever loads it."""
+"""The bundled model: its config, its training configuration, and its export as a checkpoint."""
 
 import dataclasses
 import random
@@ -18,15 +18,15 @@ from l4jax.config import TINY, Config, RopeScaling
 from l4jax.model import Parameters
 from l4jax.testing.model import write_json
 from l4jax.text.tokenizer import Tokenizer
-from l4jax.train.batches import Recipe
+from l4jax.train.batches import DataConfig
 from l4jax.train.charts import Chart, draw, make_chart
-from l4jax.train.learning import Teaching
-from l4jax.train.run import Plan
-from l4jax.train.splits import draw_from
+from l4jax.train.splits import sample_from
+from l4jax.train.train_step import Hyperparameters
+from l4jax.train.trainer import TrainingConfig
 
-# 10.9 million weights, 21.8 MB in BF16. Eight kv heads and what follows from them, so that a mesh
-# of 8 can cut it; two global layers, and a chunk that one picture of one tile and a question about
-# it fit in, so that only larger ones need the global layers.
+# 10.9 million weights, 21.8 MB in BF16. A mesh of 8 can shard it: the kv heads and other sharded
+# sizes are multiples of 8. It has two global layers. An image of one tile and a question about it
+# fit in one chunk; only larger images need the global layers.
 CONFIG = TINY.replace_text(
     vocab=2048,
     width=256,
@@ -38,7 +38,7 @@ CONFIG = TINY.replace_text(
     max_positions=4096,
     rope_theta=10000.0,
     rope_scaling=RopeScaling(16.0, 1.0, 1.0, 256),
-    # Norms without a gain of their own would bound scores at 5.7 in heads of 32.
+    # QK norms have no learned gain; they would bound attention scores at 5.7 with a head dim of 32.
     has_qk_norm=False,
     floor_scale=256,
 ).replace_vision(width=192, layers=5, hidden=768, adapter_width=256)
@@ -52,66 +52,68 @@ _FILES = (
 )
 
 
-def make_plan(
+def make_training_config(
     steps: int,
     *,
     rows: int = 12,
     seed: int = 0,
     save_every: int = 1000,
-    config: Config = CONFIG,
-    **teaching: Any,
-) -> Plan:
-    """The bundled model's training: rows of six chunks, for needles five boundaries away.
+    model: Config = CONFIG,
+    **hparams: Any,
+) -> TrainingConfig:
+    """Make the bundled model's training configuration: rows of six chunks.
+
+    Six chunks hold needles five chunk boundaries back.
 
     Args:
-        steps: of the whole training.
-        rows: of a batch; five tiles of pictures a row.
+        steps: of the whole run.
+        rows: of a batch; five image tiles per row.
         seed: of weights and data.
-        save_every: steps.
-        config: of the model.
-        teaching: fields of `Teaching` other than the steps.
+        save_every: steps between saved states.
+        model: the model's config.
+        hparams: fields of `Hyperparameters` except the steps.
     """
-    assert config.vision is not None
-    recipe = Recipe(
+    assert model.vision is not None
+    data = DataConfig(
         folder=checkpoint.BUNDLED,
         seed=seed,
         steps=steps,
         rows=rows,
-        length=6 * config.text.chunk,
-        chunk=config.text.chunk,
+        length=6 * model.text.chunk,
+        chunk=model.text.chunk,
         tiles=5 * rows,
-        features=config.vision.features,
+        features=model.vision.features,
     )
-    return Plan(config, recipe, Teaching(steps=steps, **teaching), save_every)
+    return TrainingConfig(model, data, Hyperparameters(steps=steps, **hparams), save_every)
 
 
 def make_sample() -> Chart:
-    """A chart of the test split in one tile, to ask the model about."""
+    """Make the sample image: a chart of the test split, in one tile."""
     assert CONFIG.vision is not None
     rng, tile = random.Random(0), CONFIG.vision.tile
     while True:
-        chart = draw_from("test", make_chart, rng, 0.9)
+        chart = sample_from("test", make_chart, rng, 0.9)
         is_small = (chart.width, chart.height) == (tile, tile)
         if chart.kind == "bar" and chart.title and len(chart.labels) == 5 and is_small:
             return chart
 
 
-def export(folder: Path, config: Config, params: Parameters, vocabulary: Path) -> Config:
-    """Write a trained model as Hugging Face lays it out, in BF16.
+def export(folder: Path, config: Config, params: Parameters, tokenizer_folder: Path) -> Config:
+    """Write a trained model in Hugging Face's layout, in BF16.
 
     Args:
-        folder: where; files of the same names are replaced.
-        config: of the model; the ids of tokens are taken from the tokenizer.
+        folder: the output folder; files of the same names are replaced.
+        config: the model's config; the special token ids come from the tokenizer.
         params: float32, on any devices.
-        vocabulary: the folder with its tokenizer, which is copied.
+        tokenizer_folder: the folder of the tokenizer, which is copied.
 
     Returns:
-        The config that was written, with ids.
+        The written config, with special token ids.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in _FILES:
-        if (vocabulary / name).resolve() != (folder / name).resolve():
-            shutil.copyfile(vocabulary / name, folder / name)
+        if (tokenizer_folder / name).resolve() != (folder / name).resolve():
+            shutil.copyfile(tokenizer_folder / name, folder / name)
     token_id = Tokenizer.from_folder(folder).token_id
     eos_ids = tuple(token_id(f"<|{name}|>") for name in ("end_of_text", "eom", "eot"))
     config = dataclasses.replace(

@@ -1,6 +1,7 @@
-"""Charts drawn with Pillow, and questions about them whose answers follow from what was drawn.
+"""Charts drawn with Pillow, and questions about them whose answers follow from the drawn values.
 
-Each value stands in digits at its mark, as in most charts that people ask about, in one typeface.
+Each value is printed in digits at its mark, as in most real charts, in one typeface. A picture is
+the specification of an image; `draw` renders it.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from l4jax.text.image import choose_canvas
 
 TILE, PATCH = 336, 14
-# (rows, columns) of tiles, and how often each is drawn once all are.
+# (rows, columns) of tiles -> sampling weight at full hardness.
 CANVASES = {
     (1, 1): 10,
     (1, 2): 3,
@@ -45,22 +46,22 @@ LABELS = {
     "drink": "Tea Coffee Milk Water Juice Cocoa Cider Soda",
 }
 SUBJECTS = ("Sales", "Visits", "Votes", "Points", "Orders", "Tickets", "Hours", "Boxes")
-MARKS = {"bar": "bar", "row": "bar", "line": "point", "pie": "slice"}  # what a value is called
+MARKS = {"bar": "bar", "row": "bar", "line": "point", "pie": "slice"}  # kind -> name of a mark
 QUESTIONS = ("value", "largest", "smallest", "sum", "difference", "count", "color", "list")
-# What stands beside the marks, in heights of letters at most: a label and a value; a whole legend.
-_BESIDE = {"row": 6.5, "pie": 7.0}
-GAP = 3  # between the largest value and the next, and the smallest: what an eye can tell apart
+# Maximum width of the text next to the marks, in letter heights: label and value; a legend.
+_TEXT_WIDTHS = {"row": 6.5, "pie": 7.0}
+GAP = 3  # between the two largest and the two smallest values, so that they look different
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """All that is drawn. Sizes in pixels; `text` is the height of its letters."""
+    """The specification of a chart. Sizes in pixels; `text` is the letter height."""
 
     kind: str  # one of MARKS
-    title: str  # may be empty
+    title: str  # empty for none
     labels: tuple[str, ...]
     values: tuple[int, ...]
-    colors: tuple[str, ...]  # of each mark
+    colors: tuple[str, ...]  # per mark
     has_grid: bool
     width: int
     height: int
@@ -74,10 +75,10 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True)
 class Sign:
-    """Words and numbers in rows and columns, nothing else: what reading begins with."""
+    """The specification of an image of words and numbers, for learning to read."""
 
     words: tuple[str, ...]
-    columns: int  # that they stand in
+    columns: int  # of words
     width: int
     height: int
     text: int
@@ -91,18 +92,18 @@ Picture = Chart | Sign
 
 
 def make_chart(rng: random.Random, hardness: float) -> Chart:
-    """A chart; at hardness 0 with few marks and of one tile, at 1 of every kind and size."""
+    """Make a chart; at hardness 0 with few marks in one tile, at 1 of every kind and size."""
     kind = rng.choice(list(MARKS))
     rows, columns = _choose_canvas(rng, hardness)
     width, height = _choose_size(rng, rows, columns)
     group = rng.choice(list(LABELS))
     words = LABELS[group].split()
     text = round(rng.uniform(15, 18) * (rows * columns) ** 0.5 * (0.85 if columns > 2 else 1))
-    if kind in _BESIDE:  # what stands beside the marks leaves them their room
-        text = min(text, round(0.6 * width / _BESIDE[kind]))
-    room = _count_room(kind, width, height, text)
-    most = min(room, len(words), 3 + round(5 * hardness))
-    count = rng.randint(min(2 + (kind == "line"), most), most)
+    if kind in _TEXT_WIDTHS:  # leaves space for the marks
+        text = min(text, round(0.6 * width / _TEXT_WIDTHS[kind]))
+    space = _count_space(kind, width, height, text)
+    largest = min(space, len(words), 3 + round(5 * hardness))
+    count = rng.randint(min(2 + (kind == "line"), largest), largest)
     labels = rng.sample(words, count)
     if group in ("month", "year"):
         labels.sort(key=words.index)
@@ -124,7 +125,7 @@ def make_chart(rng: random.Random, hardness: float) -> Chart:
 
 
 def make_sign(rng: random.Random) -> Sign:
-    """One to 24 words and numbers, anywhere in a tile."""
+    """Make an image of one to 24 words and numbers in a tile."""
     words = [word for group in LABELS.values() for word in group.split()]
     columns = rng.randint(1, 3)
     count = rng.randint(1, 8 * columns)
@@ -135,14 +136,14 @@ def make_sign(rng: random.Random) -> Sign:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text that stands in a picture: its left, top, right and bottom in pixels."""
+    """A text in an image, with its left, top, right and bottom in pixels."""
 
     text: str
     box: tuple[float, float, float, float]
 
 
-class Paper:
-    """A white image, what draws on it, and what was written."""
+class Drawing:
+    """A white image with a pen, and the texts and marks drawn on it."""
 
     def __init__(self, picture: Picture):
         self.image = Image.new("RGB", (picture.width, picture.height), "white")
@@ -152,43 +153,43 @@ class Paper:
             raise RuntimeError("Pillow was built without FreeType: install its wheel.")
         self.font = font
         self.texts: list[Text] = []
-        self.marks: list[Text] = []  # the names of the colors of marks, where these are
+        self.marks: list[Text] = []  # color names at the marks
 
     def write(self, xy: tuple[float, float], text: str, anchor: str = "la") -> None:
-        """Write a text in one line; `anchor` is Pillow's."""
+        """Write one line of text; `anchor` is Pillow's."""
         self.pen.text(xy, text, INK, self.font, anchor=anchor)
         self.texts.append(Text(text, self.pen.textbbox(xy, text, self.font, anchor=anchor)))
 
     def mark(self, box: tuple[float, float, float, float], color: str, shape: str) -> None:
-        """Draw a mark in a color of the palette, a "rectangle" or an "ellipse"."""
+        """Draw a mark in a palette color; `shape` is "rectangle" or "ellipse"."""
         getattr(self.pen, shape)(box, PALETTE[color])
         self.marks.append(Text(color, box))
 
     def measure(self, text: str) -> float:
-        """The width of a text in pixels."""
+        """Measure the width of a text in pixels."""
         return self.pen.textlength(text, self.font)
 
 
-def draw(picture: Picture) -> Paper:
-    """The picture in RGB, on white, and the texts and marks in it."""
-    paper = Paper(picture)
+def draw(picture: Picture) -> Drawing:
+    """Draw a picture in RGB on white; return the image with its texts and marks."""
+    drawing = Drawing(picture)
     if isinstance(picture, Sign):
-        _draw_sign(paper, picture)
-        return paper
+        _draw_sign(drawing, picture)
+        return drawing
     top = 4
     if picture.title:
-        paper.write((picture.width / 2, top), picture.title, "ma")
+        drawing.write((picture.width / 2, top), picture.title, "ma")
         top += round(1.6 * picture.text)
-    _DRAW[picture.kind](paper, picture, top)
-    return paper
+    _DRAW[picture.kind](drawing, picture, top)
+    return drawing
 
 
-def ask(chart: Chart, kind: str, rng: random.Random) -> tuple[str, str]:
-    """A question of a kind in `QUESTIONS`, and its answer.
+def make_question(chart: Chart, kind: str, rng: random.Random) -> tuple[str, str]:
+    """Make a question of a kind in `QUESTIONS`, and its answer.
 
-    Sums and differences are answered with their working, and the number asked for stands last. Of
-    a difference the values come first as they are asked for: without, half of the answers put
-    another number where the larger belonged.
+    Answers to sums and differences show their working and end with the result. An answer to a
+    difference first repeats the values in the question's order. Without them, half of the trained
+    model's answers had a wrong number as the larger one.
     """
     mark, values = MARKS[chart.kind], dict(zip(chart.labels, chart.values, strict=True))
     first, second = rng.sample(chart.labels, 2)
@@ -204,8 +205,8 @@ def ask(chart: Chart, kind: str, rng: random.Random) -> tuple[str, str]:
         return f"What is the sum of {first} and {second}?", f"{one} + {two} = {one + two}"
     if kind == "difference":
         one, two = sorted((values[first], values[second]), reverse=True)
-        asked = f"What is the difference between {first} and {second}?"
-        return asked, f"{values[first]} and {values[second]}: {one} - {two} = {one - two}"
+        question = f"What is the difference between {first} and {second}?"
+        return question, f"{values[first]} and {values[second]}: {one} - {two} = {one - two}"
     if kind == "count":
         return f"How many {mark}s are there?", str(len(values))
     if kind == "color":
@@ -223,10 +224,10 @@ def _choose_canvas(rng: random.Random, hardness: float) -> tuple[int, int]:
 
 
 def _choose_size(rng: random.Random, rows: int, columns: int) -> tuple[int, int]:
-    """Width and height of a picture that is laid on just this canvas."""
+    """Choose a width and height for which the image processor chooses this canvas."""
     while True:
         width, height = columns * TILE, rows * TILE
-        # Most fill the canvas: nothing is resampled then, and a worker is three times as fast.
+        # Most images fill the canvas: without resampling a worker is three times as fast.
         if rng.random() < 0.3:
             width = round(width * rng.uniform(0.75, 1))
             height = round(height * rng.uniform(0.75, 1))
@@ -234,8 +235,8 @@ def _choose_size(rng: random.Random, rows: int, columns: int) -> tuple[int, int]
             return width, height
 
 
-def _count_room(kind: str, width: int, height: int, text: int) -> int:
-    """Marks that fit without their texts touching: a label takes up to 3.6 letters' heights."""
+def _count_space(kind: str, width: int, height: int, text: int) -> int:
+    """Count the marks whose texts do not overlap; a label is up to 3.6 letter heights wide."""
     if kind in ("bar", "line"):
         return max(2, int((width - 20) // (3.6 * text)))
     return max(2, int((height - 3 * text) // (1.7 * text)))
@@ -253,83 +254,83 @@ def _choose_values(rng: random.Random, count: int) -> list[int]:
             return values
 
 
-def _draw_sign(paper: "Paper", sign: Sign) -> None:
-    # Where words stand follows from what they are: a picture needs no seed of its own.
+def _draw_sign(drawing: "Drawing", sign: Sign) -> None:
+    # The positions follow from the words, so a picture needs no seed.
     rng = random.Random(repr(sign))
     rows = -(-len(sign.words) // sign.columns)
     across, down = sign.width / sign.columns, sign.height / rows
     for at, word in enumerate(sign.words):
         row, column = divmod(at, sign.columns)
-        x = column * across + rng.uniform(2, max(3, across - 6 - paper.measure(word)))
+        x = column * across + rng.uniform(2, max(3, across - 6 - drawing.measure(word)))
         y = row * down + rng.uniform(0, max(1, down - 1.3 * sign.text))
-        paper.write((x, y), word)
+        drawing.write((x, y), word)
 
 
-def _draw_bars(paper: "Paper", chart: Chart, top: int) -> None:
+def _draw_bars(drawing: "Drawing", chart: Chart, top: int) -> None:
     floor, ceiling = chart.height - 1.6 * chart.text, top + 1.4 * chart.text
-    _draw_grid(paper, chart, ceiling, floor)
+    _draw_grid(drawing, chart, ceiling, floor)
     step, largest = (chart.width - 20) / len(chart.labels), max(chart.values)
-    paper.pen.line([(6, floor), (chart.width - 6, floor)], INK, 2)
+    drawing.pen.line([(6, floor), (chart.width - 6, floor)], INK, 2)
     for at, (label, value, color) in enumerate(_list_marks(chart)):
         center, y = 10 + step * (at + 0.5), floor - (floor - ceiling) * value / largest
-        paper.mark((center - 0.3 * step, y, center + 0.3 * step, floor), color, "rectangle")
-        paper.write((center, y - 2), str(value), "mb")
-        paper.write((center, floor + 3), label, "ma")
+        drawing.mark((center - 0.3 * step, y, center + 0.3 * step, floor), color, "rectangle")
+        drawing.write((center, y - 2), str(value), "mb")
+        drawing.write((center, floor + 3), label, "ma")
 
 
-def _draw_rows(paper: "Paper", chart: Chart, top: int) -> None:
-    left = 10 + max(paper.measure(label) for label in chart.labels)
+def _draw_rows(drawing: "Drawing", chart: Chart, top: int) -> None:
+    left = 10 + max(drawing.measure(label) for label in chart.labels)
     right = chart.width - 10 - 2 * chart.text
     step, largest = (chart.height - top - 6) / len(chart.labels), max(chart.values)
-    paper.pen.line([(left, top), (left, chart.height - 6)], INK, 2)
+    drawing.pen.line([(left, top), (left, chart.height - 6)], INK, 2)
     for at, (label, value, color) in enumerate(_list_marks(chart)):
         center, length = top + step * (at + 0.5), (right - left) * value / largest
-        x = left + max(1, length)  # where the axis ends, at least
+        x = left + max(1, length)  # at least the axis
         box = (left + 1, center - 0.3 * step, x, center + 0.3 * step)
-        paper.mark(box, color, "rectangle")
-        paper.write((x + 4, center), str(value), "lm")
-        paper.write((left - 5, center), label, "rm")
+        drawing.mark(box, color, "rectangle")
+        drawing.write((x + 4, center), str(value), "lm")
+        drawing.write((left - 5, center), label, "rm")
 
 
-def _draw_line(paper: "Paper", chart: Chart, top: int) -> None:
+def _draw_line(drawing: "Drawing", chart: Chart, top: int) -> None:
     floor, ceiling = chart.height - 1.6 * chart.text, top + 1.6 * chart.text
-    _draw_grid(paper, chart, ceiling, floor)
+    _draw_grid(drawing, chart, ceiling, floor)
     step, largest = (chart.width - 20) / len(chart.labels), max(chart.values)
     points = [
         (10 + step * (at + 0.5), floor - 6 - (floor - 6 - ceiling) * value / largest)
         for at, value in enumerate(chart.values)
     ]
-    paper.pen.line([(6, floor), (chart.width - 6, floor)], INK, 2)
-    paper.pen.line(points, LINES if len(set(chart.colors)) > 1 else PALETTE[chart.colors[0]], 3)
+    drawing.pen.line([(6, floor), (chart.width - 6, floor)], INK, 2)
+    drawing.pen.line(points, LINES if len(set(chart.colors)) > 1 else PALETTE[chart.colors[0]], 3)
     for (x, y), (label, value, color) in zip(points, _list_marks(chart), strict=True):
-        paper.mark((x - 5, y - 5, x + 5, y + 5), color, "ellipse")
-        # A white ground, so that no line runs through the digits.
-        box = paper.pen.textbbox((x, y - 7), str(value), paper.font, anchor="mb")
-        paper.pen.rectangle(box, "white")
-        paper.write((x, y - 7), str(value), "mb")
-        paper.write((x, floor + 3), label, "ma")
+        drawing.mark((x - 5, y - 5, x + 5, y + 5), color, "ellipse")
+        # A white background, so that no line crosses the digits.
+        box = drawing.pen.textbbox((x, y - 7), str(value), drawing.font, anchor="mb")
+        drawing.pen.rectangle(box, "white")
+        drawing.write((x, y - 7), str(value), "mb")
+        drawing.write((x, floor + 3), label, "ma")
 
 
-def _draw_pie(paper: "Paper", chart: Chart, top: int) -> None:
-    """A disk, and a legend that names each slice and its value."""
-    legend = max(paper.measure(f"{label} 00") for label in chart.labels) + 2 * chart.text
+def _draw_pie(drawing: "Drawing", chart: Chart, top: int) -> None:
+    """Draw a disk, and a legend with the label and value of each slice."""
+    legend = max(drawing.measure(f"{label} 00") for label in chart.labels) + 2 * chart.text
     side = min(chart.width - legend - 16, chart.height - top - 8)
     start, total = -90.0, sum(chart.values)
     step = (chart.height - top - 8) / len(chart.labels)
     for at, (label, value, color) in enumerate(_list_marks(chart)):
         end = start + 360 * value / total
-        paper.pen.pieslice([6, top, 6 + side, top + side], start, end, PALETTE[color], "white")
+        drawing.pen.pieslice([6, top, 6 + side, top + side], start, end, PALETTE[color], "white")
         start, y = end, top + step * (at + 0.5)
         x = chart.width - legend
         half = 0.4 * chart.text
-        paper.mark((x, y - half, x + 2 * half, y + half), color, "rectangle")
-        paper.write((x + 1.2 * chart.text, y), f"{label} {value}", "lm")
+        drawing.mark((x, y - half, x + 2 * half, y + half), color, "rectangle")
+        drawing.write((x + 1.2 * chart.text, y), f"{label} {value}", "lm")
 
 
-def _draw_grid(paper: "Paper", chart: Chart, ceiling: float, floor: float) -> None:
+def _draw_grid(drawing: "Drawing", chart: Chart, ceiling: float, floor: float) -> None:
     for at in range(4 * chart.has_grid):
         y = ceiling + (floor - ceiling) * at / 4
-        paper.pen.line([(6, y), (chart.width - 6, y)], LINES, 1)
+        drawing.pen.line([(6, y), (chart.width - 6, y)], LINES, 1)
 
 
 def _list_marks(chart: Chart) -> Sequence[tuple[str, int, str]]:

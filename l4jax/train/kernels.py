@@ -1,9 +1,9 @@
-"""Kernels for training: whole documents in one step, nothing cached.
+"""Training kernels: complete documents in one step, without a KV cache.
 
-The model is that of `l4jax.model`; only what it calls differs. `attend` sees the step's own keys
-and values and no pool, within the rows that `l4jax.train.batches` packs. A table of B columns says
-that its layers see B blocks of `chunk` tokens together; its entries name the run that begins what a
-run belongs to.
+The model is that of `l4jax.model`; only its kernels differ. `attend` sees the keys and values of
+the step and no pool, within the rows that `l4jax.train.batches` packs. A page table of B columns
+means that its layers attend over B blocks of `chunk` tokens; its entries hold a segment's first
+segment of the same document.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from l4jax.kernels.formats import Weight
 
 
 def make_training_kernels(chunk: int, attention: str = "xla") -> Kernels:
-    """The bundle for a model with this attention chunk. All of it can be differentiated.
+    """Make the differentiable kernels of a model with this attention chunk.
 
     Args:
-        chunk: of the model.
-        attention: what computes it, "xla" anywhere or "cudnn" on a GPU, in bfloat16 alone.
+        chunk: the model's attention chunk, in tokens.
+        attention: "xla" on any device, or "cudnn" on a GPU, in bfloat16 only.
     """
     return Kernels(
         attend=functools.partial(attend, chunk=chunk, attention=attention),
@@ -34,8 +34,8 @@ def make_training_kernels(chunk: int, attention: str = "xla") -> Kernels:
     )
 
 
-def make_lean_kernels(chunk: int, attention: str = "xla") -> Kernels:
-    """The same, keeping nothing of what they do for the way back, where it is computed again."""
+def make_remat_kernels(chunk: int, attention: str = "xla") -> Kernels:
+    """Make the same kernels with rematerialization: the backward pass recomputes activations."""
     kernels = make_training_kernels(chunk, attention)
     return dataclasses.replace(
         kernels,
@@ -45,17 +45,17 @@ def make_lean_kernels(chunk: int, attention: str = "xla") -> Kernels:
     )
 
 
-def make_no_pool(config: TextConfig) -> PagePool:
-    """What stands in a pool's place: `attend` looks at none of it."""
-    nothing = tuple(jnp.zeros(()) for _ in range(count_arrays(config)))
-    return PagePool(nothing, nothing)
+def make_empty_pool(config: TextConfig) -> PagePool:
+    """Make an empty page pool, which `attend` does not read."""
+    empty = tuple(jnp.zeros(()) for _ in range(count_arrays(config)))
+    return PagePool(empty, empty)
 
 
 def _attend_all(q_IPNH: Array, k_IPNH: Array, v_IPNH: Array, *, attention: str) -> Array:
     if attention != "cudnn":
         return reference.attend_all(q_IPNH, k_IPNH, v_IPNH)
     images, patches, *_ = q_IPNH.shape
-    # It differentiates even lengths alone.
+    # cuDNN differentiates even lengths only.
     padding = ((0, 0), (0, patches % 2), (0, 0), (0, 0))
     length_I = jnp.full(images, patches, jnp.int32)
     y_IPNH = jax.nn.dot_product_attention(
@@ -71,7 +71,7 @@ def attend(
     x_TD: Array,
     norm: reference.Norm | None,
     qkv_KJHD: Weight,
-    turn: reference.HeadTransform,
+    head_transform: reference.HeadTransform,
     k_pool: Array,
     v_pool: Array,
     table_RB: Array,
@@ -81,29 +81,31 @@ def attend(
     chunk: int,
     attention: Any = "xla",
 ) -> tuple[Array, Array, Array]:
-    """Causal attention of each token within its own document, or its own chunk of it.
+    """Compute causal attention of each token within its document, or its chunk of the document.
 
-    The tokens are cut into spans of B * chunk, those that a row of the batch (a global layer) or a
-    block (a local one) holds; within a span a token sees those before it whose first run is its
-    own. Softmax in float32. What comes out for padding, at position -1, means nothing.
+    The tokens are split into spans of B * chunk tokens: a row of the batch in a global layer, a
+    block in a local one. Within a span a token attends to earlier tokens with the same first
+    segment. Softmax in float32. The output of padding, at position -1, is undefined.
 
     Args:
-        x_TD, norm, qkv_KJHD, turn: as for `reference.project_heads`.
-        k_pool, v_pool: of `make_no_pool`, returned as they are.
-        table_RB: the first run of each run's document (or the run itself), in every column.
-        row_T: int32 run of each token.
+        x_TD, norm, qkv_KJHD, head_transform: as for `reference.project_heads`.
+        k_pool, v_pool: of `make_empty_pool`, returned unchanged.
+        table_RB: the first segment of each segment's document (or the segment), in every column.
+        row_T: int32 segment of each token.
         position_T: int32; -1 is padding.
-        chunk: of the model.
+        chunk: the model's attention chunk, in tokens.
         attention: see `make_training_kernels`.
     """
-    q_TKGH, k_TKH, v_TKH = reference.project_heads(x_TD, norm, qkv_KJHD, turn)
+    q_TKGH, k_TKH, v_TKH = reference.project_heads(x_TD, norm, qkv_KJHD, head_transform)
     tokens, kv_heads, queries, head_dim = q_TKGH.shape
     span = table_RB.shape[1] * chunk
-    # Padding belongs to nobody, and sees itself, so that no softmax is empty.
-    owner_T = jnp.where(position_T >= 0, table_RB[row_T, 0], -1 - jnp.arange(tokens))
-    owner_NS = owner_T.reshape(-1, span)
+    # Each padding token attends to itself only, so that no softmax is empty.
+    document_T = jnp.where(position_T >= 0, table_RB[row_T, 0], -1 - jnp.arange(tokens))
+    document_NS = document_T.reshape(-1, span)
     slot_S = jnp.arange(span)
-    is_visible_NSs = (owner_NS[:, :, None] == owner_NS[:, None, :]) & (slot_S[:, None] >= slot_S)
+    is_visible_NSs = (document_NS[:, :, None] == document_NS[:, None, :]) & (
+        slot_S[:, None] >= slot_S
+    )
     y_NShH = jax.nn.dot_product_attention(
         q_TKGH.reshape(-1, span, kv_heads * queries, head_dim),
         k_TKH.reshape(-1, span, kv_heads, head_dim),

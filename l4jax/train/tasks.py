@@ -1,4 +1,4 @@
-"""What the model is asked: charts, sums, facts, needles, tool calls, and plain English to read."""
+"""The tasks: charts, arithmetic, facts, needles, tool calls, and English prose."""
 
 import dataclasses
 import functools
@@ -14,26 +14,26 @@ from l4jax.train.charts import (
     PALETTE,
     QUESTIONS,
     Picture,
-    ask,
     make_chart,
+    make_question,
     make_sign,
 )
 
-Count = Callable[[str], int]  # the tokens of a text
+Count = Callable[[str], int]  # text -> number of tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """A conversation: questions and answers, before them perhaps tools or a picture.
+    """A conversation of questions and answers, with optional tools or an image.
 
     Attributes:
         kind: "chart", "sign", "arithmetic", "fact", "needle" or "tool".
-        key: what it holds, in one text.
+        key: the content, as one text.
         turns: (question, answer), in order.
-        tools: OpenAI's definitions of functions, as JSON values.
-        picture: that the questions are about.
-        distance: of a needle, chunk boundaries between it and its answer.
-        depth: of a needle, where it stands: 0 at the beginning of the prompt, 1 at its end.
+        tools: OpenAI-style function definitions, as JSON values.
+        picture: the specification of the image.
+        distance: of a needle, the chunk boundaries between needle and answer.
+        depth: of a needle, its position: 0 at the beginning of the prompt, 1 at its end.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class Exchange:
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
-    """Text to read, without a question."""
+    """A passage of prose, without a question."""
 
     text: str
 
@@ -95,7 +95,7 @@ _CAPITAL = (
     "Tell me the capital of {}.",
     "{}: what is its capital?",
 )
-# Asked in any of these ways, answered in one.
+# Answer -> questions.
 FACTS: dict[str, tuple[str, ...]] = {
     "Air scatters blue light more than red light, so blue reaches us from all over the sky.": (
         "Why is the sky blue?",
@@ -121,22 +121,24 @@ _ARITHMETIC = ("What is {} {} {}?", "Compute {} {} {}.", "{} {} {} = ?")
 
 
 def make_chart_exchange(rng: random.Random, hardness: float, questions: int = 1) -> Exchange:
-    """Questions about one chart, of kinds by chance; none is asked twice."""
+    """Make questions of random kinds about one chart, without duplicates."""
     chart = make_chart(rng, hardness)
-    turns = tuple(dict(ask(chart, rng.choice(QUESTIONS), rng) for _ in range(questions)).items())
+    turns = tuple(
+        dict(make_question(chart, rng.choice(QUESTIONS), rng) for _ in range(questions)).items()
+    )
     return Exchange("chart", chart.key, turns, picture=chart)
 
 
 def make_sign_exchange(rng: random.Random) -> Exchange:
-    """A picture of words, read out as text is."""
+    """Make an image of words; the answer reads them."""
     sign = make_sign(rng)
     return Exchange("sign", sign.key, (("Read the words.", " ".join(sign.words)),), picture=sign)
 
 
 def make_arithmetic(rng: random.Random) -> Exchange:
-    """A sum or a difference of numbers below 100; the larger one first, so that none is negative.
+    """Make a sum or a difference of numbers below 100; no difference is negative.
 
-    The test's pairs of numbers are in no other split, in either order.
+    A pair of numbers of the test split is in no other split, in either order.
     """
     one, two = sorted((rng.randint(0, 99), rng.randint(0, 99)), reverse=True)
     sign = rng.choice("+-")
@@ -150,7 +152,7 @@ def make_arithmetic(rng: random.Random) -> Exchange:
 
 
 def make_fact(rng: random.Random) -> Exchange:
-    """A short question of general knowledge. Each split has its own ways of asking."""
+    """Make a short question of general knowledge. Each split has its own phrasings."""
     if rng.random() < 0.6:
         country = rng.choice(list(CAPITALS))
         question, answer = rng.choice(_CAPITAL).format(country), CAPITALS[country]
@@ -163,16 +165,17 @@ def make_fact(rng: random.Random) -> Exchange:
 def make_needle(
     rng: random.Random, count: Count, chunk: int, distance: int | None = None, longest: int = 5
 ) -> Exchange:
-    """A code somewhere in a text, and the question for it some chunk boundaries later.
+    """Hide a code in a text, and ask for it some chunk boundaries later.
 
-    Up to two other codes stand in the text too, so that it matters whose is asked for.
+    The text contains up to two other codes as distractors.
 
     Args:
-        count: the tokens of a text.
-        chunk: of the model.
-        distance: boundaries between the needle's last token and the answer's first; any number up
-            to `longest` if None.
-        longest: a conversation ends before this many boundaries and one chunk more.
+        rng: the source of all random choices.
+        count: counts the tokens of a text.
+        chunk: the model's attention chunk, in tokens.
+        distance: boundaries between the needle's last token and the answer's first; random, up to
+            `longest`, if None.
+        longest: limit on the length: this many boundaries and one more chunk.
     """
     distance = rng.randint(0, longest) if distance is None else distance
     while True:
@@ -184,25 +187,25 @@ def make_needle(
 def _hide(
     rng: random.Random, count: Count, chunk: int, distance: int, longest: int
 ) -> Exchange | None:
-    """One try at a needle; None where the texts drawn come out at another distance."""
+    """Try to make a needle; return None if the sampled texts give another distance."""
     names = rng.sample(LABELS["name"].split() + LABELS["city"].split(), rng.randint(1, 3))
     codes = [str(rng.randint(100, 999)) for _ in names]
     needles = [f"The code of {name} is {code}." for name, code in zip(names, codes, strict=True)]
-    asked = f"What is the code of {names[0]}?"
-    # Around the text stand five tokens of the template on either side: see `documents`.
+    question = f"What is the code of {names[0]}?"
+    # The template adds five tokens before and after the text: see `documents`.
     edge, start = 5, rng.randint(0, longest - distance) * chunk
     needle_at = start + rng.randrange(chunk)
     answer_at = start + distance * chunk + rng.randrange(max(1, chunk - 8))
     others = [count(" " + other) for other in needles[1:]]
     before = needle_at - edge - count(needles[0])
-    after = answer_at - needle_at - count(" " + asked) - edge - sum(others)
+    after = answer_at - needle_at - count(" " + question) - edge - sum(others)
     if before < 0 or after < 0:
         return None
     first, second = _take_sentences(rng, before, count), _take_sentences(rng, after, count)
     for other in needles[1:]:
         second.insert(rng.randint(0, len(second)), other)
     hidden = " ".join([*first, needles[0]])
-    text = " ".join([hidden, *second, asked])
+    text = " ".join([hidden, *second, question])
     needle_at, answer_at = edge + count(hidden), 2 * edge + count(text)
     found = answer_at // chunk - (needle_at - 1) // chunk
     if found != distance or answer_at + 8 > (longest + 1) * chunk:
@@ -217,17 +220,17 @@ def _hide(
 
 
 def make_passage(rng: random.Random) -> Passage:
-    """A paragraph of the Declaration of Independence or the Constitution of the United States."""
+    """Sample a paragraph of the Declaration of Independence or the US Constitution."""
     return Passage(rng.choice(read_prose()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tool:
-    """A function that somebody may want called: how it may be named, described and asked for."""
+    """A function to call: its possible names, its description, and possible requests."""
 
     names: tuple[str, ...]
     description: str
-    parameters: dict[str, tuple[str, ...]]  # what is asked for -> how the parameter may be named
+    parameters: dict[str, tuple[str, ...]]  # value group -> possible parameter names
     requests: tuple[str, ...]
 
 
@@ -275,12 +278,12 @@ TOOLS = (
         ("Add {number} and {other}.", "Use the tool to add {number} to {other}."),
     ),
 )
-TOOLS_INTRODUCED = "You can call these functions:\n"  # as the chat template does
+TOOLS_INTRODUCED = "You can call these functions:\n"  # as in the chat template
 _GROUPS = {"goal": "city", "other": "number"}
 
 
 def make_tool_call(rng: random.Random) -> Exchange:
-    """One to three functions as JSON, a request, and the call of the right one in Python's form."""
+    """Make one to three functions, a request, and the right call in Python syntax."""
     tools = rng.sample(TOOLS, rng.randint(1, 3))
     wanted = rng.choice(tools)
     definitions, call, request = [], "", ""
@@ -319,20 +322,20 @@ def _write(value: str | int) -> str:
 
 @functools.cache
 def read_prose() -> tuple[str, ...]:
-    """Paragraphs of English in the public domain."""
+    """Read paragraphs of English prose in the public domain."""
     text = resources.files("l4jax.train").joinpath("prose.txt").read_text(encoding="utf-8")
     return tuple(text.splitlines())
 
 
 @functools.cache
 def list_sentences() -> tuple[str, ...]:
-    """The prose, cut where sentences and clauses end."""
+    """Split the prose into sentences and clauses."""
     pieces = (re.split(r"(?<=[.;:])\s+", paragraph) for paragraph in read_prose())
     return tuple(piece for paragraph in pieces for piece in paragraph)
 
 
 def _take_sentences(rng: random.Random, tokens: int, count: Count) -> list[str]:
-    """Neighboring sentences of about so many tokens, the last one cut between words."""
+    """Take successive sentences of about `tokens` tokens; the last one ends between words."""
     sentences, taken = list_sentences(), []
     at = rng.randrange(len(sentences))
     while tokens > 0:
@@ -347,17 +350,17 @@ def _take_sentences(rng: random.Random, tokens: int, count: Count) -> list[str]:
 
 
 def join(exchanges: Sequence[Exchange]) -> Exchange:
-    """Conversations without tools or pictures, as one that goes from each to the next."""
+    """Join conversations without tools or images into one."""
     turns = tuple(turn for exchange in exchanges for turn in exchange.turns)
     return Exchange(exchanges[0].kind, " | ".join(x.key for x in exchanges), turns)
 
 
-def spell(exchange: Exchange) -> str:
-    """What is said in a conversation, a line each."""
+def format_text(exchange: Exchange) -> str:
+    """Format a conversation as text, a line per message."""
     lines = [write_definition(tool) for tool in exchange.tools]
     return "\n".join([*lines, *(text for turn in exchange.turns for text in turn)])
 
 
 def write_definition(tool: dict[str, Any]) -> str:
-    """A tool's JSON, as chat templates write it."""
+    """Format a tool's definition as JSON, as chat templates do."""
     return json.dumps(tool, ensure_ascii=False)

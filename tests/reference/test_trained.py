@@ -8,34 +8,34 @@ import pytest
 from l4jax import LLM, SamplingParams, checkpoint
 from l4jax.text.tokenizer import Tokenizer
 from l4jax.train import bundle, scoring
-from l4jax.train.documents import Speller
-from l4jax.train.learning import Teaching, initialize
+from l4jax.train.documents import ExampleEncoder
+from l4jax.train.train_step import Hyperparameters, initialize
 from tests.reference import oracle
-from tests.train import toys
+from tests.train import tiny
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    learned = jax.jit(lambda: initialize(toys.CONFIG, Teaching(steps=1), 0))()
-    bundle.export(folder, toys.CONFIG, learned.params, toys.find_vocabulary())
+    state = jax.jit(lambda: initialize(tiny.CONFIG, Hyperparameters(steps=1), 0))()
+    bundle.export(folder, tiny.CONFIG, state.params, tiny.make_tokenizer_folder())
     return folder
 
 
 def test_transformers_and_our_engine_give_the_same_distributions(folder):
     """Over a chart, a needle, a call and a sum: the first token's log-probabilities, in float32."""
-    model, speller = oracle.load(folder), Speller.from_folder(folder)
+    model, encoder = oracle.load(folder), ExampleEncoder.from_folder(folder)
     llm = LLM(folder, dtype="float32", quiet=True, max_num_seqs=2, max_model_len=1024)
     params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=20)
-    for exchange in scoring.list_questions(speller, toys.CHUNK, 1):
-        document = speller(exchange)
-        ids, pixels = scoring.cut_prompt(document), scoring.normalize(document, speller)
+    for exchange in scoring.list_questions(encoder, tiny.CHUNK, 1):
+        document = encoder(exchange)
+        ids, pixels = scoring.take_prompt(document), scoring.normalize(document, encoder)
         logits_TV = oracle.logits(model, np.array(ids), pixels)
         wanted_V = np.asarray(jax.nn.log_softmax(jnp.asarray(logits_TV[-1])))
         if pixels is None:
             (output,) = llm.generate({"prompt_token_ids": ids}, params)
         else:
-            (output,) = llm.chat(scoring.show(exchange), params)
+            (output,) = llm.chat(scoring.make_messages(exchange), params)
         assert list(output.prompt_token_ids) == ids
         (told,) = output.outputs[0].logprobs
         found = dict(told.top)

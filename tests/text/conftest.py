@@ -76,7 +76,7 @@ def real(real_folder: Path) -> Tokenizer:
 
 
 def read_meta_tokenizer(file: Path) -> tuple[str, list[str]]:
-    """The split pattern and all 2048 special tokens, from the constants of Meta's source."""
+    """Read the split pattern and all 2048 special tokens from the constants of Meta's source."""
     tree = ast.parse(file.read_text())
     names = ("get_reserved_special_tokens", "LLAMA4_", "BASIC_SPECIAL_TOKENS")
     values: dict = {}
@@ -84,9 +84,9 @@ def read_meta_tokenizer(file: Path) -> tuple[str, list[str]]:
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
             pattern = next(
-                item.value.value
+                ast.literal_eval(item.value)
                 for item in node.body
-                if isinstance(item, ast.Assign) and item.targets[0].id == "O200K_PATTERN"
+                if isinstance(item, ast.Assign) and ast.unparse(item.targets[0]) == "O200K_PATTERN"
             )
         is_wanted = isinstance(node, ast.FunctionDef | ast.Assign) and any(
             name in ast.unparse(node).split("=")[0] for name in names

@@ -78,7 +78,8 @@ def test_ids_equal_transformers_without_special_tokens_in_the_text(
     reference = PreTrainedTokenizerFast.from_pretrained(tiny_folder)
     messages = [say(" Be brief.\n", "system"), say("日本 👍🏽  why?\n\n"), say("\n", "assistant")]
     tools = [{"type": "function", "function": {"name": "f", "description": "d"}}]
-    for kwargs in ({}, {"tools": tools}, {"add_generation_prompt": False}):
+    variants: list[dict[str, Any]] = [{}, {"tools": tools}, {"add_generation_prompt": False}]
+    for kwargs in variants:
         expected = reference.apply_chat_template(
             messages, **{"add_generation_prompt": True} | kwargs, return_dict=False
         )

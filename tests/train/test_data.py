@@ -1,4 +1,4 @@
-"""Training data: the same every time, right, in one split each, and spelled as it is asked."""
+"""Laws of training data: reproducible, correct, in one split each, and encoded as prompts are."""
 
 import collections
 import dataclasses
@@ -13,20 +13,20 @@ from l4jax.text.chat import render_chat
 from l4jax.text.image import choose_canvas
 from l4jax.text.tokenizer import Tokenizer
 from l4jax.train import charts, tasks
-from l4jax.train.batches import Recipe, make_batch
-from l4jax.train.documents import MIX, Speller, draw_example
-from l4jax.train.splits import SPLITS, draw_from, find_split
-from l4jax.train.stream import stream_batches
-from l4jax.train.vocabulary import SPECIAL_TOKENS, write_vocabulary
-from tests.train import toys
+from l4jax.train.batches import DataConfig, make_batch
+from l4jax.train.data_loader import stream_batches
+from l4jax.train.documents import MIX, ExampleEncoder, sample_example
+from l4jax.train.splits import SPLITS, assign_split, sample_from
+from l4jax.train.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from tests.train import tiny
 
-SPELLER = Speller.from_folder(toys.find_vocabulary())
+ENCODER = ExampleEncoder.from_folder(tiny.make_tokenizer_folder())
 CHUNK = 256
 
 
 def draw_many(split: str, seed: int, count: int = 200) -> list:
     rng = random.Random(seed)
-    return [draw_example(rng, split, 1.0, SPELLER, CHUNK, 5) for _ in range(count)]
+    return [sample_example(rng, split, 1.0, ENCODER, CHUNK, 5) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -34,44 +34,46 @@ def examples() -> list:
     return draw_many("train", 0, 400)
 
 
-def make_recipe(**changes) -> Recipe:
-    recipe = toys.make_plan(100).recipe
-    return dataclasses.replace(recipe, rows=4, length=6 * CHUNK, chunk=CHUNK, tiles=16, **changes)
+def make_data_config(**changes) -> DataConfig:
+    data_config = tiny.make_training_config(100).data
+    return dataclasses.replace(
+        data_config, rows=4, length=6 * CHUNK, chunk=CHUNK, tiles=16, **changes
+    )
 
 
-def test_the_same_seed_gives_the_same_examples_and_another_gives_others():
+def test_examples_follow_from_the_seed():
     assert draw_many("train", 1, 50) == draw_many("train", 1, 50)
     assert draw_many("train", 1, 50) != draw_many("train", 2, 50)
 
 
-def test_every_kind_is_drawn(examples):
+def test_every_kind_is_sampled(examples):
     kinds = collections.Counter(getattr(example, "kind", "prose") for example in examples)
     assert set(kinds) == set(MIX)
 
 
 def test_no_example_is_in_two_splits():
-    """By construction, of what an example holds; seeds have no part in it."""
+    """The split follows from the content of an example, whatever the seed."""
     keys = {}
     for split in SPLITS:
         found = draw_many(split, 3)
         keys[split] = {key for example in found for key in example.key.split(" | ")}
-        assert all(find_split(key) == split for key in keys[split])
+        assert all(assign_split(key) == split for key in keys[split])
     assert not keys["train"] & keys["test"] and not keys["train"] & keys["validation"]
     assert not keys["validation"] & keys["test"]
 
 
-def test_a_sum_of_the_test_is_not_trained_in_the_other_order():
+def test_a_sum_of_the_test_split_is_not_trained_in_the_other_order():
     rng = random.Random(0)
     sums = {split: set() for split in ("train", "test")}
     for split, found in sums.items():
         for _ in range(2000):
-            ((question, _),) = draw_from(split, tasks.make_arithmetic, rng).turns
+            ((question, _),) = sample_from(split, tasks.make_arithmetic, rng).turns
             one, sign, two = re.findall(r"\d+|[+-]", question)
             found.add((sign, frozenset((one, two))))
     assert not sums["train"] & sums["test"]
 
 
-def test_answers_about_charts_follow_from_what_is_drawn(examples):
+def test_answers_about_charts_follow_from_the_drawn_values(examples):
     asked = collections.Counter()
     for example in examples:
         if not isinstance(getattr(example, "picture", None), charts.Chart):
@@ -87,7 +89,7 @@ def test_answers_about_charts_follow_from_what_is_drawn(examples):
                 wanted = str(values[named[0]])
             elif "largest" in question or "smallest" in question:
                 pick = max if "largest" in question else min
-                wanted = pick(values, key=values.get)
+                wanted = pick(values, key=values.__getitem__)
             elif "sum" in question:
                 wanted = f"{numbers[0]} + {numbers[1]} = {sum(numbers)}"
             elif "difference" in question:
@@ -108,8 +110,8 @@ def test_answers_about_charts_follow_from_what_is_drawn(examples):
 
 
 @pytest.mark.parametrize("kind", ["bar", "row"])
-def test_a_bar_is_as_long_as_its_value(kind):
-    """Read off the pixels: lengths are as the values that the answers come from."""
+def test_a_bar_is_proportional_to_its_value(kind):
+    """Measured in pixels."""
     values = (90, 45, 30)
     colors = ("red", "blue", "green")
     chart = charts.Chart(kind, "", ("Rome", "Oslo", "Bern"), values, colors, False, 336, 336, 15)
@@ -135,11 +137,11 @@ def test_a_line_and_a_pie_show_their_values():
         336 - np.flatnonzero((pixels_YXC == charts.PALETTE[c]).all(axis=-1).any(axis=1)).mean()
         for c in colors
     ]
-    floor = (heights[2] * 60 - heights[0] * 10) / 50  # where a value of 0 would be
+    floor = (heights[2] * 60 - heights[0] * 10) / 50  # height of a value of 0
     assert abs((heights[1] - floor) / (heights[0] - floor) - 0.5) < 0.02
 
 
-def test_pictures_need_one_to_four_tiles_and_texts_do_not_touch():
+def test_images_need_one_to_four_tiles_and_texts_do_not_overlap():
     rng, seen = random.Random(0), collections.Counter()
     for _ in range(400):
         chart = charts.make_chart(rng, 1.0)
@@ -155,40 +157,40 @@ def test_pictures_need_one_to_four_tiles_and_texts_do_not_touch():
 
 
 @pytest.mark.slow
-def test_every_chart_can_be_drawn_and_a_pie_has_room_for_its_disk():
-    """In a picture four tiles high letters are large, and a legend of them as wide as the paper."""
+def test_every_chart_can_be_drawn_and_a_pie_has_space_for_its_disk():
+    """In an image four tiles high the letters are large, and a legend is as wide as the image."""
     rng = random.Random(0)
     for chart in (charts.make_chart(rng, 1.0) for _ in range(800)):
         if chart.kind == "pie":
             pixels = np.asarray(charts.draw(chart).image).reshape(-1, 3)
             drawn = [(pixels == charts.PALETTE[color]).all(-1).sum() for color in chart.colors]
-            # Of which the legend's marks are less than one each.
+            # Each mark of the legend has less than text**2 pixels.
             assert sum(drawn) > (4 + len(drawn)) * chart.text**2, chart
 
 
-def test_a_feature_is_taught_the_token_in_whose_middle_it_looks():
-    """Each one that is looks at ink, and most of what is written is taught."""
-    rng, encode = random.Random(2), SPELLER.tokenizer.encode
+def test_the_target_of_an_image_feature_is_the_token_centered_in_it():
+    """Each feature with a target shows ink, and most written tokens are targets."""
+    rng, encode = random.Random(2), ENCODER.tokenizer.encode
     for picture in (charts.make_sign(rng), charts.make_chart(rng, 0.0)):
-        paper = charts.draw(picture)
-        document = SPELLER(tasks.Exchange("sign", "", (("Read.", "-"),), picture=picture))
-        seen_F = document.seen_T[document.feature_T >= 0]
+        drawing = charts.draw(picture)
+        document = ENCODER(tasks.Exchange("sign", "", (("Read.", "-"),), picture=picture))
+        patch_target_F = document.patch_target_T[document.feature_T >= 0]
         cells = (
             document.tiles_ICYX[0].min(0).reshape(12, 28, 12, 28).swapaxes(1, 2).reshape(144, -1)
         )
-        assert (cells[seen_F >= 0] < 250).any(1).all()
-        shown = [x.text for x in [*paper.texts, *paper.marks]]
+        assert (cells[patch_target_F >= 0] < 250).any(1).all()
+        shown = [x.text for x in [*drawing.texts, *drawing.marks]]
         written = [token for text in shown for token in encode(text, add_special_tokens=False)]
-        found = seen_F[seen_F >= 0].tolist()
+        found = patch_target_F[patch_target_F >= 0].tolist()
         assert set(found) <= set(written) and len(found) > len(written) / 2
 
 
-def test_a_feature_of_a_larger_picture_is_counted_tile_by_tile():
-    """Where the tokens stand, as tiles are cut, and none in the tile that shows the whole."""
+def test_targets_of_a_larger_image_are_in_tile_order():
+    """Targets follow the tiles of the image, and the global tile has none."""
     word = charts.Sign(("Oslo",), 1, 2 * 336, 336, 18)
-    document = SPELLER(tasks.Exchange("sign", "", (("Read.", "Oslo"),), picture=word))
-    at = np.flatnonzero(document.seen_T >= 0)
-    assert "Oslo".startswith(SPELLER.tokenizer.decode(document.seen_T[at].tolist()))
+    document = ENCODER(tasks.Exchange("sign", "", (("Read.", "Oslo"),), picture=word))
+    at = np.flatnonzero(document.patch_target_T >= 0)
+    assert "Oslo".startswith(ENCODER.tokenizer.decode(document.patch_target_T[at].tolist()))
     left, top, right, bottom = charts.draw(word).texts[0].box
     tile, column = divmod(int((left + right) / 2 / 28), 12)
     row = int((top + bottom) / 2 / 28)
@@ -197,7 +199,7 @@ def test_a_feature_of_a_larger_picture_is_counted_tile_by_tile():
     assert abs(document.feature_T[at] - first - column).max() <= 1
 
 
-def test_charts_are_easy_at_first():
+def test_charts_of_hardness_0_are_small():
     rng = random.Random(0)
     for _ in range(100):
         chart = charts.make_chart(rng, 0.0)
@@ -205,23 +207,23 @@ def test_charts_are_easy_at_first():
 
 
 @pytest.mark.parametrize("distance", [0, 1, 2, 5])
-def test_a_needle_lies_as_many_chunk_boundaries_back_as_it_says(distance):
-    """Counted in the tokens that the model gets, for the answer's own needle."""
+def test_a_needle_is_the_given_number_of_chunk_boundaries_back(distance):
+    """Counted in the model's tokens, for the needle of the answer."""
     rng, depths = random.Random(0), []
     for _ in range(25):
-        example = tasks.make_needle(rng, SPELLER.count, CHUNK, distance)
+        example = tasks.make_needle(rng, ENCODER.count, CHUNK, distance)
         ((text, code),) = example.turns
-        document = SPELLER(example)
+        document = ENCODER(example)
         answer_at = int(np.flatnonzero(document.weight_T)[0])
-        said = "".join(SPELLER.tokenizer.decode([i]) for i in document.token_T[answer_at:])
+        said = "".join(ENCODER.tokenizer.decode([i]) for i in document.token_T[answer_at:])
         assert said.startswith(code)
-        name = re.search(r"What is the code of (\w+)\?$", text)[1]
+        (name,) = re.findall(r"What is the code of (\w+)\?$", text)
         assert text.count(f"The code of {name} is {code}.") == 1 and text.count(code) == 1
         prefix = (
             text[: text.index(f"The code of {name} is {code}.")] + f"The code of {name} is {code}."
         )
-        needle_at = 5 + SPELLER.count(prefix) - 1
-        decoded = SPELLER.tokenizer.decode(document.token_T[needle_at - 3 : needle_at + 1])
+        needle_at = 5 + ENCODER.count(prefix) - 1
+        decoded = ENCODER.tokenizer.decode(document.token_T[needle_at - 3 : needle_at + 1])
         assert decoded == f"{code}."
         assert answer_at // CHUNK - needle_at // CHUNK == distance == example.distance
         assert len(document.token_T) <= 6 * CHUNK
@@ -229,7 +231,7 @@ def test_a_needle_lies_as_many_chunk_boundaries_back_as_it_says(distance):
     assert distance == 5 or max(depths) - min(depths) > 0.3
 
 
-def test_sums_facts_and_calls_are_right():
+def test_sums_facts_and_calls_are_correct():
     rng = random.Random(0)
     for _ in range(200):
         ((question, answer),) = tasks.make_arithmetic(rng).turns
@@ -237,9 +239,9 @@ def test_sums_facts_and_calls_are_right():
         assert int(answer) == (int(one) + int(two) if sign == "+" else int(one) - int(two)) >= 0
         exchange = tasks.make_tool_call(rng)
         ((request, call),) = exchange.turns
-        name, written = re.fullmatch(r"\[(\w+)\((.*)\)\]", call).groups()
+        ((name, written),) = re.findall(r"^\[(\w+)\((.*)\)\]$", call)
         tool = next(t["function"] for t in exchange.tools if t["function"]["name"] == name)
-        arguments = eval(f"dict({written})")  # it is Python, after all
+        arguments = eval(f"dict({written})")  # Python syntax
         assert list(arguments) == tool["parameters"]["required"]
         assert all(str(value) in request for value in arguments.values())
         for parameter, value in arguments.items():
@@ -251,7 +253,7 @@ def test_sums_facts_and_calls_are_right():
     assert answer == "Paris"
 
 
-def as_messages(example: tasks.Exchange) -> list[dict]:
+def make_messages(example: tasks.Exchange) -> list[dict]:
     messages = []
     for place, (question, answer) in enumerate(example.turns):
         content = question
@@ -262,13 +264,13 @@ def as_messages(example: tasks.Exchange) -> list[dict]:
     return messages
 
 
-def test_examples_are_spelled_as_the_chat_template_spells_them(examples):
-    """And the prompt that a server makes of a question is what stands before its answer."""
+def test_examples_are_encoded_as_the_chat_template_encodes_them(examples):
+    """And the server's prompt of a question is the document up to its answer."""
     for example in examples[:120]:
         if isinstance(example, tasks.Passage):
             continue
-        document, messages = SPELLER(example), as_messages(example)
-        rest = (SPELLER.tokenizer, SPELLER.processor)
+        document, messages = ENCODER(example), make_messages(example)
+        rest = (ENCODER.tokenizer, ENCODER.processor)
         tools = list(example.tools) or None
         whole = render_chat(*rest, messages, add_generation_prompt=False, tools=tools)
         assert tuple(document.token_T) == whole.token_ids
@@ -276,38 +278,38 @@ def test_examples_are_spelled_as_the_chat_template_spells_them(examples):
         answer_at = int(np.flatnonzero(document.weight_T)[0])
         assert prompt.token_ids == whole.token_ids[:answer_at]
         if whole.images:
-            levels_C256 = SPELLER.processor.levels_C256
+            levels_C256 = ENCODER.processor.levels_C256
             shown_ICYX = np.stack([levels_C256[c][document.tiles_ICYX[:, c]] for c in range(3)], 1)
             np.testing.assert_array_equal(shown_ICYX, whole.images[0].pixels_ICHW)
 
 
-def test_the_template_writes_a_call_as_training_does():
+def test_the_template_writes_calls_as_training_does():
     example = tasks.make_tool_call(random.Random(5))
     ((question, call),) = example.turns
-    name, written = re.fullmatch(r"\[(\w+)\((.*)\)\]", call).groups()
+    ((name, written),) = re.findall(r"^\[(\w+)\((.*)\)\]$", call)
     function = {"name": name, "arguments": eval(f"dict({written})")}
     messages = [
         {"role": "user", "content": question},
         {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]},
     ]
     prompt = render_chat(
-        SPELLER.tokenizer, None, messages, add_generation_prompt=False, tools=list(example.tools)
+        ENCODER.tokenizer, None, messages, add_generation_prompt=False, tools=list(example.tools)
     )
-    assert prompt.token_ids == tuple(SPELLER(example).token_T)
+    assert prompt.token_ids == tuple(ENCODER(example).token_T)
 
 
-def test_answers_alone_are_learned_and_prose_a_little():
-    tokenizer = SPELLER.tokenizer
+def test_only_answers_have_full_loss_weight_and_prose_a_small_one():
+    tokenizer = ENCODER.tokenizer
     example = tasks.make_arithmetic(random.Random(0))
-    document = SPELLER(example)
-    learned = tokenizer.decode(document.token_T[document.weight_T > 0], skip_special_tokens=False)
-    assert learned == example.turns[0][1] + "<|eot|>"
-    passage = SPELLER(tasks.make_passage(random.Random(0)))
+    document = ENCODER(example)
+    state = tokenizer.decode(document.token_T[document.weight_T > 0], skip_special_tokens=False)
+    assert state == example.turns[0][1] + "<|eot|>"
+    passage = ENCODER(tasks.make_passage(random.Random(0)))
     assert (passage.weight_T > 0).all() and passage.weight_T.max() < 1
 
 
-def test_digits_are_tokens_of_their_own():
-    tokenizer = SPELLER.tokenizer
+def test_each_digit_is_a_token():
+    tokenizer = ENCODER.tokenizer
     ids = tokenizer.encode("Rome 2047, 33 + 5", add_special_tokens=False)
     pieces = [tokenizer.decode([i]) for i in ids]
     assert [piece for piece in pieces if any(c.isdigit() for c in piece)] == list("2047335")
@@ -315,58 +317,58 @@ def test_digits_are_tokens_of_their_own():
 
 @pytest.fixture(scope="module")
 def packed():
-    return make_batch(make_recipe(), 60)
+    return make_batch(make_data_config(), 60)
 
 
-def test_a_batch_is_the_same_however_it_is_made(packed):
-    with stream_batches(make_recipe(), 60, workers=2) as batches:
+def test_workers_make_the_same_batches(packed):
+    with stream_batches(make_data_config(), 60, workers=2) as batches:
         streamed = [next(batches), next(batches)]
     for name, array in vars(packed).items():
         np.testing.assert_array_equal(getattr(streamed[0], name), array, err_msg=name)
     assert not np.array_equal(streamed[1].token_T, packed.token_T)
 
 
-def test_a_document_is_whole_and_its_chunks_lie_on_blocks(packed):
+def test_a_document_is_contiguous_and_its_chunks_are_aligned_to_blocks(packed):
     start_T = np.flatnonzero(packed.position_T == 0)
     assert len(start_T) > 8
     for start in start_T:
         rest = packed.position_T[start:]
         count = int(np.argmax(np.append(rest[1:], -1) != np.arange(1, len(rest) + 1))) + 1
         at = np.arange(start, start + count)
-        # Within one block, or from the start of one on; never across rows.
+        # Inside one block, or from the start of a block; never across rows.
         assert start % CHUNK == 0 or start // CHUNK == at[-1] // CHUNK
         assert start // (6 * CHUNK) == at[-1] // (6 * CHUNK)
-        assert packed.token_T[start] == SPELLER.tokenizer.bos_id
-        # What comes next is foretold, but by image features, which tell what is written there.
+        assert packed.token_T[start] == ENCODER.tokenizer.bos_id
+        # The target is the next token; for image features it is the token drawn there.
         text = at[:-1][packed.feature_T[at[:-1]] < 0]
         np.testing.assert_array_equal(packed.target_T[text], packed.token_T[text + 1])
         assert packed.weight_T[at[-1]] == 0
-        runs = packed.run_T[at]
-        np.testing.assert_array_equal(runs - runs[0], np.arange(count) // CHUNK)
-        assert (packed.first_RB[runs] == runs[0]).all()
+        segments = packed.segment_T[at]
+        np.testing.assert_array_equal(segments - segments[0], np.arange(count) // CHUNK)
+        assert (packed.first_RB[segments] == segments[0]).all()
 
 
-def test_each_picture_keeps_its_features(packed):
+def test_each_image_keeps_its_features(packed):
     order_T = packed.feature_T[packed.feature_T >= 0]
     np.testing.assert_array_equal(np.sort(order_T), np.arange(len(order_T)))
     assert len(order_T) % 144 == 0 and len(order_T) >= 144
-    is_patch_T = packed.token_T == SPELLER.tokenizer.token_id("<|patch|>")
+    is_patch_T = packed.token_T == ENCODER.tokenizer.token_id("<|patch|>")
     np.testing.assert_array_equal(is_patch_T, packed.feature_T >= 0)
 
 
-def test_a_length_that_is_no_multiple_of_the_chunk_is_refused():
+def test_a_length_that_is_not_a_multiple_of_the_chunk_is_refused():
     with pytest.raises(ValueError, match="length is 100: it must be a multiple of the chunk, 64"):
-        dataclasses.replace(toys.make_plan(1).recipe, length=100)
+        dataclasses.replace(tiny.make_training_config(1).data, length=100)
 
 
 def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="split is 'dev': it is one of train, validation, test"):
-        draw_from("dev", tasks.make_fact, random.Random(0))
+        sample_from("dev", tasks.make_fact, random.Random(0))
 
 
-def test_the_bundled_tokenizer_is_what_its_command_writes(tmp_path):
-    """Byte for byte: it follows from the training data, and has all that Llama 4 calls special."""
-    write_vocabulary(tmp_path)
+def test_the_bundled_tokenizer_equals_a_newly_trained_one(tmp_path):
+    """Byte for byte: it follows from the training data; it has Llama 4's special tokens."""
+    train_tokenizer(tmp_path)
     for path in tmp_path.iterdir():
         assert (checkpoint.BUNDLED / path.name).read_bytes() == path.read_bytes(), path.name
     tokenizer = Tokenizer.from_folder(tmp_path)

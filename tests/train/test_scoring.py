@@ -1,4 +1,4 @@
-"""Scores: what counts as right, who is asked, and what the tables and the card say."""
+"""Laws of scores: correct answers, the questions, the tables and the model card."""
 
 import json
 import random
@@ -9,22 +9,22 @@ import jax
 import numpy as np
 import pytest
 
-from l4jax import LLM
+from l4jax import LLM, checkpoint
 from l4jax.checkpoint.safetensors import Index
 from l4jax.train import bundle, scoring, tasks
-from l4jax.train.card import draw_card
-from l4jax.train.documents import Speller
-from l4jax.train.learning import Teaching, initialize
-from l4jax.train.splits import find_split
+from l4jax.train.card import render_card
+from l4jax.train.documents import ExampleEncoder
+from l4jax.train.splits import assign_split
+from l4jax.train.train_step import Hyperparameters, initialize
 from scripts import score_bundled
-from tests.train import toys
+from tests.train import tiny
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("scored")
-    learned = jax.jit(lambda: initialize(toys.CONFIG, Teaching(steps=1), 0))()
-    bundle.export(folder, toys.CONFIG, learned.params, toys.find_vocabulary())
+    state = jax.jit(lambda: initialize(tiny.CONFIG, Hyperparameters(steps=1), 0))()
+    bundle.export(folder, tiny.CONFIG, state.params, tiny.make_tokenizer_folder())
     return folder
 
 
@@ -50,23 +50,25 @@ def make_question(kind: str, wanted: str) -> tasks.Exchange:
         ("tool", '[add(a=1, b="x")]', '[add(a=1, b="y")]', False),
     ],
 )
-def test_charts_are_scored_with_tolerance_and_all_else_to_the_letter(kind, wanted, said, right):
-    assert scoring.is_right(make_question(kind, wanted), said) is right
+def test_charts_are_scored_with_tolerance_and_other_answers_by_exact_match(
+    kind, wanted, said, right
+):
+    assert scoring.is_correct(make_question(kind, wanted), said) is right
 
 
-def test_questions_are_of_the_test_and_needles_at_every_distance(folder):
-    speller = Speller.from_folder(folder)
-    asked = scoring.list_questions(speller, 64, 12)
-    assert asked == scoring.list_questions(speller, 64, 12)
-    assert all(find_split(exchange.key) == "test" for exchange in asked)
+def test_questions_are_of_the_test_split_with_needles_at_every_distance(folder):
+    encoder = ExampleEncoder.from_folder(folder)
+    asked = scoring.list_questions(encoder, 64, 12)
+    assert asked == scoring.list_questions(encoder, 64, 12)
+    assert all(assign_split(exchange.key) == "test" for exchange in asked)
     assert [x.kind for x in asked].count("chart") == 12 and len(asked) == 12 * len(scoring.TASKS)
     distances = [x.distance for x in asked if x.kind == "needle"]
     assert distances == [*range(6), *range(6)]
 
 
-def test_scores_are_told_apart_by_distance_and_depth(folder):
-    speller = Speller.from_folder(folder)
-    asked = scoring.list_questions(speller, 64, 6)
+def test_needle_scores_are_grouped_by_distance_and_depth(folder):
+    encoder = ExampleEncoder.from_folder(folder)
+    asked = scoring.list_questions(encoder, 64, 6)
     said = [x.turns[0][1] if x.kind != "needle" or x.distance == 5 else "?" for x in asked]
     scores = scoring.group_scores(asked, said)
     assert scores["chart"] == scores["tool"] == scores["arithmetic"] == scores["fact"] == 1
@@ -75,10 +77,10 @@ def test_scores_are_told_apart_by_distance_and_depth(folder):
     assert any(name.startswith("needle: ") and name.endswith("deep") for name in scores)
 
 
-def test_our_engine_is_asked_what_training_spells(folder, monkeypatch):
-    """The prompts that reach the engine are the documents up to their first answers."""
+def test_the_engine_gets_the_prompts_that_training_encodes(folder, monkeypatch):
+    """The engine's prompts are the documents up to their first answers."""
     llm = LLM(folder, quiet=True, max_num_seqs=4, max_model_len=1024)
-    speller, seen = Speller.from_folder(folder), []
+    encoder, seen = ExampleEncoder.from_folder(folder), []
     add = llm.engine.add
 
     def listen(token_ids, *rest, **named):
@@ -86,40 +88,45 @@ def test_our_engine_is_asked_what_training_spells(folder, monkeypatch):
         return add(token_ids, *rest, **named)
 
     monkeypatch.setattr(llm.engine, "add", listen)
-    monkeypatch.setattr(scoring, "LONGEST", 2)
-    asked = scoring.list_questions(speller, 64, 1)
-    said = scoring.answer(llm, speller, asked)
+    monkeypatch.setattr(scoring, "MAX_ANSWER_TOKENS", 2)
+    asked = scoring.list_questions(encoder, 64, 1)
+    said = scoring.generate_answers(llm, encoder, asked)
     assert len(said) == len(asked)
-    wanted = [scoring.cut_prompt(speller(exchange)) for exchange in asked]
+    wanted = [scoring.take_prompt(encoder(exchange)) for exchange in asked]
     assert sorted(seen) == sorted(wanted)
     assert any(exchange.picture is not None for exchange in asked)
 
 
-def test_every_token_of_the_test_is_counted_for_one_expert(folder):
+def test_every_test_token_is_counted_for_one_expert(folder):
     loads_LE = scoring.count_experts(folder, rows=1)
-    text = toys.CONFIG.text
+    text = tiny.CONFIG.text
     assert loads_LE.shape == (text.layers, text.experts)
     assert len(set(loads_LE.sum(1))) == 1 and loads_LE.sum(1)[0] > 100
-    lines = scoring.draw_loads([[30, 10, 0, 0]]).splitlines()
+    lines = scoring.format_loads([[30, 10, 0, 0]]).splitlines()
     assert len(lines) == 1 and "75.0%" in lines[0] and lines[0].count("#") == 20
 
 
 @pytest.mark.slow
-def test_the_command_prints_a_table_and_writes_the_card_that_it_makes(folder, monkeypatch, capsys):
+def test_the_command_prints_a_table_and_writes_the_card(folder, monkeypatch, capsys):
     words = ["--count", "1", "--formats", "int4", "--meshes", "1", "--card"]
     monkeypatch.setattr(sys, "argv", ["score_bundled", "--model", str(folder), *words])
-    monkeypatch.setattr(scoring, "LONGEST", 2)
+    monkeypatch.setattr(scoring, "MAX_ANSWER_TOKENS", 2)
     score_bundled.main()
     out = capsys.readouterr().out
     assert "| int4, mesh 1 |" in out and "| arithmetic | 0.0% |" in out
     card = (folder / "README.md").read_text()
-    assert card == draw_card(folder) and "| arithmetic | 0.0% |" in card
+    assert card == render_card(folder) and "| arithmetic | 0.0% |" in card
     weights = sum(int(np.prod(shape)) for _, shape in Index.open(folder).kinds.values())
     assert f"{weights / 1e6:.1f} million weights" in card
     assert json.loads((folder / "scores.json").read_text())["count"] == 1
 
 
-def test_the_error_of_a_share_is_the_binomial_one():
+def test_the_bundled_card_is_rendered_from_the_bundled_scores():
+    card = (checkpoint.BUNDLED / "README.md").read_text(encoding="utf-8")
+    assert card == render_card(checkpoint.BUNDLED)
+
+
+def test_the_standard_error_is_binomial():
     rng = random.Random(0)
     shares = [sum(rng.random() < 0.9 for _ in range(100)) / 100 for _ in range(2000)]
-    assert np.std(shares) == pytest.approx(scoring.find_error(0.9, 100), rel=0.05)
+    assert np.std(shares) == pytest.approx(scoring.compute_standard_error(0.9, 100), rel=0.05)

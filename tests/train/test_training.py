@@ -1,4 +1,4 @@
-"""Training computes what inference computes, learns, and can be killed."""
+"""Laws of training: it computes as inference does, reduces the loss, and resumes exactly."""
 
 import dataclasses
 import functools
@@ -24,25 +24,25 @@ from l4jax.kernels import PORTABLE
 from l4jax.kernels.formats import Quantized
 from l4jax.model import Llama4, VisionTower, declare_parameters
 from l4jax.text.image import ImageProcessor
-from l4jax.train import bundle, state
+from l4jax.train import bundle, saved_state
 from l4jax.train.batches import make_batch
 from l4jax.train.charts import draw
-from l4jax.train.kernels import make_no_pool, make_training_kernels
-from l4jax.train.learning import (
-    Teaching,
-    balance,
-    find_loss,
-    initialize,
-    make_advance,
-    make_step,
-)
+from l4jax.train.kernels import make_empty_pool, make_training_kernels
 from l4jax.train.metrics import read_lines
-from l4jax.train.run import load_saved, train
-from l4jax.train.splits import find_split
+from l4jax.train.splits import assign_split
+from l4jax.train.train_step import (
+    Hyperparameters,
+    compute_load_balancing,
+    compute_loss,
+    initialize,
+    make_model_batch,
+    make_train_step,
+)
+from l4jax.train.trainer import load_saved, train
 from scripts import train_tiny
-from tests.train import toys
+from tests.train import tiny
 
-LEVELS = ImageProcessor.from_folder(toys.find_vocabulary()).levels_C256
+LEVELS = ImageProcessor.from_folder(tiny.make_tokenizer_folder()).levels_C256
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
@@ -52,19 +52,20 @@ def read_losses(folder: Path) -> list[tuple[int, float, float]]:
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory) -> Path:
-    """Ten steps without a break."""
+    """Ten uninterrupted steps."""
     folder = tmp_path_factory.mktemp("whole")
-    train(toys.make_plan(10), folder, quiet=True)
+    train(tiny.make_training_config(10), folder, quiet=True)
     return folder
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_and_resumed_is_the_one_that_was_not(whole_run, tmp_path):
-    """SIGKILL between two saved states; every later loss and the weights are the same bits."""
-    plan = f"toys.make_plan(10, folder=Path({str(toys.find_vocabulary())!r}))"
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(whole_run, tmp_path):
+    """SIGKILL between two saved states; later losses and the weights are equal bit for bit."""
+    training = f"tiny.make_training_config(10, folder=Path({str(tiny.make_tokenizer_folder())!r}))"
     code = (
-        "from pathlib import Path; from l4jax.train.run import train; from tests.train import toys;"
-        f"train({plan}, Path({str(tmp_path)!r}), quiet=True)"
+        "from pathlib import Path; from tests.train import tiny;"
+        "from l4jax.train.trainer import train;"
+        f"train({training}, Path({str(tmp_path)!r}), quiet=True)"
     )
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
@@ -73,44 +74,44 @@ def test_a_run_that_is_killed_and_resumed_is_the_one_that_was_not(whole_run, tmp
     while len(read_lines(tmp_path)) < 6 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it came to its end before it was killed"
+    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
     lines = len(read_lines(tmp_path))
     assert 6 <= lines < 10 and (
-        state.list_saved(tmp_path)[-1].name in ("step-00000004", "step-00000008")
+        saved_state.list_saved(tmp_path)[-1].name in ("step-00000004", "step-00000008")
     )
-    train(toys.make_plan(10), tmp_path, quiet=True)
+    train(tiny.make_training_config(10), tmp_path, quiet=True)
     assert read_losses(tmp_path) == read_losses(whole_run)
     assert [step for step, *_ in read_losses(tmp_path)] == list(range(1, 11))
-    plan = toys.make_plan(10)
-    ours, wanted = load_saved(plan, tmp_path), load_saved(plan, whole_run)
+    training = tiny.make_training_config(10)
+    ours, wanted = load_saved(training, tmp_path), load_saved(training, whole_run)
     jax.tree.map(np.testing.assert_array_equal, ours, wanted)
 
 
-def test_a_saved_state_takes_five_bytes_a_weight_in_files_that_can_be_carried(whole_run):
-    learned = load_saved(toys.make_plan(10), whole_run)
-    weights = sum(leaf.size for leaf in jax.tree.leaves(learned.params))
-    files = list(state.list_saved(whole_run)[-1].iterdir())
+def test_a_saved_state_takes_five_bytes_per_weight_in_files_below_16_mib(whole_run):
+    state = load_saved(tiny.make_training_config(10), whole_run)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    files = list(saved_state.list_saved(whole_run)[-1].iterdir())
     assert sum(file.stat().st_size for file in files) < 5.6 * weights + 40_000  # headers, scales
     assert all(file.stat().st_size < 16 * 2**20 for file in files)
-    shapes = jax.eval_shape(lambda: initialize(bundle.CONFIG, Teaching(steps=1), 0))
-    whole = state._flatten(jax.eval_shape(state.narrow, shapes))
+    shapes = jax.eval_shape(lambda: initialize(bundle.CONFIG, Hyperparameters(steps=1), 0))
+    whole = saved_state._flatten(jax.eval_shape(saved_state.quantize_state, shapes))
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(whole)]
-    assert sum(sizes) < 56 * 2**20 and max(sizes) < state.SHARD_BYTES
+    assert sum(sizes) < 56 * 2**20 and max(sizes) < saved_state.SHARD_BYTES
 
 
-def test_another_plan_is_refused_by_what_differs(whole_run):
-    plan = toys.make_plan(10)
-    other = dataclasses.replace(plan, teaching=dataclasses.replace(plan.teaching, rate=1.0))
-    with pytest.raises(state.StateError, match=r"teaching.rate = 0.003 and this run has 1.0"):
+def test_another_configuration_is_refused_by_its_difference(whole_run):
+    training = tiny.make_training_config(10)
+    other = dataclasses.replace(training, hparams=dataclasses.replace(training.hparams, rate=1.0))
+    with pytest.raises(saved_state.StateError, match=r"hparams.rate = 0.003 and this run has 1.0"):
         train(other, whole_run, quiet=True)
 
 
-def test_a_folder_without_a_state_cannot_be_exported(tmp_path):
-    with pytest.raises(state.StateError, match="holds no saved state: train first"):
-        load_saved(toys.make_plan(10), tmp_path)
+def test_a_folder_without_a_saved_state_is_refused(tmp_path):
+    with pytest.raises(saved_state.StateError, match="holds no saved state: train first"):
+        load_saved(tiny.make_training_config(10), tmp_path)
 
 
-def test_a_run_leaves_a_picture_and_a_line_for_each_step(whole_run):
+def test_a_run_writes_curves_and_a_line_of_metrics_per_step(whole_run):
     assert "<polyline" in (whole_run / "curves.svg").read_text()
     lines = read_lines(whole_run)
     assert {"loss", "words", "right", "balance", "rate", "load_LE"} <= set(lines[0])
@@ -120,55 +121,57 @@ def test_a_run_leaves_a_picture_and_a_line_for_each_step(whole_run):
 
 @functools.cache
 def make_state(seed: int = 0, **changes):
-    config = toys.CONFIG.replace_text(**changes)
-    plan = dataclasses.replace(toys.make_plan(100), config=config)
-    return plan, jax.jit(lambda: initialize(config, plan.teaching, seed))()
+    config = tiny.CONFIG.replace_text(**changes)
+    training = dataclasses.replace(tiny.make_training_config(100), model=config)
+    return training, jax.jit(lambda: initialize(config, training.hparams, seed))()
 
 
-def find_pictured(plan):
-    """A batch with a picture in it."""
-    batches = (make_batch(plan.recipe, step) for step in range(100))
+def find_batch_with_image(training):
+    """Find a batch that contains an image."""
+    batches = (make_batch(training.data, step) for step in range(100))
     return next(batch for batch in batches if (batch.feature_T >= 0).any())
 
 
-def test_every_weight_learns():
-    """Vision, routers and all experts get gradients from a batch with a picture."""
-    plan, learned = make_state()
-    packed = find_pictured(plan)
-    find = jax.grad(lambda p: find_loss(p, packed, plan.config, plan.teaching, LEVELS)[0])
-    for path, gradient in state._flatten(jax.jit(find)(learned.params)).items():
+def test_every_weight_gets_a_gradient():
+    """Vision, routers and all experts, from a batch with an image."""
+    training, state = make_state()
+    packed = find_batch_with_image(training)
+    find = jax.grad(lambda p: compute_loss(p, packed, training.model, training.hparams, LEVELS)[0])
+    for path, gradient in saved_state._flatten(jax.jit(find)(state.params)).items():
         assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0, path
 
 
 @pytest.mark.slow
 def test_the_loss_falls():
-    """Forty steps on one batch with pictures: every token of it can be foretold."""
-    plan, learned = make_state()
-    teaching = dataclasses.replace(plan.teaching, steps=1000)
-    advance = jax.jit(make_advance(plan.config, teaching, LEVELS))
-    packed, found = find_pictured(plan), []
+    """Forty steps on one batch with images: every token can be memorized."""
+    training, state = make_state()
+    hparams = dataclasses.replace(training.hparams, steps=1000)
+    train_step = jax.jit(make_train_step(training.model, hparams, LEVELS))
+    packed, found = find_batch_with_image(training), []
     for _ in range(40):
-        learned, notes = advance(learned, packed)
-        found.append(float(notes["words"]))
+        state, metrics = train_step(state, packed)
+        found.append(float(metrics["words"]))
     assert found[0] > 6 and found[-1] < 0.2 * found[0], found
 
 
-def test_training_computes_what_serving_computes():
-    """The logits of packed documents against those of the engine's kernels on a page pool."""
-    plan, learned = make_state(layers=4, nope_interval=4)
-    text, vision = plan.config.text, plan.config.vision
+def test_training_and_serving_compute_the_same_logits():
+    """Compare the logits of packed documents with those of the engine's kernels on a page pool."""
+    training, state = make_state(layers=4, nope_interval=4)
+    text, vision = training.model.text, training.model.vision
     assert vision is not None
-    packed = find_pictured(plan)
+    packed = find_batch_with_image(training)
     pixels = np.stack([LEVELS[c][packed.tiles_ICYX[:, c]] for c in range(3)], axis=1)
     tower = VisionTower(vision, text.width)
-    features = jax.jit(tower.apply)({"params": learned.params["vision"]}, pixels)
+    features = jax.jit(tower.apply)({"params": state.params["vision"]}, pixels)
     model = Llama4(text, make_training_kernels(text.chunk))
-    variables = {"params": learned.params["text"]}
+    variables = {"params": state.params["text"]}
 
     @jax.jit
     def run(packed, features):
         features_MD = features.reshape(-1, text.width)
-        x_TD, _ = model.apply(variables, make_step(packed, text), make_no_pool(text), features_MD)
+        x_TD, _ = model.apply(
+            variables, make_model_batch(packed, text), make_empty_pool(text), features_MD
+        )
         return model.apply(variables, x_TD, method="compute_logits")
 
     found_TV = np.asarray(run(packed, features))
@@ -178,7 +181,7 @@ def test_training_computes_what_serving_computes():
     assert longest.stop - longest.start > 2 * text.chunk
     pictured = next(here for here in heres if (packed.feature_T[here] >= 0).any())
     for here in (heres[-1], longest, pictured):
-        wanted_TV = _serve(learned.params, text, packed, features, here)
+        wanted_TV = _serve(state.params, text, packed, features, here)
         scale = np.abs(wanted_TV).max()
         np.testing.assert_allclose(found_TV[here] / scale, wanted_TV / scale, atol=2e-5)
 
@@ -189,7 +192,7 @@ def _count(position_T: np.ndarray) -> int:
 
 
 def _serve(params, text, packed, features, here: slice) -> np.ndarray:
-    """The logits of one document by `decode.score`, each chunk a row with pages of its own."""
+    """Compute the logits of one document by `decode.score`, each chunk a row with its own pages."""
     count, page = here.stop - here.start, 16
     rows = -(-count // text.chunk)
     at_T = np.arange(count, dtype=np.int32)
@@ -204,58 +207,62 @@ def _serve(params, text, packed, features, here: slice) -> np.ndarray:
     return np.asarray(decode.score(params, pool, batch, features, model=model)[1])
 
 
-def test_documents_in_a_batch_do_not_see_each_other():
-    """With all others' tokens changed, a document's gradient-free loss is the same bits."""
-    plan, learned = make_state()
-    packed = make_batch(plan.recipe, 60)
+def test_documents_in_a_batch_do_not_attend_to_each_other():
+    """A document's logits do not change, bit for bit, with the tokens of all other documents."""
+    training, state = make_state()
+    packed = make_batch(training.data, 60)
     start = int(np.flatnonzero(packed.position_T == 0)[2])
     here = slice(start, start + _count(packed.position_T[start:]))
     token_T = (packed.token_T + 1) % 256
     token_T[here] = packed.token_T[here]
     others = dataclasses.replace(packed, token_T=token_T)
-    text = plan.config.text
+    text = training.model.text
     model = Llama4(text, make_training_kernels(text.chunk))
 
     @jax.jit
     def run(packed):
-        variables = {"params": learned.params["text"]}
-        return model.apply(variables, make_step(packed, text), make_no_pool(text), None)[0]
+        variables = {"params": state.params["text"]}
+        return model.apply(variables, make_model_batch(packed, text), make_empty_pool(text), None)[
+            0
+        ]
 
     first, second = np.asarray(run(packed)), np.asarray(run(others))
     np.testing.assert_array_equal(first[here], second[here])
     assert not np.array_equal(first, second)
 
 
-def make_wide_plan():
-    """The toy with as many heads as a mesh of eight cuts."""
-    config = toys.CONFIG.replace_text(kv_heads=8)
+def make_sharded_config():
+    """The tiny configuration with enough heads for a mesh of eight."""
+    config = tiny.CONFIG.replace_text(kv_heads=8)
     assert config.vision is not None
     vision = dataclasses.replace(config.vision, heads=8)
-    return dataclasses.replace(toys.make_plan(4), config=dataclasses.replace(config, vision=vision))
+    return dataclasses.replace(
+        tiny.make_training_config(4), model=dataclasses.replace(config, vision=vision)
+    )
 
 
 @pytest.mark.slow
 def test_sharded_training_equals_training_on_one_device(tmp_path):
-    """Losses, norms of gradients and weights, within what float32's rounding may do."""
-    plan, one, many = make_wide_plan(), tmp_path / "one", tmp_path / "many"
-    wanted = train(plan, one, quiet=True)
-    learned = train(plan, many, mesh="data=2,model=4", quiet=True)
+    """Losses, gradient norms and weights, up to float32 rounding."""
+    training, one, many = make_sharded_config(), tmp_path / "one", tmp_path / "many"
+    wanted = train(training, one, quiet=True)
+    state = train(training, many, mesh="data=2,model=4", quiet=True)
     np.testing.assert_allclose(read_losses(many), read_losses(one), rtol=2e-4)
-    qkv = learned.params["text"]["layer_0"]["attention"]["qkv"]
+    qkv = state.params["text"]["layer_0"]["attention"]["qkv"]
     assert qkv.sharding.spec[0] == "model"
     moment = jax.tree.leaves(
         jax.tree.map(
-            lambda leaf: leaf.sharding.spec if leaf.shape == qkv.shape else None, learned.moments
+            lambda leaf: leaf.sharding.spec if leaf.shape == qkv.shape else None, state.moments
         )
     )
     assert len(moment) == 2 * 2 and all(spec[0] == "model" for spec in moment)
-    ours = state._flatten(learned.params)
-    for path, leaf in state._flatten(wanted.params).items():
-        # Adam divides by what may be nothing but rounding: a few weights move by a whole step.
+    ours = saved_state._flatten(state.params)
+    for path, leaf in saved_state._flatten(wanted.params).items():
+        # Adam may divide by pure rounding error, and a few weights then move by a full step.
         assert np.mean(np.abs(np.asarray(ours[path]) - np.asarray(leaf)) > 1e-4) < 0.02, path
 
 
-def test_load_balancing_is_what_its_formula_says():
+def test_the_load_balancing_loss_equals_its_formula():
     rng = np.random.default_rng(0)
     score_TE = rng.standard_normal((40, 4)).astype(np.float32)
     is_real_T = rng.random(40) < 0.8
@@ -263,23 +270,23 @@ def test_load_balancing_is_what_its_formula_says():
     chance = np.exp(real) / np.exp(real).sum(1, keepdims=True)
     load = np.bincount(real.argmax(1), minlength=4)
     wanted = 4 * (load / len(real) * chance.mean(0)).sum()
-    loss, found = balance(jnp.asarray(score_TE), jnp.asarray(is_real_T))
+    loss, found = compute_load_balancing(jnp.asarray(score_TE), jnp.asarray(is_real_T))
     np.testing.assert_allclose(loss, wanted, rtol=1e-6)
     np.testing.assert_array_equal(found, load)
     even = jnp.tile(8 * jnp.eye(4), (5, 1))
-    np.testing.assert_allclose(balance(even, jnp.ones(20, bool))[0], 1, rtol=1e-6)
+    np.testing.assert_allclose(compute_load_balancing(even, jnp.ones(20, bool))[0], 1, rtol=1e-6)
     one = jnp.tile(jnp.array([8.0, 0, 0, 0]), (20, 1))
-    assert balance(one, jnp.ones(20, bool))[0] > 3.9
+    assert compute_load_balancing(one, jnp.ones(20, bool))[0] > 3.9
 
 
 def test_load_balancing_reaches_every_router():
-    plan, learned = make_state()
-    packed = make_batch(plan.recipe, 3)
+    training, state = make_state()
+    packed = make_batch(training.data, 3)
 
     def find(weight: float):
-        teaching = dataclasses.replace(plan.teaching, balance=weight)
-        grad = jax.grad(lambda p: find_loss(p, packed, plan.config, teaching, LEVELS)[0])
-        return jax.jit(grad)(learned.params)["text"]
+        hparams = dataclasses.replace(training.hparams, balance=weight)
+        grad = jax.grad(lambda p: compute_loss(p, packed, training.model, hparams, LEVELS)[0])
+        return jax.jit(grad)(state.params)["text"]
 
     without, with_it = find(0.0), find(1.0)
     for layer in ("layer_0", "layer_1"):
@@ -288,32 +295,36 @@ def test_load_balancing_reaches_every_router():
         assert np.abs(routers[1] - routers[0]).max() > 1e-4
 
 
-def test_serving_keeps_no_scores():
-    plan, learned = make_state()
-    text = plan.config.text
-    packed = make_batch(plan.recipe, 3)
+def test_serving_keeps_no_router_scores():
+    training, state = make_state()
+    text = training.model.text
+    packed = make_batch(training.data, 3)
     model = Llama4(text, make_training_kernels(text.chunk))
-    variables = {"params": learned.params["text"]}
-    run = functools.partial(model.apply, variables, make_step(packed, text), make_no_pool(text))
+    variables = {"params": state.params["text"]}
+    run = functools.partial(
+        model.apply, variables, make_model_batch(packed, text), make_empty_pool(text)
+    )
     plain = jax.make_jaxpr(run)()
     kept = jax.make_jaxpr(functools.partial(run, mutable=["intermediates"]))()
     assert len(plain.jaxpr.outvars) + text.layers == len(kept.jaxpr.outvars)
 
 
-def test_weights_and_moments_are_rounded_as_they_are_saved():
-    _, learned = make_state()
-    learned = dataclasses.replace(
-        learned, moments=jax.tree.map(lambda leaf: leaf + 0.001, learned.moments)
+def test_the_saved_state_is_rounded_once():
+    _, state = make_state()
+    state = dataclasses.replace(
+        state, moments=jax.tree.map(lambda leaf: leaf + 0.001, state.moments)
     )
-    saved = state.narrow(learned)
+    saved = saved_state.quantize_state(state)
     first = [x for x in jax.tree.leaves(saved, is_leaf=_is_quantized) if _is_quantized(x)]
-    matrices = [leaf for leaf in jax.tree.leaves(learned.params) if leaf.ndim > 1]
+    matrices = [leaf for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1]
     assert len(first) == len(matrices)
-    again = state.narrow(state.widen(saved))
+    again = saved_state.quantize_state(saved_state.dequantize_state(saved))
     for ours, wanted in zip(jax.tree.leaves(again), jax.tree.leaves(saved), strict=True):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(wanted))
     for ours, wanted in zip(
-        jax.tree.leaves(state.widen(saved).params), jax.tree.leaves(learned.params), strict=True
+        jax.tree.leaves(saved_state.dequantize_state(saved).params),
+        jax.tree.leaves(state.params),
+        strict=True,
     ):
         assert ours.dtype == jnp.float32
         np.testing.assert_allclose(ours, wanted, rtol=2**-8)
@@ -324,46 +335,52 @@ def _is_quantized(leaf) -> bool:
 
 
 @pytest.mark.slow
-def test_bfloat16_computes_about_the_same_and_leaves_weights_in_float32():
-    """From weights that it holds: rounding those is another model, whose gradients are up to an
-    eighth smaller or larger."""
-    plan, _ = make_state()
-    packed, ratios = find_pictured(plan), []
-    narrow, wide = (
-        jax.jit(make_advance(plan.config, dataclasses.replace(plan.teaching, dtype=dtype), LEVELS))
+def test_bfloat16_changes_losses_and_gradients_little_and_keeps_float32_weights():
+    """From weights that bfloat16 can represent.
+
+    Rounded weights are another model, with gradients up to an eighth smaller or larger.
+    """
+    training, _ = make_state()
+    packed, ratios = find_batch_with_image(training), []
+    step_bf16, step_f32 = (
+        jax.jit(
+            make_train_step(
+                training.model, dataclasses.replace(training.hparams, dtype=dtype), LEVELS
+            )
+        )
         for dtype in ("bfloat16", "float32")
     )
     for seed in range(3):
-        _, learned = make_state(seed)
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), learned.params)
+        _, state = make_state(seed)
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params)
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-        learned = dataclasses.replace(learned, params=params)
-        (now, notes), (_, wide_notes) = narrow(learned, packed), wide(learned, packed)
+        state = dataclasses.replace(state, params=params)
+        (now, metrics), (_, wide_metrics) = step_bf16(state, packed), step_f32(state, packed)
         assert {leaf.dtype for leaf in jax.tree.leaves(now.params)} == {jnp.dtype("float32")}
-        assert notes["loss"] != wide_notes["loss"]
-        np.testing.assert_allclose(notes["loss"], wide_notes["loss"], rtol=0.01)
-        ratios.append(float(notes["norm"]) / float(wide_notes["norm"]))
+        assert metrics["loss"] != wide_metrics["loss"]
+        np.testing.assert_allclose(metrics["loss"], wide_metrics["loss"], rtol=0.01)
+        ratios.append(float(metrics["norm"]) / float(wide_metrics["norm"]))
     np.testing.assert_allclose(ratios, 1, rtol=0.05)
     np.testing.assert_allclose(np.median(ratios), 1, rtol=0.01)
 
 
-def test_white_paper_begins_as_nothing_and_ink_does_not():
-    _, learned = make_state()
-    patch_WU = learned.params["vision"]["patch"]
+def test_initial_patch_weights_map_a_white_background_to_zero():
+    _, state = make_state()
+    patch_WU = state.params["vision"]["patch"]
     assert np.abs(patch_WU.sum(axis=-1)).max() < 1e-4 < np.abs(patch_WU).mean()
 
 
-def test_weights_begin_at_a_size_that_keeps_the_signal():
-    plan, learned = make_state()
-    packed = make_batch(plan.recipe, 60)
-    _, notes = jax.jit(lambda p: find_loss(p, packed, plan.config, plan.teaching, LEVELS))(
-        learned.params
-    )
-    assert abs(float(notes["words"]) - np.log(plan.config.text.vocab)) < 1.0
-    assert (np.asarray(notes["load_LE"]).sum(1) == (packed.position_T >= 0).sum()).all()
+def test_initial_weights_keep_the_size_of_the_signal():
+    training, state = make_state()
+    packed = make_batch(training.data, 60)
+    _, metrics = jax.jit(
+        lambda p: compute_loss(p, packed, training.model, training.hparams, LEVELS)
+    )(state.params)
+    assert abs(float(metrics["words"]) - np.log(training.model.text.vocab)) < 1.0
+    assert (np.asarray(metrics["load_LE"]).sum(1) == (packed.position_T >= 0).sum()).all()
 
 
-def test_the_bundled_model_fits_in_the_wheel_and_a_mesh_of_eight_can_cut_it():
+def test_the_bundled_model_fits_in_the_wheel_and_on_a_mesh_of_eight():
     assert sum(file.stat().st_size for file in checkpoint.find_bundled().iterdir()) <= 24e6
     shapes, _ = declare_parameters(bundle.CONFIG, jnp.bfloat16)
     weights = 2 * sum(leaf.size for leaf in jax.tree.leaves(shapes))
@@ -378,34 +395,34 @@ def test_the_bundled_model_fits_in_the_wheel_and_a_mesh_of_eight_can_cut_it():
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
-    plan, learned = make_state()
-    bundle.export(folder, plan.config, learned.params, toys.find_vocabulary())
+    training, state = make_state()
+    bundle.export(folder, training.model, state.params, tiny.make_tokenizer_folder())
     return folder
 
 
-def test_an_exported_model_holds_what_was_learned(exported):
+def test_an_exported_model_has_the_trained_weights(exported):
     config = checkpoint.load_config(exported)
-    _, learned = make_state()
+    _, state = make_state()
     loaded = checkpoint.load(exported, config, jnp.float32, lambda _: HERE, progress=False)
-    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), learned.params)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params)
     jax.tree.map(lambda ours, wanted: np.testing.assert_array_equal(ours, wanted), loaded, rounded)
     raw = json.loads((exported / "config.json").read_text())
     assert raw["architectures"] == ["Llama4ForConditionalGeneration"]
     assert len(config.eos_ids) == 3 and config.patch_id is not None
 
 
-def test_an_exported_model_comes_with_a_chart_of_the_test(exported):
+def test_an_exported_model_comes_with_a_chart_of_the_test_split(exported):
     chart = bundle.make_sample()
-    assert find_split(chart.key) == "test"
+    assert assign_split(chart.key) == "test"
     with Image.open(exported / checkpoint.SAMPLE.name) as image:
         np.testing.assert_array_equal(np.asarray(image), np.asarray(draw(chart).image))
 
 
 @pytest.mark.slow
-def test_the_command_trains_until_its_time_is_up_goes_on_and_exports(tmp_path, monkeypatch, capsys):
+def test_the_command_stops_at_its_time_limit_resumes_and_exports(tmp_path, monkeypatch, capsys):
     run, folder = tmp_path / "run", tmp_path / "model"
-    plan = toys.make_plan(8)
-    monkeypatch.setattr(train_tiny, "make_plan", lambda steps, **rest: plan)
+    training = tiny.make_training_config(8)
+    monkeypatch.setattr(train_tiny, "make_training_config", lambda steps, **rest: training)
     monkeypatch.setattr(train_tiny, "keep_compilations", lambda folder: None)
 
     def call(*words: str) -> str:
@@ -415,18 +432,18 @@ def test_the_command_trains_until_its_time_is_up_goes_on_and_exports(tmp_path, m
 
     assert "step 4 of 8" in call("--minutes", "0.0001", "--workers", "0")
     assert [line["step"] for line in read_lines(run)] == [1, 2, 3, 4]
-    told = call("--workers", "1")
-    assert "step 8 of 8" in told and "step 4 of 8" not in told
+    output = call("--workers", "1")
+    assert "step 8 of 8" in output and "step 4 of 8" not in output
     assert "step 8, " in call("--export", str(folder))
-    assert checkpoint.load_config(folder).text == toys.CONFIG.text
+    assert checkpoint.load_config(folder).text == tiny.CONFIG.text
 
 
-def test_a_damaged_state_is_refused(whole_run, tmp_path):
+def test_a_damaged_saved_state_is_refused(whole_run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(whole_run, copy)
-    (found,) = state.list_saved(copy)
+    (found,) = saved_state.list_saved(copy)
     index = json.loads((found / INDEX).read_text())
     shard = found / sorted(set(index["weight_map"].values()))[0]
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="cut off"):
-        load_saved(toys.make_plan(10), copy)
+        load_saved(tiny.make_training_config(10), copy)

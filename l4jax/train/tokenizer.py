@@ -1,7 +1,7 @@
-"""The bundled model's tokenizer: byte-level BPE that learned on the training data, and a template.
+"""The bundled model's tokenizer: byte-level BPE trained on the training data, and a chat template.
 
-Digits stand alone, so that numbers are read and added digit by digit. Llama 4's special tokens are
-all there, but for the numbered reserves.
+Each digit is a token, so that numbers are read and added digit by digit. The vocabulary has all of
+Llama 4's special tokens except the numbered reserved ones.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import Any
 
 from l4jax.testing.model import write_json, write_processor_configs
 from l4jax.train import charts, tasks
-from l4jax.train.splits import draw_from
+from l4jax.train.splits import sample_from
 
 # In the order of the real vocabulary.
 SPECIAL_TOKENS = (
@@ -38,9 +38,9 @@ SPECIAL_TOKENS = (
     "<|reasoning_thinking_start|>",
     "<|reasoning_thinking_end|>",
 )
-# Letters, with a space before; one digit; punctuation; ends of lines; spaces.
+# Letters with a leading space; one digit; punctuation; line ends; spaces.
 SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
-# Calls are written as Python writes them; the turns are Llama 4's.
+# Tool calls in Python syntax; turns as in Llama 4.
 CHAT_TEMPLATE = """\
 {%- macro show(content) -%}
   {%- if content is string -%}{{ content }}
@@ -85,19 +85,19 @@ CHAT_TEMPLATE = """\
 """
 
 
-def write_vocabulary(
+def train_tokenizer(
     folder: str | os.PathLike, *, vocab_size: int = 2048, examples: int = 4000, seed: int = 0
 ) -> dict[str, Any]:
-    """Train the tokenizer and write it as Hugging Face lays it out, with the template beside it.
+    """Train the tokenizer and write it with its chat template in Hugging Face's layout.
 
     Args:
-        folder: where.
-        vocab_size: of the model: bytes, merges and special tokens, which stand last.
-        examples: of each kind of training data that it learns from.
-        seed: of those.
+        folder: the output folder.
+        vocab_size: bytes, merges and special tokens, which have the last ids.
+        examples: of each kind of training data, to train on.
+        seed: of the examples.
 
     Returns:
-        The ids of the special tokens by their bare names (`eot`, `patch`, ...).
+        The ids of the special tokens by their names without delimiters (`eot`, `patch`, ...).
     """
     from tokenizers import (
         AddedToken,
@@ -145,7 +145,7 @@ def write_vocabulary(
 
 
 def _list_texts(examples: int, rng: random.Random) -> Iterator[str]:
-    """Training data as text. Roles and labels come often enough to be tokens of their own."""
+    """List training data as text. Roles and labels are frequent enough to become single tokens."""
     yield from tasks.read_prose()
     for _ in range(examples):
         yield "user\n\nassistant\n\nsystem\n\nipython\n\n" + tasks.TOOLS_INTRODUCED
@@ -157,4 +157,4 @@ def _list_texts(examples: int, rng: random.Random) -> Iterator[str]:
             (tasks.make_fact, ()),
             (tasks.make_tool_call, ()),
         ):
-            yield tasks.spell(draw_from("train", make, rng, *arguments))
+            yield tasks.format_text(sample_from("train", make, rng, *arguments))
