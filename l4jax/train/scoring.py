@@ -100,8 +100,8 @@ def count_experts(folder: Path, rows: int = 8) -> np.ndarray:
     """Count the test tokens of each expert of each layer: int32 [layers, E]."""
     config = checkpoint.load_config(folder)
     assert config.vision is not None
-    here = SingleDeviceSharding(jax.devices()[0])
-    params = checkpoint.load(folder, config, jnp.float32, lambda _: here, progress=False)
+    device = SingleDeviceSharding(jax.devices()[0])
+    params = checkpoint.load(folder, config, jnp.float32, lambda _: device, progress=False)
     chunk = config.text.chunk
     data = DataConfig(
         *(folder, 0, 1, rows, 6 * chunk, chunk, 4 * rows, config.vision.features), split="test"

@@ -106,6 +106,18 @@ def test_another_configuration_is_refused_by_its_difference(whole_run):
         train(other, whole_run, quiet=True)
 
 
+def test_a_state_saved_with_the_names_of_0_1_0_is_loaded(whole_run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole_run, copy)
+    (saved,) = saved_state.list_saved(copy)
+    text = (saved / INDEX).read_text()
+    assert '"data.seed"' in text and '"hparams.rate"' in text
+    (saved / INDEX).write_text(
+        text.replace('"data.', '"recipe.').replace('"hparams.', '"teaching.')
+    )
+    assert int(load_saved(tiny.make_training_config(10), copy).step) == 10
+
+
 def test_a_folder_without_a_saved_state_is_refused(tmp_path):
     with pytest.raises(saved_state.StateError, match="holds no saved state: train first"):
         load_saved(tiny.make_training_config(10), tmp_path)
