@@ -188,7 +188,7 @@ def test_stop_tokens_need_not_be_special(tiny: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "value", "said"),
+    ("kind", "value", "words"),
     [
         ("json", {"type": "strin"}, "strin"),
         ("json", "{", "Expecting property name"),
@@ -218,9 +218,9 @@ def test_stop_tokens_need_not_be_special(tiny: Tokenizer) -> None:
     ],
 )
 def test_an_invalid_value_is_refused_by_field(
-    tiny: Tokenizer, kind: str, value: Any, said: str
+    tiny: Tokenizer, kind: str, value: Any, words: str
 ) -> None:
-    with pytest.raises(GrammarError, match=re.escape(said)) as error:
+    with pytest.raises(GrammarError, match=re.escape(words)) as error:
         Grammar.compile(tiny, kind, value, where="response_format.x")
     text = str(error.value)
     assert text.startswith("response_format.x: ")

@@ -215,8 +215,8 @@ def test_a_needle_is_the_given_number_of_chunk_boundaries_back(distance):
         ((text, code),) = example.turns
         document = ENCODER(example)
         answer_at = int(np.flatnonzero(document.weight_T)[0])
-        said = "".join(ENCODER.tokenizer.decode([i]) for i in document.token_T[answer_at:])
-        assert said.startswith(code)
+        answer = "".join(ENCODER.tokenizer.decode([i]) for i in document.token_T[answer_at:])
+        assert answer.startswith(code)
         (name,) = re.findall(r"What is the code of (\w+)\?$", text)
         assert text.count(f"The code of {name} is {code}.") == 1 and text.count(code) == 1
         prefix = (

@@ -363,8 +363,8 @@ def test_serving_with_the_adapter_gives_the_trained_answers(run, model, capsys):
     messages = [ask(name) for name in ANSWERS]
     for adapter, is_trained in ((folder, True), (None, False)):
         llm = LLM(model, lora=adapter, quiet=True, max_model_len=128, mesh="4" if adapter else "1")
-        said = [output.outputs[0].text for output in llm.chat(messages, params)]
-        assert (said == list(ANSWERS.values())) == is_trained, said
+        answers = [output.outputs[0].text for output in llm.chat(messages, params)]
+        assert (answers == list(ANSWERS.values())) == is_trained, answers
     words = ["--model", str(model), "--lora", str(folder), "--prompt", "sky"]
     assert generate.main([*words, "--temperature", "0", "--max-model-len", "128"]) == 0
     assert capsys.readouterr().out.strip() == ANSWERS["sky"]
@@ -400,7 +400,9 @@ def test_sharded_lora_training_equals_training_on_one_device(run, model, tmp_pat
         train_adapter(lora_config, documents, x, model="base", mesh=x.name, quiet=True)
         for x in folders
     )
-    found, wanted = ([(x["loss"], x["norm"]) for x in read_lines(f)] for f in folders[::-1])
+    found, wanted = (
+        np.array([(x["loss"], x["norm"]) for x in read_lines(folder)]) for folder in folders[::-1]
+    )
     np.testing.assert_allclose(found, wanted, rtol=2e-4)
     for path, factors in one.factors.items():
         for name, values in factors.items():

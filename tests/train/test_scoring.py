@@ -29,11 +29,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 def make_question(kind: str, wanted: str) -> tasks.Exchange:
-    return tasks.Exchange(kind, "key", (("asked", wanted),))
+    return tasks.Exchange(kind, "key", (("question", wanted),))
 
 
 @pytest.mark.parametrize(
-    ("kind", "wanted", "said", "right"),
+    ("kind", "wanted", "answer", "right"),
     [
         ("chart", "40", "42", True),
         ("chart", "40", "43", False),
@@ -51,26 +51,27 @@ def make_question(kind: str, wanted: str) -> tasks.Exchange:
     ],
 )
 def test_charts_are_scored_with_tolerance_and_other_answers_by_exact_match(
-    kind, wanted, said, right
+    kind, wanted, answer, right
 ):
-    assert scoring.is_correct(make_question(kind, wanted), said) is right
+    assert scoring.is_correct(make_question(kind, wanted), answer) is right
 
 
 def test_questions_are_of_the_test_split_with_needles_at_every_distance(folder):
     encoder = ExampleEncoder.from_folder(folder)
-    asked = scoring.list_questions(encoder, 64, 12)
-    assert asked == scoring.list_questions(encoder, 64, 12)
-    assert all(assign_split(exchange.key) == "test" for exchange in asked)
-    assert [x.kind for x in asked].count("chart") == 12 and len(asked) == 12 * len(scoring.TASKS)
-    distances = [x.distance for x in asked if x.kind == "needle"]
+    questions = scoring.list_questions(encoder, 64, 12)
+    assert questions == scoring.list_questions(encoder, 64, 12)
+    assert all(assign_split(exchange.key) == "test" for exchange in questions)
+    assert [x.kind for x in questions].count("chart") == 12
+    assert len(questions) == 12 * len(scoring.TASKS)
+    distances = [x.distance for x in questions if x.kind == "needle"]
     assert distances == [*range(6), *range(6)]
 
 
 def test_needle_scores_are_grouped_by_distance_and_depth(folder):
     encoder = ExampleEncoder.from_folder(folder)
-    asked = scoring.list_questions(encoder, 64, 6)
-    said = [x.turns[0][1] if x.kind != "needle" or x.distance == 5 else "?" for x in asked]
-    scores = scoring.group_scores(asked, said)
+    questions = scoring.list_questions(encoder, 64, 6)
+    answers = [x.turns[0][1] if x.kind != "needle" or x.distance == 5 else "?" for x in questions]
+    scores = scoring.group_scores(questions, answers)
     assert scores["chart"] == scores["tool"] == scores["arithmetic"] == scores["fact"] == 1
     assert scores["needle"] == pytest.approx(1 / 6)
     assert scores["needle: 5 boundaries"] == 1 and scores["needle: 4 boundaries"] == 0
@@ -89,12 +90,12 @@ def test_the_engine_gets_the_prompts_that_training_encodes(folder, monkeypatch):
 
     monkeypatch.setattr(llm.engine, "add", listen)
     monkeypatch.setattr(scoring, "MAX_ANSWER_TOKENS", 2)
-    asked = scoring.list_questions(encoder, 64, 1)
-    said = scoring.generate_answers(llm, encoder, asked)
-    assert len(said) == len(asked)
-    wanted = [scoring.take_prompt(encoder(exchange)) for exchange in asked]
+    questions = scoring.list_questions(encoder, 64, 1)
+    answers = scoring.generate_answers(llm, encoder, questions)
+    assert len(answers) == len(questions)
+    wanted = [scoring.take_prompt(encoder(exchange)) for exchange in questions]
     assert sorted(seen) == sorted(wanted)
-    assert any(exchange.picture is not None for exchange in asked)
+    assert any(exchange.picture is not None for exchange in questions)
 
 
 def test_every_test_token_is_counted_for_one_expert(folder):

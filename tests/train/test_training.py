@@ -188,14 +188,14 @@ def test_training_and_serving_compute_the_same_logits():
 
     found_TV = np.asarray(run(packed, features))
     starts = np.flatnonzero(packed.position_T == 0)
-    heres = [slice(start, start + _count(packed.position_T[start:])) for start in starts]
-    longest = max(heres, key=lambda here: here.stop - here.start)
+    spans = [slice(start, start + _count(packed.position_T[start:])) for start in starts]
+    longest = max(spans, key=lambda span: span.stop - span.start)
     assert longest.stop - longest.start > 2 * text.chunk
-    pictured = next(here for here in heres if (packed.feature_T[here] >= 0).any())
-    for here in (heres[-1], longest, pictured):
-        wanted_TV = _serve(state.params, text, packed, features, here)
+    pictured = next(span for span in spans if (packed.feature_T[span] >= 0).any())
+    for span in (spans[-1], longest, pictured):
+        wanted_TV = _serve(state.params, text, packed, features, span)
         scale = np.abs(wanted_TV).max()
-        np.testing.assert_allclose(found_TV[here] / scale, wanted_TV / scale, atol=2e-5)
+        np.testing.assert_allclose(found_TV[span] / scale, wanted_TV / scale, atol=2e-5)
 
 
 def _count(position_T: np.ndarray) -> int:
@@ -203,9 +203,9 @@ def _count(position_T: np.ndarray) -> int:
     return int(np.argmin(is_next_T)) + 1
 
 
-def _serve(params, text, packed, features, here: slice) -> np.ndarray:
+def _serve(params, text, packed, features, span: slice) -> np.ndarray:
     """Compute the logits of one document by `decode.score`, each chunk a row with its own pages."""
-    count, page = here.stop - here.start, 16
+    count, page = span.stop - span.start, 16
     rows = -(-count // text.chunk)
     at_T = np.arange(count, dtype=np.int32)
     whole = np.arange(rows * text.chunk // page, dtype=np.int32)
@@ -213,7 +213,7 @@ def _serve(params, text, packed, features, here: slice) -> np.ndarray:
     tables = cache.PageTables(np.tile(whole, (rows, 1)), local)
     pool = cache.make_pool(text, 4 * len(whole), page, jnp.float32)
     batch = cache.Batch(
-        packed.token_T[here], at_T, at_T // text.chunk, tables, packed.feature_T[here]
+        packed.token_T[span], at_T, at_T // text.chunk, tables, packed.feature_T[span]
     )
     model = Llama4(text, PORTABLE)
     return np.asarray(decode.score(params, pool, batch, features, model=model)[1])
@@ -224,9 +224,9 @@ def test_documents_in_a_batch_do_not_attend_to_each_other():
     training, state = make_state()
     packed = make_batch(training.data, 60)
     start = int(np.flatnonzero(packed.position_T == 0)[2])
-    here = slice(start, start + _count(packed.position_T[start:]))
+    span = slice(start, start + _count(packed.position_T[start:]))
     token_T = (packed.token_T + 1) % 256
-    token_T[here] = packed.token_T[here]
+    token_T[span] = packed.token_T[span]
     others = dataclasses.replace(packed, token_T=token_T)
     text = training.model.text
     model = Llama4(text, make_training_kernels(text.chunk))
@@ -239,7 +239,7 @@ def test_documents_in_a_batch_do_not_attend_to_each_other():
         ]
 
     first, second = np.asarray(run(packed)), np.asarray(run(others))
-    np.testing.assert_array_equal(first[here], second[here])
+    np.testing.assert_array_equal(first[span], second[span])
     assert not np.array_equal(first, second)
 
 
@@ -259,7 +259,7 @@ def test_sharded_training_equals_training_on_one_device(tmp_path):
     training, one, many = make_sharded_config(), tmp_path / "one", tmp_path / "many"
     wanted = train(training, one, quiet=True)
     state = train(training, many, mesh="data=2,model=4", quiet=True)
-    np.testing.assert_allclose(read_losses(many), read_losses(one), rtol=2e-4)
+    np.testing.assert_allclose(np.array(read_losses(many)), np.array(read_losses(one)), rtol=2e-4)
     qkv = state.params["text"]["layer_0"]["attention"]["qkv"]
     assert qkv.sharding.spec[0] == "model"
     moment = jax.tree.leaves(

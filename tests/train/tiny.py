@@ -37,7 +37,7 @@ def make_tokenizer_folder() -> Path:
 
 
 def make_training_config(steps: int, *, folder: Path | None = None, **changes) -> TrainingConfig:
-    """A training for the toy: two rows of four chunks a step, two tiles, float32."""
+    """Make a training configuration: two rows of four chunks per step, two tiles, float32."""
     data_config = DataConfig(
         folder=folder or make_tokenizer_folder(),
         seed=0,
