@@ -15,8 +15,8 @@ dim):
 
 A row is a run of tokens of one request inside one attention chunk: see `l4jax.cache`.
 
-The model says `("kv_heads", "width")`; `sharding/rules.py` says which mesh axis that is, if any.
-A name that stands in no table is an error, so a misspelt axis cannot replicate silently.
+The model names axes, as in `("kv_heads", "width")`; `l4jax.strategies` places them on mesh axes. A
+name without a rule is an error, so a misspelt axis cannot be replicated silently.
 """
 
 # Weights of the text model.
@@ -62,3 +62,5 @@ PIXELS_Y = "pixels_y"
 PIXELS_X = "pixels_x"
 LAYERS = "layers"
 LIST = "list"  # stop ids of a row, log-probabilities of a token
+
+ALL = tuple(name for key, name in sorted(globals().items()) if key.isupper())

@@ -18,6 +18,7 @@ from l4jax import cache, checkpoint, decode
 from l4jax.engine.config import EngineConfig
 from l4jax.engine.runner import Runner
 from l4jax.kernels.formats import FP8
+from l4jax.strategies import activate
 from l4jax.testing import write_model
 
 # Name -> (quantization while loading, dtype of keys and values, whether their scales are calculated
@@ -82,7 +83,7 @@ def score(
         pool = cache.make_pool(text, whole + int(np.prod(local)), PAGE, dtype)
         pool = cache.PagePool(pool.k, pool.v, *scales)
         batch = cache.Batch(tokens_T, at_T, at_T // text.chunk, tables)
-        with runner.layout.active():
+        with activate(runner.layout):
             _, logits_TV = decode.score(runner.params, pool, batch, model=runner.model)
         found.append(np.asarray(jax.nn.log_softmax(logits_TV)))
     return np.concatenate(found)

@@ -1,12 +1,12 @@
-"""Where things live: meshes, tables of axes, placement. Knows jax, nothing of Llama."""
+"""Meshes, rule tables and the placement of arrays. Imports jax and numpy; knows no model."""
 
 from sharding.layout import Layout
-from sharding.mesh import MeshError, find_gpu_share, make_mesh, prepare_devices
-from sharding.rules import STRATEGIES, TENSOR, Rules
+from sharding.mesh import DATA, MODEL, MeshError, find_gpu_share, make_mesh, prepare_devices
+from sharding.rules import Rules
 
 __all__ = [
-    "STRATEGIES",
-    "TENSOR",
+    "DATA",
+    "MODEL",
     "Layout",
     "MeshError",
     "Rules",

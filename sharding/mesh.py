@@ -1,8 +1,7 @@
-"""From `8`, `2x4` or `data=2,model=4` to a mesh of devices.
+"""Meshes of devices, parsed from `8`, `2x4` or `data=2,model=4`.
 
-A number is that many devices on the `model` axis; two numbers are data x model; names say it
-outright. Where there is no accelerator, CPU devices are made until there are enough: a mesh can be
-tried anywhere.
+One number is the size of the `model` axis; two numbers are data x model; names are explicit.
+Without an accelerator jax makes as many CPU devices as the mesh needs.
 """
 
 import os
@@ -14,18 +13,18 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 DATA, MODEL = "data", "model"
-AXES = (DATA, MODEL)  # from the outermost to the innermost, where neighbors are best connected
-_GPU_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # in the environment that jax starts with
+AXES = (DATA, MODEL)  # outermost first; neighbors on the innermost are best connected
+_MEM_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # environment variable, read when jax starts
 
 
 class MeshError(ValueError):
-    """A mesh that cannot be had, said in one sentence."""
+    """A mesh that cannot be made; one sentence says why, and which one can."""
 
 
 def parse_mesh(text: str | int) -> dict[str, int]:
-    """The size of each axis, all of `AXES`, in that order: `"2x4"` is `{"data": 2, "model": 4}`.
+    """Parse the size of each axis of `AXES`, in that order.
 
-    Raises `MeshError` for what it cannot read.
+    `"2x4"` is `{"data": 2, "model": 4}`. Raises `MeshError` for any other syntax.
     """
     text = str(text).strip().lower()
     if re.fullmatch(r"\d+", text):
@@ -52,37 +51,40 @@ def parse_mesh(text: str | int) -> dict[str, int]:
 
 
 def count_devices(sizes: Mapping[str, int]) -> int:
-    """Devices that axes of these sizes span."""
+    """Count the devices of a mesh with these axis sizes."""
     return int(np.prod(list(sizes.values())))
 
 
 def prepare_devices(text: str | int) -> str | None:
-    """Have enough devices for a mesh, making CPU devices where there is no accelerator; of a GPU,
-    nearly all of its memory.
+    """Provide enough devices for a mesh; without an accelerator, CPU devices.
 
-    Call it before anything else asks jax for a device: the number is fixed from then on.
+    On a GPU, jax preallocates 97 % of the memory. Call it before anything else starts jax's
+    backend, which fixes both.
 
     Returns:
-        A line for the user where CPU devices were made, else None.
+        A line for the user if CPU devices were made, else None.
+
+    Raises:
+        MeshError: if there are too few devices.
     """
     sizes = parse_mesh(text)
     wanted = count_devices(sizes)
     if not _has_backend():
-        # Collectives of made-up CPU devices wait for each other inside one thread pool: with fewer
-        # threads than devices that is a deadlock. XLA takes the machine's size unless told.
+        # Collectives of CPU devices wait for each other inside one thread pool: with fewer threads
+        # than devices they deadlock. XLA's default is one thread per core.
         threads = max(int(os.environ.get("NPROC", "0")), os.cpu_count() or 1, 2 * wanted)
         os.environ["NPROC"] = str(threads)
-        # Of a GPU jax takes three quarters unless told otherwise: Scout in fp8 is as much.
-        os.environ.setdefault(_GPU_SHARE, "0.97")
-        # This counts where the CPU is the backend; an accelerator's devices stay as they are.
+        # jax's default is 75 % of a GPU, which Scout's fp8 weights alone fill.
+        os.environ.setdefault(_MEM_FRACTION, "0.97")
+        # This applies to the CPU backend only.
         made = getattr(jax.config, "jax_num_cpu_devices", 1)
         jax.config.update("jax_num_cpu_devices", max(made, wanted))
     found = jax.devices()
     if len(found) < wanted:
         is_cpu = found[0].platform == "cpu"
-        way_out = "CPU devices are made once: start Python anew with the larger mesh"
+        way_out = "CPU devices are made once: start Python again with the larger mesh"
         if not is_cpu:
-            way_out = "JAX_PLATFORMS=cpu tries it on made-up CPU devices"
+            way_out = "JAX_PLATFORMS=cpu tries it on CPU devices"
         raise MeshError(
             f"--mesh {text}: it needs {wanted} devices and there are {len(found)} "
             f"({'CPU' if is_cpu else found[0].device_kind}); "
@@ -94,12 +96,12 @@ def prepare_devices(text: str | int) -> str | None:
 
 
 def find_gpu_share() -> float:
-    """The share of a GPU's memory that jax takes: of `prepare_devices`, or whoever came first."""
-    return float(os.environ.get(_GPU_SHARE, "0.75"))  # without a word, three quarters
+    """Return the share of a GPU's memory that jax preallocates."""
+    return float(os.environ.get(_MEM_FRACTION, "0.75"))  # jax's default
 
 
 def make_mesh(text: str | int) -> Mesh:
-    """The mesh itself, of the first devices, with automatic axes. `prepare_devices` comes first."""
+    """Make the mesh of the first devices, with automatic axes; call `prepare_devices` before."""
     sizes = parse_mesh(text)
     devices = jax.devices()[: count_devices(sizes)]
     if len(devices) < count_devices(sizes):
@@ -110,11 +112,11 @@ def make_mesh(text: str | int) -> Mesh:
 
 
 def describe(sizes: Mapping[str, int]) -> str:
-    """`data=2,model=4`, the spelling that says it all."""
+    """Format axis sizes as `data=2,model=4`."""
     return ",".join(f"{name}={size}" for name, size in sizes.items())
 
 
 def _has_backend() -> bool:
-    from jax._src import xla_bridge  # there is no public way to ask without starting it
+    from jax._src import xla_bridge  # no public function tells without starting the backend
 
     return xla_bridge.backends_are_initialized()

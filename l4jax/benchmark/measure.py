@@ -25,6 +25,7 @@ from l4jax.engine.engine import Engine
 from l4jax.engine.request import SamplingParams
 from l4jax.engine.runner import Runner
 from l4jax.model import Llama4
+from l4jax.strategies import activate
 
 _REPEATS = 3  # timed runs of each figure; the median counts
 _PROMPT_STEP = 8192  # tokens of a prompt in one step
@@ -187,7 +188,7 @@ class Bench:
         return cache.PageTables(ids_RB[:, :global_pages], local_GRB), length
 
     def _compile(self, program: Any, batch: cache.Batch, **static: Any) -> Callable[..., Any]:
-        with self.runner.layout.active(), self._clock("compile"):
+        with activate(self.runner.layout), self._clock("compile"):
             lowered = program.lower(self.runner.params, self.runner.pool, batch, **static)
             return lowered.compile()
 
@@ -195,7 +196,7 @@ class Bench:
         """Return the median seconds of a few runs, after a warm-up run."""
         seconds = []
         argument = jax.block_until_ready(jax.device_put(argument))
-        with self.runner.layout.active():
+        with activate(self.runner.layout):
             for repeat in range(_REPEATS + 1):
                 started = time.perf_counter()
                 self.runner.pool, result = run(self.runner.params, self.runner.pool, argument)

@@ -32,7 +32,8 @@ from l4jax.engine.request import MAX_LOGPROBS
 from l4jax.engine.scheduler import Limits, ScheduledChunk, SchedulerOutput
 from l4jax.kernels.formats import FP8, upcast_scales
 from l4jax.model import Llama4, VisionTower, declare_parameters
-from sharding import STRATEGIES, Layout, find_gpu_share, make_mesh, prepare_devices
+from l4jax.strategies import STRATEGIES, activate, check_mesh
+from sharding import Layout, find_gpu_share, make_mesh, prepare_devices
 
 TILES = (1, 4)  # image tiles that are encoded in one call
 CPU_POOL_BYTES = 2**28  # where nobody says otherwise: what a laptop can spare
@@ -395,7 +396,7 @@ class Runner:
 
     @contextlib.contextmanager
     def _ready(self) -> Iterator[None]:
-        with self.layout.active(), jax.default_matmul_precision(self._precision):
+        with activate(self.layout), jax.default_matmul_precision(self._precision):
             yield
 
     def _blank(self, tiles: int) -> np.ndarray:
@@ -453,20 +454,6 @@ def _name_step(shape: tuple[int, int], has_logits_processors: bool) -> Hashable:
 
 def _name_loop(rows: int, has_logits_processors: bool) -> Hashable:
     return "loop", rows, has_logits_processors
-
-
-def check_mesh(config: Config, layout: Layout) -> None:
-    """Refuse a mesh that cannot cut the model evenly (`sharding.MeshError`)."""
-    text, vision = config.text, config.vision
-    layout.check(axes.KV_HEADS, text.kv_heads, "kv heads")
-    layout.check(axes.VOCAB, text.vocab, "words of the vocabulary")
-    layout.check(axes.HIDDEN, text.expert_width, "columns of an expert")
-    if text.moe_interval > 1:
-        layout.check(axes.HIDDEN, text.dense_width, "columns of a dense layer")
-    if vision is not None:
-        layout.check(axes.VISION_HEADS, vision.heads, "vision heads")
-        layout.check(axes.VISION_HIDDEN, vision.hidden, "columns of a vision layer")
-        layout.check(axes.ADAPTER_HIDDEN, vision.adapter_width, "columns of the vision adapter")
 
 
 def find_executables_folder(device: Any) -> Path | None:

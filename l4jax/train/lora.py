@@ -17,9 +17,9 @@ from l4jax import axes, checkpoint
 from l4jax.checkpoint.adapter import Adapter, adapt, name_factors, shape_factors
 from l4jax.checkpoint.parameters import flatten, unflatten
 from l4jax.config import Config
-from l4jax.engine.runner import check_mesh
 from l4jax.kernels.formats import Adapted
 from l4jax.model import Parameters, declare_parameters
+from l4jax.strategies import STRATEGIES, activate, check_mesh
 from l4jax.text.image import ImageProcessor
 from l4jax.train import saved_state
 from l4jax.train.conversations import make_batches
@@ -27,7 +27,7 @@ from l4jax.train.documents import Document
 from l4jax.train.kernels import make_remat_kernels
 from l4jax.train.train_step import PACKED_AXES, TrainState, compute_loss, make_step
 from l4jax.train.trainer import TrainingConfig, run_steps
-from sharding import STRATEGIES, Layout, make_mesh, prepare_devices
+from sharding import Layout, make_mesh, prepare_devices
 
 # Groups of the layers' matrices that an adapter may target.
 TARGETS = ("attention", "shared_expert", "experts", "dense")
@@ -174,7 +174,7 @@ def train_adapter(
         checkpoint.write_adapter(folder, lora_config.make_adapter(state), config, model)
         return jax.device_put(state, shardings), {}
 
-    with layout.active():
+    with activate(layout):
         state = saved_state.restore(
             folder, abstract, names, layout.place, settings, saved_state.keep_exact
         )

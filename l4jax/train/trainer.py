@@ -14,6 +14,7 @@ from jax.sharding import SingleDeviceSharding
 
 from l4jax.config import Config
 from l4jax.model import declare_parameters
+from l4jax.strategies import STRATEGIES, activate
 from l4jax.text.image import ImageProcessor
 from l4jax.train import saved_state
 from l4jax.train.batches import DataConfig, PackedBatch, make_batch
@@ -27,7 +28,7 @@ from l4jax.train.train_step import (
     initialize,
     make_train_step,
 )
-from sharding import STRATEGIES, Layout, make_mesh, prepare_devices
+from sharding import Layout, make_mesh, prepare_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ def train(
     names = saved_state.name_axes(abstract, declare_parameters(training.model, np.float32)[1])
     shardings = layout.place_all(names)
     put = functools.partial(jax.device_put, device=layout.place_all(PACKED_AXES))
-    with layout.active():
+    with activate(layout):
         state = saved_state.restore(folder, abstract, names, layout.place, training.describe())
         if state is None:
             make = functools.partial(

@@ -14,7 +14,8 @@ from l4jax.checkpoint.quantize import QuantizedRecipe
 from l4jax.checkpoint.recipe import Recipe
 from l4jax.config import MAVERICK, SCOUT, Config
 from l4jax.model import declare_parameters
-from sharding import TENSOR, Layout, make_mesh
+from l4jax.strategies import TENSOR
+from sharding import Layout, make_mesh
 from tests.checkpoint.published import read_published
 
 PUBLISHED = {  # tensors, parameters (of the plain ones), config

@@ -10,6 +10,7 @@ from l4jax import cache, decode
 from l4jax.engine.arrays import fill_step
 from l4jax.engine.request import Request, SamplingParams
 from l4jax.engine.scheduler import ScheduledChunk, SchedulerOutput
+from l4jax.strategies import activate
 from l4jax.text.chat import PromptError
 from tests import weights
 from tests.engine.engines import (
@@ -159,7 +160,7 @@ def test_logits_leave_a_step_cut_by_vocabulary():
             np.zeros((1, 64), np.int32), np.zeros((engine.limits.local_groups, 1, 2), np.int32)
         ),
     )
-    with runner.layout.active():
+    with activate(runner.layout):
         runner.pool, logits = decode.score(runner.params, runner.pool, batch, model=runner.model)
     assert logits.shape == (1, 320)
     assert logits.sharding.shard_shape(logits.shape) == (1, 40)

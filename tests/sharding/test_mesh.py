@@ -1,4 +1,4 @@
-"""What a mesh may be called, and what is refused in words."""
+"""The syntax of a mesh, and the errors of what is no mesh."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ from sharding.mesh import parse_mesh
         ("1", 1, 1),
     ],
 )
-def test_a_mesh_has_several_spellings(text, data, model):
+def test_a_mesh_can_be_written_in_several_ways(text, data, model):
     assert parse_mesh(text) == {"data": data, "model": model}
     mesh = make_mesh(text)
     assert dict(mesh.shape) == {"data": data, "model": model}
@@ -43,17 +43,17 @@ def test_a_mesh_has_several_spellings(text, data, model):
         ("model=2,model=4", "stands there twice"),
     ],
 )
-def test_what_is_no_mesh_is_refused_in_words(text, says):
+def test_other_syntax_is_refused(text, says):
     with pytest.raises(MeshError, match=says):
         parse_mesh(text)
 
 
-def test_more_devices_than_there_are_is_refused_in_words():
+def test_more_devices_than_there_are_is_refused():
     with pytest.raises(MeshError, match=r"--mesh 16: it needs 16 devices and there are 8"):
         prepare_devices("16")
 
 
-def test_made_up_devices_are_told_of():
+def test_cpu_devices_that_jax_makes_are_reported():
     line = prepare_devices("8")
     assert line == "No accelerator found: the mesh data=1,model=8 is made of 8 CPU devices."
     assert prepare_devices("1") is None
@@ -64,8 +64,8 @@ def test_a_mesh_takes_the_first_devices_in_order():
 
 
 @pytest.mark.parametrize(("asked", "taken"), [(None, "0.97"), ("0.5", "0.5")])
-def test_of_a_gpu_nearly_all_memory_is_taken_unless_somebody_says_otherwise(asked, taken):
-    """Read off the environment that jax starts with, in a process of its own."""
+def test_jax_preallocates_97_percent_of_a_gpu_unless_the_environment_sets_a_share(asked, taken):
+    """Read from the environment that jax starts with, in a separate process."""
     name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
     environment = {k: v for k, v in os.environ.items() if k != name}
     environment |= {name: asked} if asked else {}
