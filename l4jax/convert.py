@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # leaves the accelerators to others
-    from l4jax.checkpoint import compressed, conversion, find_folder
+    from l4jax.checkpoint import compressed_tensors_writer, find_folder, orbax_writer
 
     try:
         if args.quantization and args.dtype:
@@ -60,9 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = find_folder(args.source, revision=args.revision)
         how = {"overwrite": args.overwrite, "progress": not args.quiet}
         if args.quantization:
-            nbytes = compressed.quantize_folder(source, args.folder, args.quantization, **how)
+            nbytes = compressed_tensors_writer.quantize_folder(
+                source, args.folder, args.quantization, **how
+            )
         else:
-            nbytes = conversion.convert_folder(source, args.folder, dtype=args.dtype, **how)
+            nbytes = orbax_writer.convert_folder(source, args.folder, dtype=args.dtype, **how)
     except (ValueError, OSError) as error:
         print(f"l4jax.convert: {error}", file=sys.stderr)
         return 1

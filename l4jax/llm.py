@@ -97,7 +97,7 @@ class LLM:
             lora=None if lora is None else Path(lora),
             progress=not self._is_quiet,
         )
-        if "nvfp4" in (checkpoint.find_quantization(self.folder) or ""):
+        if "nvfp4" in (checkpoint.detect_quantization(self.folder) or ""):
             self._notify(f"The checkpoint is nvfp4; it is computed in {runner.dtype.name}.")
 
     @property
@@ -251,7 +251,7 @@ def find_cache_folder() -> Path:
 
 
 def _choose_dtype(dtype: str, folder: Path) -> str:
-    return checkpoint.find_dtype(folder) if dtype == "auto" else DTYPES[dtype]
+    return checkpoint.choose_dtype(folder) if dtype == "auto" else DTYPES[dtype]
 
 
 def _explain_kv_scales(*, has_stored: bool, calculates: bool) -> str | None:

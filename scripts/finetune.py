@@ -80,7 +80,7 @@ def _run(args: argparse.Namespace) -> None:
         warmup=max(1, args.steps // 20),
         decay=0.0,
         balance=0.0,  # routers are frozen
-        dtype=checkpoint.find_dtype(folder) if args.dtype == "auto" else args.dtype,
+        dtype=checkpoint.choose_dtype(folder) if args.dtype == "auto" else args.dtype,
     )
     note_every = args.note_every or math.gcd(10, args.save_every)
     training = TrainingConfig(config, data, hparams, args.save_every, note_every)

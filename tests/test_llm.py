@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from l4jax import LLM, SamplingParams, checkpoint
-from l4jax.checkpoint.conversion import convert_folder
+from l4jax.checkpoint.orbax_writer import convert_folder
 from l4jax.config import TINY
 from l4jax.engine.engine import RequestUpdate
 from l4jax.engine.request import StructuredOutputsParams, TokenLogprobs

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from l4jax import checkpoint
-from l4jax.checkpoint.names import find_quantization, survey
+from l4jax.checkpoint.names import detect_quantization, match_names
 from l4jax.checkpoint.parameters import flatten
 from l4jax.checkpoint.safetensors import Index
 from l4jax.model import declare_parameters
@@ -150,7 +150,7 @@ def test_names_dtypes_and_shapes_are_the_published_ones(name: str, tmp_path: Pat
     form, kind = PUBLISHED[name]
     config = weights.tiny_config(kind, **DISTINCT)
     quantized.write_checkpoint(tmp_path, config, 0, form)
-    ours = _as_patterns(Index.open(tmp_path).kinds)
+    ours = _as_patterns(Index.open(tmp_path).specs)
     theirs = _as_patterns(read_published()[name])
     assert set(ours) == set(theirs)
     experts = {7: 16 if kind == "scout" else 128}
@@ -185,11 +185,11 @@ def test_each_form_is_recognized_and_every_tensor_has_its_place(
     quantized.write_checkpoint(
         tmp_path, weights.tiny_config("maverick"), 1, form, prefixed=prefixed
     )
-    kinds = Index.open(tmp_path).kinds
-    assert find_quantization(kinds) == told
+    kinds = Index.open(tmp_path).specs
+    assert detect_quantization(kinds) == told
     shapes, _ = declare_parameters(checkpoint.load_config(tmp_path), jnp.bfloat16)
-    surveyed = survey({path: leaf.shape for path, leaf in flatten(shapes).items()}, kinds)
-    assert surveyed.unknown == surveyed.missing == ()
+    matched = match_names({path: leaf.shape for path, leaf in flatten(shapes).items()}, kinds)
+    assert matched.unknown == matched.missing == ()
 
 
 @pytest.mark.parametrize("form", quantized.FORMS)
@@ -198,7 +198,7 @@ def test_files_hold_what_was_quantized(form: quantized.Form, tmp_path: Path) -> 
     wanted = quantized.write_checkpoint(tmp_path, config, 2, form, shards=3)
     index = Index.open(tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
-    assert set(index.kinds) == set(wanted)
+    assert set(index.specs) == set(wanted)
     for name, values in wanted.items():
         found = index.view(name)
         assert (found.dtype, found.shape) == (values.dtype, values.shape)

@@ -22,7 +22,7 @@ MAVERICK = dataclasses.replace(
 
 def read(folder) -> dict[str, np.ndarray]:
     index = Index.open(folder)
-    return {name: np.array(index.view(name)) for name in index.kinds}
+    return {name: np.array(index.view(name)) for name in index.specs}
 
 
 @pytest.mark.parametrize("config", [TINY, MAVERICK], ids=["scout", "maverick"])

@@ -1,8 +1,10 @@
-"""Checkpoints: where one is, what it is in, and its parameters on devices.
+"""Checkpoints: finding one, reading its config and its parameters, and writing one.
 
-`safetensors` reads the format; `names` says which stored tensors make up a parameter, `rules` how;
-`recipe` and `parameters` put them on devices, `narrow` in fewer bits. `orbax` is our own layout,
-which `conversion` writes. `adapter` is what LoRA adds to them, and `peft` its files.
+The path of a tensor: `safetensors` indexes the files; `names` and `layouts` make the `recipe` of
+each parameter, `quantized_reader` that of a quantized one; `parameters` reads each device's slices,
+and `online_quantization` quantizes them there. `orbax` is l4jax's own format; `orbax_writer` and
+`compressed_tensors_writer` convert. `adapter` is a LoRA adapter, `peft` its files; `hf_config`
+reads and writes `config.json`. README.md in this folder says more.
 """
 
 from pathlib import Path
@@ -29,10 +31,10 @@ __all__ = [
     "CheckpointError",
     "OnlineQuantization",
     "Place",
+    "choose_dtype",
+    "detect_quantization",
     "find_bundled",
-    "find_dtype",
     "find_folder",
-    "find_quantization",
     "format_config",
     "load",
     "load_config",
@@ -53,23 +55,23 @@ def load(
     lora: Adapter | None = None,
     progress: bool = True,
 ) -> Parameters:
-    """Load the parameters of a model: safetensors under the published names, or a converted folder.
+    """Load the parameters of a model from safetensors under the published names, or from Orbax.
 
     Args:
-        folder: that holds the checkpoint.
+        folder: of the checkpoint.
         config: of the model.
-        dtype: of the parameters; what is stored in another is converted.
-        place: the sharding of an array whose axes have these logical names, in any order of axes.
-        online_quantization: what to quantize on the way, and how; nothing if None.
-        lora: an adapter to merge, before anything is quantized.
+        dtype: of the parameters; values stored in another are converted.
+        place: logical names of an array's axes, in any order -> its sharding.
+        online_quantization: the format to quantize to while loading; None keeps the weights.
+        lora: an adapter to merge, before weights are quantized.
         progress: whether to show a bar on standard error.
 
     Returns:
-        The tree of `l4jax.model.declare_parameters`, of arrays: its own slices on each device. What
-        is quantized is a `Quantized` of two arrays.
+        The tree of `l4jax.model.declare_parameters` with arrays; each device has its own slices.
+        A quantized parameter is a `Quantized` of two arrays.
 
     Raises:
-        CheckpointError: in one sentence, for what is missing, damaged, or not this model.
+        CheckpointError: in one sentence, a tensor is missing, damaged, or not of this model.
     """
     if _is_orbax(folder):
         from l4jax.checkpoint import orbax  # slow to import, and seldom needed
@@ -89,22 +91,22 @@ def load(
 
 
 def load_kv_scales(folder: str | Path, config: Config) -> tuple[np.ndarray, np.ndarray] | None:
-    """What keys and values are divided by in an fp8 cache, per layer; None if nobody says."""
+    """Load the scales of keys and values in an fp8 cache, per layer; None if there are none."""
     return None if _is_orbax(folder) else parameters.load_kv_scales(folder, config)
 
 
-def find_dtype(folder: str | Path) -> str:
-    """What to compute a checkpoint in, "bfloat16" or "float32": as its weights are stored."""
+def choose_dtype(folder: str | Path) -> str:
+    """Choose the dtype to compute in from the stored weights: "bfloat16" or "float32"."""
     if _is_orbax(folder):
         from l4jax.checkpoint import orbax
 
-        return orbax.find_dtype(folder)
-    return safetensors.find_dtype(safetensors.Index.open(folder))
+        return orbax.choose_dtype(folder)
+    return safetensors.choose_dtype(safetensors.Index.open(folder))
 
 
-def find_quantization(folder: str | Path) -> str | None:
-    """How a checkpoint is quantized, in words that its tensors tell; None for a plain one."""
-    return None if _is_orbax(folder) else names.find_quantization(Index.open(folder).kinds)
+def detect_quantization(folder: str | Path) -> str | None:
+    """Detect the format of a quantized checkpoint from its tensors; None for an unquantized one."""
+    return None if _is_orbax(folder) else names.detect_quantization(Index.open(folder).specs)
 
 
 def _is_orbax(folder: str | Path) -> bool:

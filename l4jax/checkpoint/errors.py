@@ -1,4 +1,5 @@
-"""What a checkpoint that cannot be loaded is refused with."""
+# pyright: strict
+"""The error of a checkpoint that cannot be read or written."""
 
 from collections.abc import Sequence
 
@@ -8,6 +9,6 @@ class CheckpointError(ValueError):
 
 
 def list_few(names: Sequence[str], few: int = 3) -> str:
-    """The first names of a list, and how many more there are: "a, b, c and 12 more"."""
+    """Format the first names of a list and the number of the rest: "a, b, c and 12 more"."""
     shown = ", ".join(names[:few])
     return shown if len(names) <= few else f"{shown} and {len(names) - few} more"

@@ -1,23 +1,23 @@
-"""Where a model's files are: a folder, or a name on the Hugging Face hub that becomes one."""
+"""The folder of a model: a local one, or a download from the Hugging Face hub."""
 
 from importlib import resources
 from pathlib import Path
 
 from l4jax.checkpoint.errors import CheckpointError
 
-# Not Meta's `original/*.pth`, which would double the download.
-_WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
+# Without Meta's `original/*.pth`, which would double the download.
+_ALLOWED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
 
 
 BUNDLED = Path(str(resources.files("l4jax").joinpath("bundled")))
-SAMPLE = BUNDLED / "chart.png"  # to ask the bundled model about
+SAMPLE = BUNDLED / "chart.png"  # an image for questions to the bundled model
 
 
 def find_bundled(folder: Path = BUNDLED) -> Path:
-    """The folder of the trained model that comes with the package.
+    """Find the folder of the trained model that comes with the package.
 
     Raises:
-        CheckpointError: its weights are not there.
+        CheckpointError: its weights are missing.
     """
     if not (folder / "model.safetensors").is_file():
         raise CheckpointError(
@@ -28,14 +28,14 @@ def find_bundled(folder: Path = BUNDLED) -> Path:
 
 
 def find_folder(model: str | Path, *, revision: str | None = None) -> Path:
-    """The folder of a model; a name like meta-llama/Llama-4-Scout-17B-16E-Instruct is downloaded.
+    """Find the folder of a model; download a name like meta-llama/Llama-4-Scout-17B-16E-Instruct.
 
     Args:
         model: a folder, or `owner/name` on the hub.
         revision: branch, tag or commit on the hub; the main branch if None.
 
     Raises:
-        CheckpointError: there is no such folder or repository, or it cannot be had.
+        CheckpointError: there is no such folder or repository, or it cannot be downloaded.
     """
     text = str(model)
     folder = Path(text).expanduser()
@@ -60,7 +60,7 @@ def _download(name: str, revision: str | None) -> Path:
     folder_instead = "or pass a folder that holds the checkpoint"
     try:
         found = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=list(_WANTED)
+            name, revision=revision, allow_patterns=list(_ALLOWED)
         )
     except errors.GatedRepoError:
         raise CheckpointError(

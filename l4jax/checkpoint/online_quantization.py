@@ -1,9 +1,9 @@
-"""Wide weights made narrow as they are loaded: which ones, in which format, on which devices."""
+"""Online quantization: weights are quantized while a checkpoint is loaded."""
 
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,23 +11,16 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from l4jax.checkpoint.errors import CheckpointError
+from l4jax.checkpoint.names import count_in_axes
 from l4jax.kernels.formats import Quantized, quantize_fp8, quantize_int4
 
 FORMATS = ("fp8", "int4")
-GROUP = 128  # neighbors that share a scale of int4, at most: as in the published checkpoints
+GROUP = 128  # the largest group of int4, as in the published checkpoints
 
-# How many of the last axes are summed over. What does not stand here stays as it is: the router,
-# whose choice is the finest of all, the head, the embedding, the norms and all of vision.
-_FEED_FORWARD: Mapping[str, int] = {
-    "text/layer_*/feed_forward/gate_up": 1,
-    "text/layer_*/feed_forward/down": 1,
-    "text/layer_*/feed_forward/shared/gate_up": 1,
-    "text/layer_*/feed_forward/shared/down": 1,
-}
-_ATTENTION: Mapping[str, int] = {
-    "text/layer_*/attention/qkv": 1,
-    "text/layer_*/attention/out": 3,
-}
+# Other parameters keep their dtype: the router, whose choices need the most precision, the head,
+# the embedding, the norms and the vision tower.
+_FEED_FORWARD = re.compile(r"text/layer_\d+/feed_forward/(shared/)?(gate_up|down)")
+_ATTENTION = re.compile(r"text/layer_\d+/attention/(qkv|out)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,19 +29,25 @@ class OnlineQuantization:
 
     Attributes:
         format: "fp8" or "int4".
-        attention: whether the projections of attention get it, too.
+        includes_attention: whether the projections of attention are quantized, too.
     """
 
     format: str
-    attention: bool
+    includes_attention: bool
 
     @classmethod
     def choose(
         cls, quantization: str | None = None, attention: bool | None = None
     ) -> "OnlineQuantization | None":
-        """What users ask for; by default int4 leaves attention alone, as the published ones do.
+        """Make the configuration for a user's settings; None if nothing is to be quantized.
 
-        Raises `CheckpointError` for a format that there is not.
+        Args:
+            quantization: "fp8", "int4" or None.
+            attention: whether to quantize attention; by default fp8 does, and int4 does not, as in
+                the published checkpoints.
+
+        Raises:
+            CheckpointError: the format is unknown, or `attention` is set without a format.
         """
         if quantization is None:
             if attention is not None:
@@ -57,60 +56,72 @@ class OnlineQuantization:
                     f"choose a quantization, {' or '.join(FORMATS)}, or leave it out."
                 )
             return None
-        if quantization not in FORMATS:
-            raise CheckpointError(
-                f"quantization is {quantization!r}: weights are made {' or '.join(FORMATS)}."
-            )
+        check_format(quantization)
         return cls(quantization, quantization == "fp8" if attention is None else attention)
 
-    def count_inner(self, path: str) -> int | None:
-        """How many of a parameter's last axes are summed over; None if it stays as it is."""
-        pattern = re.sub(r"/layer_\d+/", "/layer_*/", path)
-        return _FEED_FORWARD.get(pattern, _ATTENTION.get(pattern) if self.attention else None)
+    def count_in_axes(self, path: str) -> int | None:
+        """Count the last axes of a parameter that are inputs; None if it is not quantized."""
+        is_attention = self.includes_attention and _ATTENTION.fullmatch(path)
+        return count_in_axes(path) if _FEED_FORWARD.fullmatch(path) or is_attention else None
 
     def quantize(
         self,
         array: jax.Array,
-        inner: int,
+        in_axes: int,
         names: tuple[str, ...],
         place: Callable[[tuple[str, ...]], Sharding],
-        order: tuple[int, ...] | None = None,
+        permutation: tuple[int, ...] | None = None,
     ) -> Quantized:
-        """Quantize a parameter where it lies, and free it.
+        """Quantize a parameter on its devices, and delete it.
 
         Args:
             array: the parameter; deleted.
-            inner: how many of its last axes are summed over.
-            names: of its axes.
-            place: the sharding of an array whose axes have these logical names.
-            order: by which the array is first transposed to the parameter, if at all: in the same
-                program, so that the transposed one never is.
+            in_axes: the number of its last axes that are inputs.
+            names: the logical names of its axes.
+            place: logical names of axes -> sharding.
+            permutation: transposes the array to the parameter first, within the same program, so
+                that the transposed array is never stored.
         """
-        order = order or tuple(range(array.ndim))
-        shape = tuple(array.shape[axis] for axis in order)
+        permutation = permutation or tuple(range(array.ndim))
+        shape = tuple(array.shape[axis] for axis in permutation)
         sharding = place(names)
         if self.format == "fp8":
-            size, scale_names = inner, names[: len(names) - inner]
+            size, scale_names = in_axes, names[: len(names) - in_axes]
         else:
-            # Each device has whole groups: none needs a scale that another one finds.
-            size, scale_names = find_group(sharding.shard_shape(shape)[-1]), names
-        places = Quantized(sharding, place(scale_names))
-        quantized = jax.block_until_ready(_make(self.format, size, order, places)(array))
+            # Groups end at the devices' boundaries, so that each device computes its own scales.
+            size, scale_names = choose_group_size(sharding.shard_shape(shape)[-1]), names
+        shardings = Quantized(sharding, place(scale_names))
+        quantize = _compile_quantize(self.format, size, permutation, shardings)
+        quantized = jax.block_until_ready(quantize(array))
         array.delete()
         return quantized
 
 
-def find_group(columns: int) -> int:
-    """The largest group of neighbors, up to 128, that divides the columns of a device."""
+def check_format(quantization: str) -> None:
+    """Refuse a format to which weights cannot be quantized."""
+    if quantization not in FORMATS:
+        raise CheckpointError(
+            f"quantization is {quantization!r}: weights are quantized to {' or '.join(FORMATS)}."
+        )
+
+
+def choose_group_size(columns: int) -> int:
+    """Choose the largest group size, up to 128, that divides the columns of a device."""
     return next(size for size in range(min(GROUP, columns), 0, -1) if columns % size == 0)
 
 
 @functools.cache
-def _make(
-    form: str, size: int, order: tuple[int, ...], places: Quantized
+def _compile_quantize(
+    format: str, size: int, permutation: tuple[int, ...], shardings: Quantized
 ) -> Callable[[jax.Array], Quantized]:
-    def run(array: jax.Array) -> Any:
-        weight = jnp.transpose(array, order)
-        return quantize_fp8(weight, size) if form == "fp8" else quantize_int4(weight, size)
+    """Compile the program that transposes and quantizes.
 
-    return jax.jit(run, out_shardings=places)
+    Args:
+        size: the number of `in` axes for fp8, the group size for int4.
+    """
+
+    def run(array: jax.Array) -> Any:
+        weight = jnp.transpose(array, permutation)
+        return quantize_fp8(weight, size) if format == "fp8" else quantize_int4(weight, size)
+
+    return jax.jit(run, out_shardings=shardings)

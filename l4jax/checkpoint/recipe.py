@@ -1,4 +1,4 @@
-"""How a parameter is put together from stored tensors, and reading the box of it that is wanted."""
+"""Recipes: the stored tensors that make up a parameter; and reading a box of one."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,47 +8,60 @@ from typing import Any, TypeVar
 import numpy as np
 
 Box = tuple[slice, ...]
-OfAxis = TypeVar("OfAxis")
-_PIECE = 16 * 2**20  # bytes that one thread copies at a time
-# Pieces between two releases. Columns of rows that are shorter than a page touch all of its bytes:
-# eight times the piece, where eight devices share a row.
-_ROUND = 16
+T = TypeVar("T")
+_COPY_BYTES = 16 * 2**20  # bytes that one thread copies at a time
+# Copies between two releases of mapped pages. Columns of rows that are shorter than a page touch
+# every page of the rows: eight times the bytes copied, where eight devices share a row.
+_COPIES_PER_RELEASE = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """A stored tensor as a box of the parameter: reshaped to `shape`, with a corner at `start`."""
+class Source:
+    """A stored tensor as a box of a parameter.
+
+    Attributes:
+        name: of the tensor.
+        stored_shape: the shape that it must have in the file.
+        start: the box's first corner.
+        shape: of the box, to which the tensor is reshaped.
+    """
 
     name: str
-    stored: tuple[int, ...]  # the shape it must have in the file
+    stored_shape: tuple[int, ...]
     start: tuple[int, ...]
     shape: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Parts that tile an array of `shape`; transposed by `order`, if any, that is the parameter.
+    """Sources that tile an array of `shape`, which is the parameter after a transposition.
 
-    Transposing is left to the device: numpy's strided copy of 200 GB takes many minutes.
+    The device transposes: numpy's strided copy of 200 GB takes many minutes.
+
+    Attributes:
+        sources: disjoint boxes that fill the array.
+        shape: of the array, its axes in the files' order.
+        permutation: as `jnp.transpose` takes it, from the array to the parameter; None if the
+            parameter's axes are in the files' order.
     """
 
-    parts: tuple[Part, ...]
+    sources: tuple[Source, ...]
     shape: tuple[int, ...]
-    order: tuple[int, ...] | None = None
+    permutation: tuple[int, ...] | None = None
 
     @property
-    def turn(self) -> tuple[int, ...]:
-        """The axis of the file that each of the parameter's axes is; in order if none is moved."""
-        return self.order or tuple(range(len(self.shape)))
+    def file_axes(self) -> tuple[int, ...]:
+        """For each axis of the parameter, its number in the files' order."""
+        return self.permutation or tuple(range(len(self.shape)))
 
     @property
     def parameter_shape(self) -> tuple[int, ...]:
-        """The shape of the parameter; `shape` is that of what the file has."""
-        return tuple(self.shape[axis] for axis in self.turn)
+        """The shape of the parameter; `shape` is in the files' order."""
+        return tuple(self.shape[axis] for axis in self.file_axes)
 
-    def reorder(self, names: Sequence[OfAxis]) -> tuple[OfAxis, ...]:
-        """What each of the parameter's axes has, such as names, in the file's order."""
-        return tuple(names[self.turn.index(axis)] for axis in range(len(names)))
+    def to_file_order(self, items: Sequence[T]) -> tuple[T, ...]:
+        """Reorder one item per axis of the parameter, such as a name, to the files' order."""
+        return tuple(items[self.file_axes.index(axis)] for axis in range(len(items)))
 
 
 def read_box(
@@ -59,46 +72,47 @@ def read_box(
     pool: Executor,
     release: Callable[[Iterable[str]], None] = lambda _: None,
 ) -> np.ndarray:
-    """Read a box of a recipe's array (in file order), converted to `dtype`, with a pool's threads.
+    """Read a box of a recipe's array (in the files' axis order), with the threads of a pool.
 
     Args:
-        view: the stored tensor of a name, without reading it.
-        box: slices without a step, one an axis.
-        release: is told now and then which tensors have been read as far as they will be at once,
-            so that no more than a piece of them stays in memory.
+        view: name -> stored tensor, mapped and not read yet.
+        box: one slice per axis, without a step.
+        dtype: to which values are converted.
+        release: called during reading with the names of tensors whose mapped pages may be dropped,
+            so that memory holds few of them.
     """
     spans = [span.indices(size)[:2] for span, size in zip(box, recipe.shape, strict=True)]
     out = np.empty([stop - start for start, stop in spans], dtype)
     copies = []
-    for part in recipe.parts:
+    for source in recipe.sources:
         inside, target = [], []
-        for (start, stop), at, size in zip(spans, part.start, part.shape, strict=True):
+        for (start, stop), at, size in zip(spans, source.start, source.shape, strict=True):
             low, high = max(start, at), min(stop, at + size)
             inside.append(slice(low - at, high - at))
             target.append(slice(low - start, high - start))
         if all(cut.start < cut.stop for cut in inside):
-            source = view(part.name).reshape(part.shape)[tuple(inside)]
-            copies += [(*copy, part.name) for copy in _cut(out[tuple(target)], source)]
-    for at in range(0, len(copies), _ROUND):
-        targets, sources, names = zip(*copies[at : at + _ROUND], strict=True)
-        for _ in pool.map(_copy, targets, sources):
+            values = view(source.name).reshape(source.shape)[tuple(inside)]
+            copies += [(*copy, source.name) for copy in _split_copy(out[tuple(target)], values)]
+    for at in range(0, len(copies), _COPIES_PER_RELEASE):
+        targets, values, names = zip(*copies[at : at + _COPIES_PER_RELEASE], strict=True)
+        for _ in pool.map(_copy, targets, values):
             pass
         release(dict.fromkeys(names))
     return out
 
 
-def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    np.copyto(target, source, casting="unsafe")
+def _copy(target: np.ndarray, values: np.ndarray) -> None:
+    np.copyto(target, values, casting="unsafe")
 
 
-def _cut(target: np.ndarray, source: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Cut a copy along its first axis that can be cut, so that threads share the work."""
+def _split_copy(target: np.ndarray, values: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Split a copy along its first axis that is longer than 1, so that threads share the work."""
     axis = next((axis for axis, size in enumerate(target.shape) if size > 1), None)
-    count = -(-target.nbytes // _PIECE)
+    count = -(-target.nbytes // _COPY_BYTES)
     if axis is None or count < 2:
-        yield target, source
+        yield target, values
         return
     step = -(-target.shape[axis] // count)
     for start in range(0, target.shape[axis], step):
         piece = (slice(None),) * axis + (slice(start, start + step),)
-        yield target[piece], source[piece]
+        yield target[piece], values[piece]

@@ -1,6 +1,6 @@
-"""The safetensors format: what lies in a folder of shards, and views of it that copy nothing.
+"""The safetensors format: an index of the tensors in a folder, and views without copies.
 
-A file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape,
+A file has the header's length (8 bytes, little-endian), the header (JSON: name -> dtype, shape,
 offsets into the data), and the data. A shard is mapped into memory once; tensors are views of it.
 """
 
@@ -43,18 +43,16 @@ DTYPES: Mapping[str, np.dtype] = {
         "C64": np.complex64,
     }.items()
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LONGEST_HEADER = (
-    100_000_000  # bytes; the format's own limit, against files that are something else
-)
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000  # the format's limit, which rejects other files
 INDEX = "model.safetensors.index.json"
 
-Kind = tuple[str, tuple[int, ...]]  # dtype as the file spells it, shape
+TensorSpec = tuple[str, tuple[int, ...]]  # dtype by the format's name, shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies: `nbytes` from byte `begin` of the file `path`."""
+    """The location of a tensor: `nbytes` from byte `begin` of the file `path`."""
 
     path: Path
     begin: int
@@ -64,7 +62,7 @@ class Tensor:
 
 
 class Index:
-    """The tensors of a folder: what they are at once, their numbers when asked for."""
+    """The tensors of a folder: headers are read at once, values when a view is touched."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, Tensor]):
         self.folder, self.tensors = folder, dict(tensors)
@@ -73,15 +71,16 @@ class Index:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Index":
-        """Read the headers of a folder: of the shards that its index names, or of its only file.
+        """Read the headers of a folder's shards, by its index, or of its only file.
 
-        Raises `CheckpointError` where there is no checkpoint, a shard is missing or damaged, or the
-        index speaks of tensors that its shards do not hold.
+        Raises:
+            CheckpointError: there is no checkpoint, a shard is missing or damaged, or the index
+                names tensors that its shards do not hold.
         """
         folder = Path(folder)
         index = folder / INDEX
         if not index.is_file():
-            return cls(folder, read_header(_find_single(folder)))
+            return cls(folder, read_header(_find_single_file(folder)))
         try:
             shard_of = json.loads(index.read_text())["weight_map"]
             shards = sorted({str(shard) for shard in shard_of.values()})
@@ -99,7 +98,7 @@ class Index:
         tensors: dict[str, Tensor] = {}
         for shard in shards:
             for name, tensor in read_header(folder / shard).items():
-                # What the index leaves out is kept, so that whoever matches the names sees it.
+                # Tensors that the index lacks are kept, so that matching names finds them.
                 if shard_of.setdefault(name, shard) == shard:
                     tensors[name] = tensor
         lost = [name for name in shard_of if name not in tensors]
@@ -111,19 +110,19 @@ class Index:
         return cls(folder, tensors)
 
     @property
-    def kinds(self) -> dict[str, Kind]:
+    def specs(self) -> dict[str, TensorSpec]:
         """Name -> (dtype, shape) of every tensor."""
         return {name: (tensor.dtype, tensor.shape) for name, tensor in self.tensors.items()}
 
     def view(self, name: str) -> np.ndarray:
-        """A tensor as a read-only array in the mapped file: nothing is read until it is touched."""
+        """View a tensor as a read-only array in the mapped file: pages are read when touched."""
         tensor = self.tensors[name]
         if not tensor.nbytes:
             return np.empty(tensor.shape, DTYPES[tensor.dtype])
         return np.ndarray(tensor.shape, DTYPES[tensor.dtype], self._map(tensor.path), tensor.begin)
 
     def release(self, names: Iterable[str]) -> None:
-        """Let go of the pages of tensors that were read: the system's cache may keep them."""
+        """Release the mapped pages of tensors; the system's page cache may keep them."""
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         for tensor in (self.tensors[name] for name in names):
@@ -140,10 +139,10 @@ class Index:
             return self._maps[path]
 
 
-def find_dtype(index: Index) -> str:
-    """What to compute in: "float32" where most weights are stored so, else "bfloat16".
+def choose_dtype(index: Index) -> str:
+    """Choose the dtype to compute in: "float32" if most bytes are stored so, else "bfloat16".
 
-    float16 is no choice: its range is too small for Llama 4's activations.
+    float16 is never chosen: its range is too small for Llama 4's activations.
     """
     total = dict.fromkeys(("BF16", "F16", "F32"), 0)
     for tensor in index.tensors.values():
@@ -153,21 +152,25 @@ def find_dtype(index: Index) -> str:
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """Where the tensors of a file lie. Raises `CheckpointError` if it is not whole and sound."""
+    """Read the locations of a file's tensors.
+
+    Raises:
+        CheckpointError: the file is incomplete, damaged, or of another format.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         if start == b"version ":
             raise CheckpointError(f"{path} is a Git LFS pointer, not the file: run `git lfs pull`.")
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _LONGEST_HEADER
-        if length > min(_LONGEST_HEADER, size - 8):
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER_BYTES
+        if length > min(_MAX_HEADER_BYTES, size - 8):
             raise CheckpointError(
                 f"{path} is cut off or not safetensors: "
                 f"its {size} bytes cannot hold the header that it announces; download it again."
             )
         content = file.read(length)
     try:
-        header = json.loads(content, object_pairs_hook=_refuse_twins)
+        header = json.loads(content, object_pairs_hook=_refuse_duplicate_keys)
         header.pop("__metadata__", None)
         entries = {name: _read_entry(entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -192,41 +195,43 @@ def read_header(path: Path) -> dict[str, Tensor]:
                 "download it again."
             )
         tensors[name] = Tensor(path, 8 + length + begin, nbytes, dtype, shape)
-    _check_apart(path, tensors)
+    _check_overlaps(path, tensors)
     return tensors
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write tensors as one file, in the order given; the same tensors give the same bytes.
+    """Write tensors as one file, in the given order; the same tensors give the same bytes.
 
-    The file appears whole or not at all: it is written beside its place and renamed.
-    Raises `CheckpointError` for a dtype that the format does not have.
+    The file appears complete or not at all: it is written under another name and renamed.
+
+    Raises:
+        CheckpointError: the format lacks a tensor's dtype.
     """
-    kinds: dict[str, Kind] = {}
+    specs: dict[str, TensorSpec] = {}
     for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
+        if tensor.dtype not in _DTYPE_NAMES:
             raise CheckpointError(
                 f"{path}: safetensors cannot hold {name}, which is {tensor.dtype}."
             )
-        kinds[name] = _NAMES[tensor.dtype], tensor.shape
-    stream_safetensors(path, kinds, tensors.values())
+        specs[name] = _DTYPE_NAMES[tensor.dtype], tensor.shape
+    stream_safetensors(path, specs, tensors.values())
 
 
 def stream_safetensors(
-    path: str | Path, kinds: Mapping[str, Kind], tensors: Iterable[np.ndarray]
+    path: str | Path, specs: Mapping[str, TensorSpec], tensors: Iterable[np.ndarray]
 ) -> None:
-    """Write tensors as one file as they come, so that memory holds one of them.
+    """Write tensors from an iterator as one file, so that memory holds one of them.
 
     Args:
-        path: of the file, which appears whole or not at all.
-        kinds: name -> (dtype, shape) of each, in the order in which they come.
-        tensors: as many, and what `kinds` says of them.
+        path: of the file, which appears complete or not at all.
+        specs: name -> (dtype, shape) of each tensor, in order.
+        tensors: in the same order, of these dtypes and shapes.
     """
     path = Path(path)
     header, begin = {}, 0
-    for name, kind in kinds.items():
-        end = begin + count_bytes(kind)
-        header[name] = {"dtype": kind[0], "shape": kind[1], "data_offsets": (begin, end)}
+    for name, spec in specs.items():
+        end = begin + count_bytes(spec)
+        header[name] = {"dtype": spec[0], "shape": spec[1], "data_offsets": (begin, end)}
         begin = end
     content = json.dumps(header, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
@@ -234,7 +239,7 @@ def stream_safetensors(
     try:
         with unfinished.open("wb") as file:
             file.write(struct.pack("<Q", len(content)) + content)
-            for (name, (dtype, shape)), tensor in zip(kinds.items(), tensors, strict=True):
+            for (name, (dtype, shape)), tensor in zip(specs.items(), tensors, strict=True):
                 assert (tensor.dtype, tensor.shape) == (DTYPES[dtype], shape), name
                 file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
         unfinished.replace(path)
@@ -243,28 +248,28 @@ def stream_safetensors(
             unfinished.unlink()
 
 
-def count_bytes(kind: Kind) -> int:
-    """Of the values of a tensor."""
-    return math.prod(kind[1]) * DTYPES[kind[0]].itemsize
+def count_bytes(spec: TensorSpec) -> int:
+    """Count the bytes of a tensor's values."""
+    return math.prod(spec[1]) * DTYPES[spec[0]].itemsize
 
 
 def _read_entry(entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
     shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-        raise ValueError(f"{entry} counts with something else than whole numbers")
+        raise ValueError(f"{entry} has a shape or offset that is no whole number")
     return str(entry["dtype"]), shape, begin, end
 
 
-def _refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = dict(pairs)
     if len(names) < len(pairs):
         seen: set[str] = set()
-        twin = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"{twin} stands there twice")
+        duplicate = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"{duplicate} appears twice")
     return names
 
 
-def _check_apart(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _check_overlaps(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Refuse tensors that share bytes."""
     last, reached = "", 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
@@ -275,7 +280,7 @@ def _check_apart(path: Path, tensors: Mapping[str, Tensor]) -> None:
         last, reached = name, max(reached, tensor.begin + tensor.nbytes)
 
 
-def _find_single(folder: Path) -> Path:
+def _find_single_file(folder: Path) -> Path:
     single = folder / "model.safetensors"
     if single.is_file():
         return single
@@ -285,7 +290,7 @@ def _find_single(folder: Path) -> Path:
     if found:
         names = list_few([path.name for path in found])
         raise CheckpointError(
-            f"{folder} holds {names} and no {INDEX} that says which are the model's."
+            f"{folder} holds {names} and no {INDEX} that lists the model's: download it, too."
         )
     for pattern in ("*.pth", "*.pt", "*.bin"):
         if pickles := sorted(folder.glob(pattern)):
@@ -296,5 +301,5 @@ def _find_single(folder: Path) -> Path:
             )
     raise CheckpointError(
         f"{folder} holds no checkpoint: "
-        f"looked for {INDEX}, model.safetensors, one *.safetensors, and orbax/."
+        f"it needs {INDEX}, model.safetensors, one *.safetensors, or orbax/."
     )

@@ -146,7 +146,7 @@ class Runner:
         def fill(path: Any, leaf: jax.ShapeDtypeStruct, names: tuple[str, ...]) -> Any:
             salt = np.uint32(zlib.crc32(jax.tree_util.keystr(path).encode()))
             array = draw(salt, leaf.shape, self.layout.place(names))
-            inner = online_quantization and online_quantization.count_inner(
+            inner = online_quantization and online_quantization.count_in_axes(
                 "/".join(key.key for key in path)
             )
             if not online_quantization or not inner:

@@ -7,7 +7,7 @@
 
 from l4jax.testing.model import (
     SPECIAL_TOKENS,
-    spell_split_pattern,
+    make_split_pattern,
     write_model,
     write_processor_configs,
     write_tokenizer,
@@ -20,7 +20,7 @@ __all__ = [
     "Form",
     "ScaleShape",
     "quantize_tensors",
-    "spell_split_pattern",
+    "make_split_pattern",
     "write_model",
     "write_processor_configs",
     "write_tokenizer",

@@ -133,7 +133,7 @@ def _write_model(
     quantization: Form | None,
     choices: dict[str, Any],
 ) -> Config:
-    from l4jax.checkpoint.names import publish
+    from l4jax.checkpoint.names import export_parameter
     from l4jax.checkpoint.safetensors import write_safetensors
     from l4jax.model import declare_parameters
 
@@ -153,8 +153,8 @@ def _write_model(
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in tree_flatten_with_path(shapes)[0]:
         name = "/".join(key.key for key in path)
-        tensors |= publish(
-            name, _draw(name, leaf.shape, seed).astype(leaf.dtype), is_whole=bool(config.vision)
+        tensors |= export_parameter(
+            name, _draw(name, leaf.shape, seed).astype(leaf.dtype), has_vision=bool(config.vision)
         )
     described = {**checkpoint.format_config(config), "torch_dtype": dtype}
     if quantization is not None:
@@ -227,7 +227,7 @@ def write_tokenizer(folder: str | os.PathLike, *, vocab_size: int = 512) -> dict
     tokenizer = Tokenizer(models.BPE(vocab, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(spell_split_pattern()), behavior="isolated"),
+            pre_tokenizers.Split(Regex(make_split_pattern()), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -259,7 +259,7 @@ def write_tokenizer(folder: str | os.PathLike, *, vocab_size: int = 512) -> dict
     }
 
 
-def spell_split_pattern() -> str:
+def make_split_pattern() -> str:
     """The regular expression by which Llama 4 cuts text before BPE.
 
     Words (with what precedes them and an English contraction), up to three digits, punctuation,

@@ -34,7 +34,7 @@ FORMS: tuple[Form, ...] = get_args(Form)
 
 _FP8_MAX, _INT4_STEPS, _FP4_MAX, _FP4_GROUP = 448.0, 7.5, 6.0, 16
 _QUANTIZED = {
-    "maverick-fp8": names.ROUTED,
+    "maverick-fp8": names.ROUTED_EXPERTS,
     "fp8-dynamic": names.FEED_FORWARD,
     "w4a16": names.FEED_FORWARD,
     "nvfp4": names.FEED_FORWARD,
@@ -77,7 +77,7 @@ def quantize_tensors(
     if form not in FORMS:
         raise ValueError(f"quantization is {form!r}: checkpoints are {', '.join(FORMS)}.")
     if not (form.startswith("modelopt") and fused):
-        tensors = names.split_experts(tensors)
+        tensors = names.unfuse_experts(tensors)
     quantized: Tensors = {}
     dtype = np.dtype(ml_dtypes.bfloat16 if scale_dtype == "BF16" else np.float32)
     for name, values in tensors.items():

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from l4jax import checkpoint
-from l4jax.checkpoint.names import publish
+from l4jax.checkpoint.names import export_parameter
 from l4jax.checkpoint.parameters import flatten
 from l4jax.checkpoint.safetensors import write_safetensors
 from l4jax.config import TINY, Config, RopeScaling
@@ -132,6 +132,6 @@ def export(folder: Path, config: Config, params: Parameters, tokenizer_folder: P
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in flatten(params).items():
         value = np.asarray(jax.device_get(leaf)).astype(ml_dtypes.bfloat16)
-        tensors |= publish(path, value, is_whole=config.vision is not None)
+        tensors |= export_parameter(path, value, has_vision=config.vision is not None)
     write_safetensors(folder / "model.safetensors", tensors)
     return config

@@ -88,7 +88,7 @@ def write_card(
 def render_card(folder: Path) -> str:
     """Render the model card from a folder's scores."""
     scores = json.loads((folder / SCORES).read_text())
-    weights = sum(math.prod(shape) for _, shape in Index.open(folder).kinds.values())
+    weights = sum(math.prod(shape) for _, shape in Index.open(folder).specs.values())
     return _TEXT.format(
         weights=weights / 1e6,
         count=scores["count"],

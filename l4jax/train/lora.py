@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l4jax import axes, checkpoint
-from l4jax.checkpoint.adapter import Adapter, adapt, name_factors, shape_factors
+from l4jax.checkpoint.adapter import Adapter, expand_factors, name_factors, shape_factors
 from l4jax.checkpoint.parameters import flatten, unflatten
 from l4jax.config import Config
 from l4jax.kernels.formats import Adapted
@@ -121,7 +121,7 @@ def apply_adapter(base: Parameters, factors: Any, scale: float) -> Parameters:
     leaves = flatten(base)
     for path, pair in factors.items():
         weight = leaves[path]
-        leaves[path] = Adapted(weight, *adapt(path, weight.shape, pair, scale))
+        leaves[path] = Adapted(weight, *expand_factors(path, weight.shape, pair, scale))
     return unflatten(leaves)
 
 
@@ -152,7 +152,7 @@ def train_adapter(
     began = time.monotonic()
     training, config = lora_config.training, lora_config.training.model
     source, dtype = training.data.folder, jnp.dtype(training.hparams.dtype)
-    if quantization := checkpoint.find_quantization(source):
+    if quantization := checkpoint.detect_quantization(source):
         raise checkpoint.CheckpointError(
             f"{source} is quantized ({quantization}): adapters are trained on BF16 or F32 "
             "weights; take that checkpoint."

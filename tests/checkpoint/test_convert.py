@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from l4jax import checkpoint, convert
-from l4jax.checkpoint import CheckpointError, conversion
+from l4jax.checkpoint import CheckpointError, orbax_writer, output_folder
 from l4jax.checkpoint.parameters import flatten
 from tests import weights
 from tests.checkpoint.published import place_on_mesh, place_on_one
@@ -73,7 +73,7 @@ def test_a_converted_folder_is_a_model(source: Path, converted: Path) -> None:
         "tokenizer.json",
     ]
     assert checkpoint.load_config(converted) == checkpoint.load_config(source)
-    assert checkpoint.find_dtype(converted) == checkpoint.find_dtype(source) == "bfloat16"
+    assert checkpoint.choose_dtype(converted) == checkpoint.choose_dtype(source) == "bfloat16"
 
 
 def test_experts_and_heads_lie_in_chunks_of_their_own(converted: Path) -> None:
@@ -90,7 +90,7 @@ def test_the_dtype_can_be_chosen(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert convert.main([str(source), str(tmp_path / "x"), "--dtype", "float32"]) == 0
-    assert checkpoint.find_dtype(tmp_path / "x") == "float32"
+    assert checkpoint.choose_dtype(tmp_path / "x") == "float32"
     out, error = capsys.readouterr()
     assert "bytes of parameters in" in out
     assert "converting: 100%" in error
@@ -120,69 +120,78 @@ def test_what_cannot_be_converted_is_refused(
     refuse(converted, tmp_path / "x", "holds orbax/ already")
     refuse(tmp_path / "absent", tmp_path / "x", "there is no folder")
     with pytest.raises(CheckpointError, match="holds the checkpoint that is to be converted"):
-        conversion.convert_folder(source, source.parent, overwrite=True, progress=False)
+        orbax_writer.convert_folder(source, source.parent, overwrite=True, progress=False)
     assert not (tmp_path / "x").exists()
 
 
 def test_a_full_disk_is_noticed_first(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
     usage = SimpleNamespace(free=9)
-    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match="GB free"):
-        conversion.convert_folder(source, tmp_path / "x", progress=False)
+        orbax_writer.convert_folder(source, tmp_path / "x", progress=False)
 
 
-@pytest.mark.parametrize("moment", ["load_parameter", "_copy_files", "_put_in_place"])
-def test_a_failure_leaves_nothing(
-    moment: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [
+        (orbax_writer, "load_parameter"),
+        (output_folder, "_copy_files"),
+        (output_folder, "_replace_folder"),
+    ],
+)
+def test_failed_conversion_leaves_no_files(
+    module: Any, function: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
 
     def fail(*arguments: Any) -> Any:
         calls.append(arguments)
-        if moment != "load_parameter" or len(calls) == 9:
+        if function != "load_parameter" or len(calls) == 9:
             raise OSError("no more")
         return original(*arguments)
 
-    original = getattr(conversion, moment)
-    monkeypatch.setattr(conversion, moment, fail)
+    original = getattr(module, function)
+    monkeypatch.setattr(module, function, fail)
     with pytest.raises(OSError, match="no more"):
-        conversion.convert_folder(source, tmp_path / "model", progress=False)
+        orbax_writer.convert_folder(source, tmp_path / "model", progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
 KILL = """
 import os, signal, sys
-from l4jax.checkpoint import conversion
-source, folder, moment = sys.argv[1:]
-name, left = moment.split(":")
-original, left = getattr(conversion, name), [int(left)]
+from l4jax.checkpoint import orbax_writer, output_folder
+source, folder, module, name, left = sys.argv[1:]
+module, left = globals()[module], [int(left)]
+original = getattr(module, name)
 def kill(*arguments):
     left[0] -= 1
     if left[0] < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments)
-setattr(conversion, name, kill)
-conversion.convert_folder(source, folder, progress=False)
+setattr(module, name, kill)
+orbax_writer.convert_folder(source, folder, progress=False)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["load_parameter:20", "_copy_files:0"])
+@pytest.mark.parametrize(
+    "moment", ["orbax_writer load_parameter 20", "output_folder _copy_files 0"]
+)
 def test_a_killed_run_leaves_nothing_that_loads_as_whole(
     moment: str, source: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
-    killed = subprocess.run([sys.executable, "-c", KILL, str(source), str(folder), moment])
+    killed = subprocess.run([sys.executable, "-c", KILL, str(source), str(folder), *moment.split()])
     assert killed.returncode == -signal.SIGKILL
     assert not folder.exists()
     left = next(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"config\.json does not exist"):
         checkpoint.load_config(left)
-    if moment.startswith("load"):
+    if "load_parameter" in moment:
         config = checkpoint.load_config(source)
         with pytest.raises(CheckpointError, match="holds no checkpoint"):
             checkpoint.load(left, config, np.float32, place_on_one, progress=False)
-    conversion.convert_folder(source, folder, progress=False)
+    orbax_writer.convert_folder(source, folder, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert set(_load(folder, place_on_one)) == set(_load(source, place_on_one))
 
@@ -190,7 +199,7 @@ def test_a_killed_run_leaves_nothing_that_loads_as_whole(
 def test_a_damaged_or_foreign_orbax_folder_is_refused(converted: Path, tmp_path: Path) -> None:
     config = checkpoint.load_config(converted)
     (tmp_path / "orbax").mkdir()
-    with pytest.raises(CheckpointError, match=r"orbax is not a whole Orbax checkpoint.*convert"):
+    with pytest.raises(CheckpointError, match=r"orbax is not a complete Orbax checkpoint.*convert"):
         checkpoint.load(tmp_path, config, np.float32, place_on_one, progress=False)
     shutil.copytree(converted, tmp_path / "damaged")
     largest = max((tmp_path / "damaged/orbax").rglob("*"), key=lambda path: path.stat().st_size)
@@ -206,7 +215,7 @@ def test_conversion_reads_a_parameter_when_its_turn_comes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive, most = set(), []
-    load_parameter = conversion.load_parameter
+    load_parameter = orbax_writer.load_parameter
 
     def load_and_count(*arguments: Any) -> np.ndarray:
         most.append(len(alive))
@@ -215,7 +224,7 @@ def test_conversion_reads_a_parameter_when_its_turn_comes(
         weakref.finalize(values, alive.discard, id(values))
         return values
 
-    monkeypatch.setattr(conversion, "load_parameter", load_and_count)
-    conversion.convert_folder(source, tmp_path / "model", progress=False)
+    monkeypatch.setattr(orbax_writer, "load_parameter", load_and_count)
+    orbax_writer.convert_folder(source, tmp_path / "model", progress=False)
     assert len(most) > 50
     assert max(most) <= 1  # the last one, which its writer lets go of a moment later

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from l4jax.checkpoint.safetensors import Kind, count_bytes
+from l4jax.checkpoint.safetensors import TensorSpec, count_bytes
 from tests import weights
 
 GIB = 2**30
@@ -47,38 +47,38 @@ print(json.dumps({"peak": peak, "params": sum(x.nbytes for _, x in leaves), "one
 """
 
 
-def list_shards(config: Mapping[str, Any], form: str) -> list[dict[str, Kind]]:
+def list_shards(config: Mapping[str, Any], form: str) -> list[dict[str, TensorSpec]]:
     """The tensors of each shard: those of a layer, and with the first what belongs to none."""
-    kinds: dict[str, Kind] = {}
+    specs: dict[str, TensorSpec] = {}
     for name, shape in weights.tensor_shapes(config).items():
         if len(shape) < 3 or form == "bf16":
-            kinds[name] = "BF16", shape
+            specs[name] = "BF16", shape
             continue
         at, projection = name.rsplit(".", 1)
         halves = ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
         matrix = shape[2] // len(halves), shape[1]
         for expert, half in itertools.product(range(shape[0]), halves):
-            kinds[f"{at}.{expert}.{half}.weight"] = "F8_E4M3", matrix
-            kinds[f"{at}.{expert}.{half}.weight_scale"] = "BF16", (matrix[0], 1)
-    shards: list[dict[str, Kind]] = [{} for _ in range(LAYERS)]
-    for name, kind in kinds.items():
+            specs[f"{at}.{expert}.{half}.weight"] = "F8_E4M3", matrix
+            specs[f"{at}.{expert}.{half}.weight_scale"] = "BF16", (matrix[0], 1)
+    shards: list[dict[str, TensorSpec]] = [{} for _ in range(LAYERS)]
+    for name, spec in specs.items():
         layer = re.search(r"layers\.(\d+)\.", name)
-        shards[int(layer[1]) if layer else 0][name] = kind
+        shards[int(layer[1]) if layer else 0][name] = spec
     return shards
 
 
-def write_hollow(path: Path, kinds: Mapping[str, Kind]) -> int:
+def write_hollow(path: Path, specs: Mapping[str, TensorSpec]) -> int:
     """A file of zeros, with a one at the end of each tensor, which takes no room on the disk."""
     header, end = {}, 0
-    for name, kind in kinds.items():
-        begin, end = end, end + count_bytes(kind)
-        header[name] = {"dtype": kind[0], "shape": kind[1], "data_offsets": (begin, end)}
+    for name, spec in specs.items():
+        begin, end = end, end + count_bytes(spec)
+        header[name] = {"dtype": spec[0], "shape": spec[1], "data_offsets": (begin, end)}
     content = json.dumps(header).encode()
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(content)) + content)
-        for name, kind in kinds.items():
-            file.seek(8 + len(content) + header[name]["data_offsets"][1] - len(ONE[kind[0]]))
-            file.write(ONE[kind[0]])
+        for name, spec in specs.items():
+            file.seek(8 + len(content) + header[name]["data_offsets"][1] - len(ONE[spec[0]]))
+            file.write(ONE[spec[0]])
         return file.tell()
 
 
@@ -98,10 +98,10 @@ def hollow(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Pat
     )
     (tmp_path / "config.json").write_text(json.dumps(config))
     sizes, weight_map = [], {}
-    for number, kinds in enumerate(list_shards(config, form), 1):
+    for number, specs in enumerate(list_shards(config, form), 1):
         name = f"model-{number:05}-of-{LAYERS:05}.safetensors"
-        sizes.append(write_hollow(tmp_path / name, kinds))
-        weight_map |= dict.fromkeys(kinds, name)
+        sizes.append(write_hollow(tmp_path / name, specs))
+        weight_map |= dict.fromkeys(specs, name)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert sum(sizes) > 4 * GIB
     count = sum(not name.endswith("_scale") for name in weight_map)

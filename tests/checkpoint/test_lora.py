@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from l4jax import checkpoint, convert
 from l4jax.checkpoint import Adapter, CheckpointError, OnlineQuantization, peft
-from l4jax.checkpoint.adapter import adapt, shape_factors
+from l4jax.checkpoint.adapter import expand_factors, shape_factors
 from l4jax.checkpoint.parameters import flatten
 from l4jax.config import Config
 from l4jax.kernels.formats import Adapted, Quantized, dequantize, multiply
@@ -166,7 +166,7 @@ def test_what_is_quantized_is_what_was_merged(base, choice):
     for path, array in found.items():
         if isinstance(array, Quantized):
             count += 1
-            inner = online_quantization.count_inner(path)
+            inner = online_quantization.count_in_axes(path)
             assert inner
             names = ("",) * len(array.shape)
             wanted = online_quantization.quantize(merged[path], inner, names, place_on_one)
@@ -202,7 +202,7 @@ def test_applied_equals_merged(path, subscripts, shape):
     first, second, weight = (
         rng.standard_normal(size).astype(np.float32) for size in (*shapes, shape)
     )
-    adapted = Adapted(weight, *adapt(path, shape, {"first": first, "second": second}, 0.5))
+    adapted = Adapted(weight, *expand_factors(path, shape, {"first": first, "second": second}, 0.5))
     sizes = dict(zip(subscripts.split("->")[0].split(",")[1], shape, strict=True)) | {"T": 7}
     x = rng.standard_normal([sizes[c] for c in subscripts.partition(",")[0]]).astype(np.float32)
     found = multiply(subscripts, jnp.asarray(x), adapted)

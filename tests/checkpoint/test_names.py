@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from l4jax.checkpoint import CheckpointError
-from l4jax.checkpoint.names import find_quantization, match, survey
+from l4jax.checkpoint.names import detect_quantization, match_names, match_tensors
 from l4jax.checkpoint.parameters import flatten
-from l4jax.checkpoint.quantize import QuantizedRecipe
+from l4jax.checkpoint.quantized_reader import QuantizedRecipe
 from l4jax.checkpoint.recipe import Recipe
 from l4jax.config import MAVERICK, SCOUT, Config
 from l4jax.model import declare_parameters
@@ -40,24 +40,24 @@ def test_every_tensor_of_a_published_checkpoint_has_its_place(name: str) -> None
     tensors, _, config = PUBLISHED[name]
     stored = read_published()[name]
     assert len(stored) == tensors
-    surveyed = survey(_shapes(config), stored)
-    assert surveyed.unknown == ()
-    assert surveyed.missing == ()
-    assert set(surveyed.recipes) == set(_shapes(config))
+    matched = match_names(_shapes(config), stored)
+    assert matched.unknown == ()
+    assert matched.missing == ()
+    assert set(matched.recipes) == set(_shapes(config))
 
 
 @pytest.mark.parametrize("name", ["scout-instruct", "maverick-instruct"])
 def test_a_plain_checkpoint_fills_every_parameter_exactly_once(name: str) -> None:
     _, parameters, config = PUBLISHED[name]
     stored, shapes = read_published()[name], _shapes(config)
-    recipes = match(shapes, stored, name)
-    used = [part.name for recipe in recipes.values() for part in recipe.parts]
+    recipes = match_tensors(shapes, stored, name)
+    used = [source.name for recipe in recipes.values() for source in recipe.sources]
     assert sorted(used) == sorted(stored)
     assert sum(math.prod(shape) for shape in shapes.values()) == parameters
     assert sum(math.prod(shape) for _, shape in stored.values()) == parameters
     for path, recipe in recipes.items():
-        assert sum(math.prod(part.shape) for part in recipe.parts) == math.prod(recipe.shape)
-        assert recipe.reorder([str(size) for size in shapes[path]]) == tuple(
+        assert sum(math.prod(source.shape) for source in recipe.sources) == math.prod(recipe.shape)
+        assert recipe.to_file_order([str(size) for size in shapes[path]]) == tuple(
             str(size) for size in recipe.shape
         )
 
@@ -84,7 +84,7 @@ def test_on_devices_a_checkpoint_takes_the_bytes_of_its_files(
     stored = read_published()[name]
     config = PUBLISHED[name][2]
     names = flatten(declare_parameters(config, jnp.bfloat16)[1])
-    recipes = match(_shapes(config), stored, name)
+    recipes = match_tensors(_shapes(config), stored, name)
     found = {path for path, recipe in recipes.items() if isinstance(recipe, QuantizedRecipe)}
     assert {re.sub(r"text/layer_\d+/feed_forward/", "", path) for path in found} == narrow
     layout = Layout(make_mesh("8"), TENSOR)
@@ -125,7 +125,7 @@ def test_on_devices_a_checkpoint_takes_the_bytes_of_its_files(
 def test_the_tensors_alone_tell_how_they_are_quantized(
     kinds: dict[str, str], found: str | None
 ) -> None:
-    told = find_quantization({name: (dtype, (2,)) for name, dtype in kinds.items()})
+    told = detect_quantization({name: (dtype, (2,)) for name, dtype in kinds.items()})
     assert told == found if told is None or found is None else found in told
 
 
@@ -136,19 +136,19 @@ def test_a_text_model_alone_has_no_prefix_and_no_vision() -> None:
         for name, kind in read_published()["scout-instruct"].items()
         if name.startswith("language_model.")
     }
-    assert len(match(_shapes(config), stored, "here")) == len(_shapes(config))
+    assert len(match_tensors(_shapes(config), stored, "here")) == len(_shapes(config))
 
 
 def test_saved_rope_frequencies_change_nothing() -> None:
     stored = dict(read_published()["scout-instruct"])
     stored["language_model.model.rotary_emb.inv_freq"] = "F32", (64,)
     stored["vision_model.rotary_embedding.freqs_ci"] = "C64", (577, 44)
-    match(_shapes(SCOUT), stored, "here")
+    match_tensors(_shapes(SCOUT), stored, "here")
 
 
 def _refuse(stored: Stored, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        match(_shapes(SCOUT), stored, "some folder")
+        match_tensors(_shapes(SCOUT), stored, "some folder")
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -99,7 +99,7 @@ def test_each_slice_is_read_once_and_nothing_else_is(
 
     def record(recipe: Any, view: Any, box: Any, *rest: Any) -> np.ndarray:
         values = read_box(recipe, view, box, *rest)
-        read.append((recipe.parts[0].name, values.shape))
+        read.append((recipe.sources[0].name, values.shape))
         return values
 
     monkeypatch.setattr(parameters, "read_box", record)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from l4jax.checkpoint import CheckpointError, find_dtype
+from l4jax.checkpoint import CheckpointError, choose_dtype
 from l4jax.checkpoint import safetensors as ours
 from l4jax.checkpoint.safetensors import DTYPES, Index, read_header, write_safetensors
 
@@ -21,7 +21,7 @@ def test_what_is_written_is_read_in_every_dtype(tmp_path: Path) -> None:
     tensors["scalar"], tensors["empty"] = np.full((), 3, np.float32), np.zeros((0, 4), np.int8)
     write_safetensors(tmp_path / "model.safetensors", tensors)
     index = Index.open(tmp_path)
-    assert index.kinds["BF16"] == ("BF16", (3, 5))
+    assert index.specs["BF16"] == ("BF16", (3, 5))
     for name, tensor in tensors.items():
         view = index.view(name)
         assert view.dtype == tensor.dtype
@@ -82,7 +82,7 @@ DAMAGED = {
     "a header beyond the limit": (b"{}", b"", 2**40, "cut off or not safetensors"),
     "no JSON": (b"{nonsense}", b"", None, "header"),
     "no object": (b"[1, 2]", b"", None, "header"),
-    "a name twice": (b'{"a": {}, "a": {}}', b"", None, "a stands there twice"),
+    "a name twice": (b'{"a": {}, "a": {}}', b"", None, "a appears twice"),
     "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, bytes(8), None, "shape"),
     "a fraction": ({"a": _entry(0, 8, shape=(0.5,))}, bytes(8), None, "whole numbers"),  # type: ignore
     "a negative offset": ({"a": _entry(-8, 0)}, bytes(8), None, "whole numbers"),
@@ -158,7 +158,7 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], r"no checkpoint: looked for model\.safetensors\.index\.json"),
+        ([], r"no checkpoint: it needs model\.safetensors\.index\.json"),
         (["consolidated.00.pth"], r"pickled.*meta-llama/Llama-4"),
         (["pytorch_model.bin"], r"pytorch_model\.bin: pickled"),
         (["a.safetensors", "b.safetensors"], r"a\.safetensors, b\.safetensors and no model"),
@@ -177,5 +177,5 @@ def test_the_dtype_is_that_of_most_bytes_and_never_float16(tmp_path: Path) -> No
     path = tmp_path / "model.safetensors"
     for dtype, found in (("F16", "bfloat16"), ("BF16", "bfloat16"), ("F32", "float32")):
         write_safetensors(path, {"a": np.ones(9, DTYPES[dtype]), "b": np.ones(2, np.float32)})
-        assert find_dtype(tmp_path) == found
-    assert ours.find_dtype(Index.open(tmp_path)) == "float32"
+        assert choose_dtype(tmp_path) == found
+    assert ours.choose_dtype(Index.open(tmp_path)) == "float32"

@@ -83,7 +83,7 @@ def write_with_scales(folder, scales: dict[str, float]) -> Config:
     raw = weights.tiny_config("scout")
     weights.write_checkpoint(folder, raw, 0)
     index = Index.open(folder)
-    tensors = {name: np.array(index.view(name)) for name in index.kinds}
+    tensors = {name: np.array(index.view(name)) for name in index.specs}
     tensors |= {name: np.array(value, np.float32) for name, value in scales.items()}
     write_safetensors(folder / "model.safetensors", tensors)
     return checkpoint.parse_config(json.loads((folder / "config.json").read_text()))

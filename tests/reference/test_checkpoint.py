@@ -50,7 +50,7 @@ def test_what_transformers_saves_in_bf16_gives_its_logits(
         parameter.data = parameter.data.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     oracle.save(model, tmp_path, sharded=True)
-    assert checkpoint.find_dtype(tmp_path) == "bfloat16"
+    assert checkpoint.choose_dtype(tmp_path) == "bfloat16"
     config, here = checkpoint.load_config(tmp_path), SingleDeviceSharding(jax.devices()[0])
     params = checkpoint.load(tmp_path, config, np.float32, lambda _: here, progress=False)
     assert_close(models.run_in_pieces(models.Tiny(config, params), ids, [9]), wanted)

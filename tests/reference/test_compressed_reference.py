@@ -9,7 +9,7 @@ import torch
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from l4jax import checkpoint
-from l4jax.checkpoint import compressed
+from l4jax.checkpoint import compressed_tensors_writer
 from l4jax.checkpoint.parameters import flatten, unflatten
 from l4jax.checkpoint.safetensors import Index
 from l4jax.kernels.formats import dequantize
@@ -23,7 +23,9 @@ from tests.test_model import assert_close
 def test_hugging_face_reads_what_is_written(kind: weights.Kind, tmp_path: Path) -> None:
     raw = weights.tiny_config(kind, num_hidden_layers=2)
     weights.write_checkpoint(tmp_path / "wide", raw, 5, dtype="BF16")
-    compressed.quantize_folder(tmp_path / "wide", tmp_path / "narrow", progress=False)
+    compressed_tensors_writer.quantize_folder(
+        tmp_path / "wide", tmp_path / "narrow", progress=False
+    )
     model, found = oracle.Model.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
         tmp_path / "narrow", dtype=torch.bfloat16, output_loading_info=True
     )
@@ -49,7 +51,9 @@ def test_hugging_face_finds_the_same_weights_and_logits(
     widths = {"hidden_size": 128, "intermediate_size": 128, "intermediate_size_mlp": 256}
     raw = weights.tiny_config(kind, num_hidden_layers=2, **widths)
     weights.write_checkpoint(tmp_path / "wide", raw, 5, dtype="BF16")
-    compressed.quantize_folder(tmp_path / "wide", tmp_path / "narrow", form, progress=False)
+    compressed_tensors_writer.quantize_folder(
+        tmp_path / "wide", tmp_path / "narrow", form, progress=False
+    )
     model, told = oracle.Model.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
         tmp_path / "narrow",
         dtype=torch.float32,
@@ -59,7 +63,7 @@ def test_hugging_face_finds_the_same_weights_and_logits(
     )
     assert not told["missing_keys"] and not told["mismatched_keys"], told
     index = Index.open(tmp_path / "narrow")
-    stored = {name: np.array(index.view(name)) for name in index.kinds}
+    stored = {name: np.array(index.view(name)) for name in index.specs}
     decoded = quantized.decode_tensors(stored, "fp8-dynamic" if form == "fp8" else "w4a16")
     found = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     assert set(found) == set(decoded)

@@ -14,7 +14,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l4jax.testing import SPECIAL_TOKENS, spell_split_pattern, write_tokenizer
+from l4jax.testing import SPECIAL_TOKENS, make_split_pattern, write_tokenizer
 from l4jax.text.tokenizer import Tokenizer, TokenizerError
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -243,7 +243,7 @@ def test_the_real_special_ids_are_the_known_ones(real: Tokenizer) -> None:
 
 def test_our_split_pattern_is_the_real_one(meta_tokens: tuple[str, list[str]]) -> None:
     pattern, _ = meta_tokens
-    assert spell_split_pattern() == pattern
+    assert make_split_pattern() == pattern
 
 
 def test_ids_equal_transformers_on_the_real_tokenizer(real: Tokenizer, real_folder: Path) -> None:

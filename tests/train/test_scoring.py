@@ -117,7 +117,7 @@ def test_the_command_prints_a_table_and_writes_the_card(folder, monkeypatch, cap
     assert "| int4, mesh 1 |" in out and "| arithmetic | 0.0% |" in out
     card = (folder / "README.md").read_text()
     assert card == render_card(folder) and "| arithmetic | 0.0% |" in card
-    weights = sum(int(np.prod(shape)) for _, shape in Index.open(folder).kinds.values())
+    weights = sum(int(np.prod(shape)) for _, shape in Index.open(folder).specs.values())
     assert f"{weights / 1e6:.1f} million weights" in card
     assert json.loads((folder / "scores.json").read_text())["count"] == 1
 

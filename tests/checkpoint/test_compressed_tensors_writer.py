@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from l4jax import checkpoint, convert
-from l4jax.checkpoint import CheckpointError, compressed, conversion
+from l4jax.checkpoint import CheckpointError, compressed_tensors_writer, orbax_writer
 from l4jax.checkpoint.names import list_linears
 from l4jax.checkpoint.parameters import flatten
 from l4jax.checkpoint.safetensors import Index
@@ -97,7 +97,9 @@ def test_what_is_written_is_each_matrix_rounded(
     raw = weights.tiny_config(kind, num_hidden_layers=2, **WIDTHS)
     raw = weights.text_only(raw) if "fused" in form else raw
     weights.write_checkpoint(tmp_path / "wide", raw, 5, dtype="BF16", **form)
-    compressed.quantize_folder(tmp_path / "wide", tmp_path / "x", quantization, progress=False)
+    compressed_tensors_writer.quantize_folder(
+        tmp_path / "wide", tmp_path / "x", quantization, progress=False
+    )
     found, wanted = _read(tmp_path / "x"), _expect(raw, quantization)
     if "fused" in form:
         wanted = {name.removeprefix("language_model."): x for name, x in wanted.items()}
@@ -167,8 +169,10 @@ def test_shards_are_full_and_not_larger(
     source: Path, narrow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = 200_000
-    monkeypatch.setattr(compressed, "SHARD_BYTES", limit)
-    total = compressed.quantize_folder(source, tmp_path / "x", narrow.name, progress=False)
+    monkeypatch.setattr(compressed_tensors_writer, "SHARD_BYTES", limit)
+    total = compressed_tensors_writer.quantize_folder(
+        source, tmp_path / "x", narrow.name, progress=False
+    )
     files = sorted((tmp_path / "x").glob("*.safetensors"))
     assert len(files) > 3
     assert files[-1].name == f"model-{len(files):05}-of-{len(files):05}.safetensors"
@@ -187,7 +191,7 @@ def test_a_failure_leaves_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    original = compressed.read_box
+    original = compressed_tensors_writer.read_box
 
     def fail(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -195,9 +199,9 @@ def test_a_failure_leaves_nothing(
             raise OSError("no more")
         return original(*arguments)
 
-    monkeypatch.setattr(compressed, "read_box", fail)
+    monkeypatch.setattr(compressed_tensors_writer, "read_box", fail)
     with pytest.raises(OSError, match="no more"):
-        compressed.quantize_folder(source, tmp_path / "model", progress=False)
+        compressed_tensors_writer.quantize_folder(source, tmp_path / "model", progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -214,7 +218,7 @@ def test_what_cannot_be_quantized_is_refused(
     (tmp_path / "taken" / "precious").touch()
     refuse("not empty", str(source), str(tmp_path / "taken"))
     with pytest.raises(CheckpointError, match="Orbax's layout does not hold"):
-        conversion.convert_folder(narrow, tmp_path / "x", progress=False)
+        orbax_writer.convert_folder(narrow, tmp_path / "x", progress=False)
 
 
 def test_widths_that_groups_of_int4_do_not_divide_are_refused(tmp_path: Path) -> None:
@@ -222,9 +226,15 @@ def test_widths_that_groups_of_int4_do_not_divide_are_refused(tmp_path: Path) ->
     weights.write_checkpoint(tmp_path / "wide", raw, 5, dtype="BF16")
     says = r"down_proj\.weight has 96 columns, which groups of 128 do not divide"
     with pytest.raises(CheckpointError, match=says):
-        compressed.quantize_folder(tmp_path / "wide", tmp_path / "x", "int4", progress=False)
-    with pytest.raises(CheckpointError, match="quantization is 'int3': weights are made fp8 or"):
-        compressed.quantize_folder(tmp_path / "wide", tmp_path / "x", "int3", progress=False)
+        compressed_tensors_writer.quantize_folder(
+            tmp_path / "wide", tmp_path / "x", "int4", progress=False
+        )
+    with pytest.raises(
+        CheckpointError, match="quantization is 'int3': weights are quantized to fp8 or"
+    ):
+        compressed_tensors_writer.quantize_folder(
+            tmp_path / "wide", tmp_path / "x", "int3", progress=False
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["wide"]
 
 
@@ -241,9 +251,13 @@ def test_host_memory_holds_a_few_matrices_at_most(form: str, tmp_path: Path) -> 
         )
     )
     weights.write_checkpoint(tmp_path / "wide", raw, 3, dtype="BF16")
-    compressed.quantize_folder(tmp_path / "wide", tmp_path / "first", form, progress=False)
+    compressed_tensors_writer.quantize_folder(
+        tmp_path / "wide", tmp_path / "first", form, progress=False
+    )
     tracemalloc.start()
-    compressed.quantize_folder(tmp_path / "wide", tmp_path / "narrow", form, progress=False)
+    compressed_tensors_writer.quantize_folder(
+        tmp_path / "wide", tmp_path / "narrow", form, progress=False
+    )
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 6 * 4096 * 128 * 2 < 16 * 4096 * 128 * 2  # an expert's matrix, all of a layer

@@ -50,7 +50,7 @@ def stored(request, tmp_path_factory):
     quantized.write_checkpoint(folder, raw, 0, form, shards=2, group_size=16)
     config = checkpoint.load_config(folder)
     index = Index.open(folder)
-    tensors = {name: np.array(index.view(name)) for name in index.kinds}
+    tensors = {name: np.array(index.view(name)) for name in index.specs}
     return form, folder, config, arrange(quantized.decode_tensors(tensors, form), config)
 
 
@@ -84,7 +84,7 @@ def test_host_memory_holds_no_more_than_it_decodes_at_a_time(form, tmp_path, mon
     )
     quantized.write_checkpoint(tmp_path, raw, 0, form)
     config = checkpoint.load_config(tmp_path)
-    monkeypatch.setattr(parameters, "DECODED", 2**14)
+    monkeypatch.setattr(parameters, "DECODED_VALUES", 2**14)
     load(tmp_path, config, "bfloat16")  # what is compiled and imported once does not count
     found, peaks = {}, []
     for _ in range(3):  # now and then jax lets go of a slice later still; of what we hold, never
@@ -179,8 +179,8 @@ def test_nvfp4_by_modelopt_comes_fused_and_one_by_one_and_in_attention(tmp_path,
     write_safetensors(tmp_path / "model.safetensors", single)
     config = checkpoint.load_config(tmp_path)
     wanted = arrange(quantized.decode_tensors(single, "modelopt-nvfp4"), config)
-    for decoded in (parameters.DECODED, 300):
-        monkeypatch.setattr(parameters, "DECODED", decoded)
+    for decoded in (parameters.DECODED_VALUES, 300):
+        monkeypatch.setattr(parameters, "DECODED_VALUES", decoded)
         for path, weight in flatten(load(tmp_path, config)).items():
             np.testing.assert_array_equal(np.asarray(weight), wanted[path], err_msg=path)
 
@@ -204,7 +204,7 @@ def test_fp8_scales_come_in_several_shapes(shape, tmp_path):
 def spoil(folder, tmp_path, change):
     """The checkpoint with one tensor changed: `change` gets and returns the dictionary of all."""
     index = Index.open(folder)
-    tensors = change({name: np.array(index.view(name)) for name in index.kinds})
+    tensors = change({name: np.array(index.view(name)) for name in index.specs})
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     write_safetensors(tmp_path / "model.safetensors", tensors)
     return tmp_path
@@ -247,7 +247,7 @@ def test_wrong_bytes_are_named(stored, tmp_path):
     if form == "modelopt-nvfp4":
         cases.append((double, re.escape(f"has {scale}_2 [2] instead of one number")))
     if not is_fused:
-        cases.append((widen, "quantized in different ways: .*plain"))
+        cases.append((widen, "quantized in different formats: .*unquantized"))
     if form == "w4a16":
         cases.append((reorder, f"{base}_g_idx puts columns into groups out of order"))
     for number, (change, says) in enumerate(cases):
@@ -256,7 +256,7 @@ def test_wrong_bytes_are_named(stored, tmp_path):
         with pytest.raises(CheckpointError, match=says) as refused:
             load(wrong, config)
         # A tensor that is wrong lies in a file, one that is absent in none.
-        is_there = "lacks" not in says and "nothing" not in says and "different ways" not in says
+        is_there = "lacks" not in says and "nothing" not in says and "different formats" not in says
         assert (str(wrong / "model.safetensors") in str(refused.value)) == is_there, says
 
 

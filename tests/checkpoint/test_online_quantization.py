@@ -13,7 +13,7 @@ import pytest
 
 from l4jax import checkpoint, convert
 from l4jax.checkpoint import CheckpointError, OnlineQuantization, parameters
-from l4jax.checkpoint.online_quantization import find_group
+from l4jax.checkpoint.online_quantization import choose_group_size
 from l4jax.checkpoint.parameters import flatten
 from l4jax.kernels.formats import Quantized, dequantize
 from tests import quantized, weights
@@ -154,7 +154,7 @@ def test_one_wide_parameter_is_alive_at_a_time(
     is_narrow = re.compile(f"{FEED_FORWARD.pattern}|{ATTENTION.pattern}").fullmatch
     shapes = {x.shape for path, x in _expect(published).items() if is_narrow(path)}
     shapes |= {(x[0], x[-1], *x[1:-1]) for x in shapes}  # as the files have fused experts
-    quantize, read, calls = OnlineQuantization.quantize, parameters._read_array, []
+    quantize, read, calls = OnlineQuantization.quantize, parameters._load_array, []
 
     def count() -> int:
         live = [x for x in jax.live_arrays() if id(x) not in before and not x.is_deleted()]
@@ -172,7 +172,7 @@ def test_one_wide_parameter_is_alive_at_a_time(
         return read(*arguments, **kwargs)
 
     monkeypatch.setattr(OnlineQuantization, "quantize", quantize_and_count)
-    monkeypatch.setattr(parameters, "_read_array", count_and_read)
+    monkeypatch.setattr(parameters, "_load_array", count_and_read)
     _load(published, place, form, True, dtype="float32")
     assert len(calls) >= 10
 
@@ -198,7 +198,14 @@ def test_channels_of_zeros_stay_zeros() -> None:
 
 
 def test_groups_divide_what_a_device_has() -> None:
-    assert [find_group(n) for n in (5120, 1024, 128, 96, 200, 131)] == [128, 128, 128, 96, 100, 1]
+    assert [choose_group_size(n) for n in (5120, 1024, 128, 96, 200, 131)] == [
+        128,
+        128,
+        128,
+        96,
+        100,
+        1,
+    ]
 
 
 @pytest.mark.parametrize(("form", "stored"), [("fp8", "fp8-dynamic"), ("int4", "w4a16")])
