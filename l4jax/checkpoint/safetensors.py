@@ -256,7 +256,7 @@ def count_bytes(spec: TensorSpec) -> int:
 def _read_entry(entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
     shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-        raise ValueError(f"{entry} has a shape or offset that is no whole number")
+        raise ValueError(f"{entry} has a shape or offsets other than whole numbers")
     return str(entry["dtype"]), shape, begin, end
 
 
