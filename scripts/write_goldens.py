@@ -1,11 +1,11 @@
-"""Writes tests/golden/*.npz: what the oracle says, for machines without torch.
+"""Writes tests/golden/*.npz: the reference's results, for machines without torch.
 
 Run from the root of the repository, with the `test` extra on Python 3.11:
 
     python -m scripts.write_goldens
 
-The weights are not stored: tests/weights.py makes them again from the seed. A file that would only
-change in the last bits is left alone, so that a run on another machine shows what really changed.
+The weights are not stored: tests/weights.py makes them from the seed. A file that would change in
+the last bits only is kept, so that rewriting on another machine shows real changes only.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from tests.reference import oracle
 WEIGHTS_SEED = 0
 PIXELS_SEED = 7
 STEPS = 64
-SMALLEST_MARGIN = 0.03  # a thousand times what float32 loses; a seed with less is replaced by hand
+SMALLEST_MARGIN = 0.03  # 1000 times float32's error; prompt seeds with less are replaced
 LAYERS = {"scout-8": 8, "scout-32": 5, "maverick-8": 5, "maverick-32": 8}
-PROMPT_SEEDS = {  # chosen for their margins
+PROMPT_SEEDS = {  # chosen for large margins of greedy tokens
     "scout-8-text": 10,
     "scout-8-image": 11,
     "scout-32-text": 4,
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def compute(name: str, prompt_seed: int) -> dict[str, np.ndarray]:
-    """The arrays of one file; ``weights.Golden`` says what they are."""
+    """Compute the arrays of one file: see ``weights.Golden``."""
     kind, chunk, prompt = name.split("-")
     config = weights.tiny_config(
         "scout" if kind == "scout" else "maverick",
@@ -60,7 +60,7 @@ def compute(name: str, prompt_seed: int) -> dict[str, np.ndarray]:
     model = oracle.build(config, WEIGHTS_SEED)
     ids, tiles, pixels, features = weights.random_ids(3 * int(chunk) + 5, prompt_seed), 0, None, []
     if prompt == "image":
-        # Begins at 24, so that its second tile (30 .. 33) lies across the chunk boundary at 32.
+        # It begins at 24, so that its second tile (30 .. 33) crosses the chunk boundary at 32.
         ids = np.concatenate([ids[:24], weights.image_ids(1, 2), ids[24:]])
         tiles, pixels = 3, weights.random_pixels(3, PIXELS_SEED)
         features = oracle.image_features(model, pixels)
@@ -84,7 +84,7 @@ def compute(name: str, prompt_seed: int) -> dict[str, np.ndarray]:
 
 
 def is_same(new: dict[str, np.ndarray], old: dict[str, np.ndarray]) -> bool:
-    """Whether nothing differs by more than the order of additions can explain."""
+    """Whether all differences are within float32's rounding of sums in another order."""
     if new.keys() != old.keys():
         return False
     return all(

@@ -1,4 +1,4 @@
-"""Adapters with random factors, neither of them zero, for whichever parameters."""
+"""Adapters with random factors, none of them zero."""
 
 import math
 import re
@@ -16,13 +16,13 @@ TEXT = r"text/layer_\d+/(attention|feed_forward)/(?!router).*"
 
 
 def make_adapter(config: Config, pattern: str = TEXT, *, rank: int = 3, seed: int = 0) -> Adapter:
-    """An adapter of all that the pattern matches and that can be adapted; alpha is 2 * rank."""
+    """Make an adapter of all matrices whose path matches a pattern; alpha is 2 * rank."""
     rng = np.random.default_rng(seed)
     factors = {}
     for path, leaf in flatten(declare_parameters(config, jnp.float32)[0]).items():
         shapes = shape_factors(path, leaf.shape, rank)
         if shapes is not None and re.fullmatch(pattern, path):
             first, second = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
-            size = math.prod(shapes[0][len(shapes[1]) :])  # of what is summed over
+            size = math.prod(shapes[0][len(shapes[1]) :])  # inputs of the matrix
             factors[path] = {"first": first * size**-0.5, "second": 0.3 * second}
     return Adapter(rank, 2.0 * rank, factors)

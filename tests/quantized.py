@@ -1,7 +1,7 @@
-"""Tiny quantized checkpoints of the tests' weights, and the oracle that reads them again.
+"""Tiny quantized checkpoints of the tests' weights, and an independent decoder.
 
-What writes them is `l4jax.testing`. `decode_tensors` shares no code with it or with the
-loader: it takes the bits apart by itself. Nothing here needs torch.
+`l4jax.testing` writes them. `decode_tensors` shares no code with it or with the loader. No torch is
+needed.
 """
 
 from __future__ import annotations
@@ -15,29 +15,36 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from l4jax.testing import FORMS, Form, ScaleShape, quantize_tensors
+from l4jax.testing import SCHEMES, ScaleShape, Scheme, quantize_tensors
 from tests.weights import Tensors, random_tensors, tensor_shapes, write_shards
 
-__all__ = ["FORMS", "Form", "ScaleShape", "decode_tensors", "quantize_tensors", "write_checkpoint"]
+__all__ = [
+    "SCHEMES",
+    "ScaleShape",
+    "Scheme",
+    "decode_tensors",
+    "quantize_tensors",
+    "write_checkpoint",
+]
 
 
-def decode_tensors(quantized: Mapping[str, np.ndarray], form: Form) -> Tensors:
-    """The float32 weights that a checkpoint means, under the published names, experts unfused.
+def decode_tensors(quantized: Mapping[str, np.ndarray], scheme: Scheme) -> Tensors:
+    """Decode a checkpoint to float32 weights under the published names, with unfused experts.
 
     Args:
-      quantized: what ``quantize_tensors`` returns, or the tensors of such files.
-      form: of the files. The dtypes and shapes of scales are taken from the tensors.
+      quantized: the tensors that ``quantize_tensors`` returns, or those of a checkpoint.
+      scheme: of the checkpoint. The dtypes and shapes of scales are read off the tensors.
     """
     decoded: Tensors = {}
     for name, stored in quantized.items():
         if name.endswith(".weight_packed"):
             base = name.removesuffix("_packed")
-            if form == "w4a16":
+            if scheme == "w4a16":
                 decoded[base] = _decode_int4(stored, quantized[base + "_scale"])
                 assert decoded[base].shape == tuple(quantized[base + "_shape"]), name
             else:
-                whole = quantized[base + "_global_scale"]
-                decoded[base] = _decode_nvfp4(stored, quantized[base + "_scale"], whole)
+                global_scale = quantized[base + "_global_scale"]
+                decoded[base] = _decode_nvfp4(stored, quantized[base + "_scale"], global_scale)
         elif stored.dtype == np.uint8:
             suffix = _scale_suffix(name)
             factors = quantized[name + suffix], quantized[name + suffix + "_2"]
@@ -45,7 +52,7 @@ def decode_tensors(quantized: Mapping[str, np.ndarray], form: Form) -> Tensors:
         elif stored.dtype == ml_dtypes.float8_e4m3fn and not name.endswith("weight_scale"):
             decoded |= _decode_fp8(name, stored, quantized[name + _scale_suffix(name)])
         elif not re.search(r"[._](weight|input|k|v)_(scale|scale_2|global_scale|shape)$", name):
-            decoded[name] = _widen(stored)
+            decoded[name] = _upcast(stored)
     return decoded
 
 
@@ -53,8 +60,8 @@ def _scale_suffix(name: str) -> str:
     return "_scale" if name.endswith(".weight") else "_weight_scale"
 
 
-def _widen(stored: np.ndarray) -> np.ndarray:
-    """bfloat16 is the upper half of float32."""
+def _upcast(stored: np.ndarray) -> np.ndarray:
+    """Upcast to float32: bfloat16 is its upper half."""
     if stored.dtype != ml_dtypes.bfloat16:
         assert stored.dtype == np.float32, stored.dtype
         return stored
@@ -63,7 +70,7 @@ def _widen(stored: np.ndarray) -> np.ndarray:
 
 
 def _float_of_bits(bits: int, mantissa_bits: int, bias: int) -> float:
-    """A float without its sign: subnormal where the exponent is 0."""
+    """Decode the magnitude of a float: subnormal if the exponent is 0."""
     exponent, mantissa = bits >> mantissa_bits, bits & (1 << mantissa_bits) - 1
     fraction = mantissa / (1 << mantissa_bits)
     if exponent == 0:
@@ -72,7 +79,7 @@ def _float_of_bits(bits: int, mantissa_bits: int, bias: int) -> float:
 
 
 def _read_fp8(stored: np.ndarray) -> np.ndarray:
-    """1 sign, 4 exponent (bias 7) and 3 mantissa bits; 0x7f alone is NaN, there is no infinity."""
+    """Decode 1 sign, 4 exponent (bias 7) and 3 mantissa bits; 0x7f is NaN, there is no infinity."""
     table = np.empty(256, np.float32)
     for byte in range(256):
         size = _float_of_bits(byte & 0x7F, 3, 7) if byte & 0x7F != 0x7F else np.nan
@@ -81,10 +88,10 @@ def _read_fp8(stored: np.ndarray) -> np.ndarray:
 
 
 def _decode_modelopt_nvfp4(
-    name: str, packed: np.ndarray, scale: np.ndarray, whole: np.ndarray
+    name: str, packed: np.ndarray, scale: np.ndarray, global_scale: np.ndarray
 ) -> Tensors:
-    """A matrix, or fused experts whose inputs are the middle axis. The global scale multiplies."""
-    factor = _read_fp8(scale) * whole.item()
+    """Decode a matrix, or fused experts with inputs in the middle; the global scale multiplies."""
+    factor = _read_fp8(scale) * global_scale.item()
     if packed.ndim == 2:
         return {name: _decode_fp4(packed, factor.astype(np.float32))}
     where, projection = name.rsplit(".", 1)
@@ -99,7 +106,7 @@ def _decode_modelopt_nvfp4(
 
 
 def _decode_fp8(name: str, stored: np.ndarray, scale: np.ndarray) -> Tensors:
-    data, factor = _read_fp8(stored), _widen(scale)
+    data, factor = _read_fp8(stored), _upcast(scale)
     if stored.ndim == 3:
         where, projection = name.rsplit(".", 1)
         return _decode_fused(where, projection, data, factor.item())
@@ -110,7 +117,7 @@ def _decode_fp8(name: str, stored: np.ndarray, scale: np.ndarray) -> Tensors:
 
 
 def _decode_fused(where: str, projection: str, data: np.ndarray, factor: float) -> Tensors:
-    """``[E, in, out]``, the gate first in ``out``, times one scale."""
+    """Decode ``[E, in, out]``, the gate first in ``out``, with one scale."""
     halves = ["gate_proj", "up_proj"] if projection == "gate_up_proj" else [projection]
     width = data.shape[2] // len(halves)
     decoded: Tensors = {}
@@ -124,7 +131,7 @@ def _decode_fused(where: str, projection: str, data: np.ndarray, factor: float) 
 
 
 def _decode_int4(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    factor = _widen(scale)
+    factor = _upcast(scale)
     weight = np.empty((len(packed), packed.shape[1] * 8), np.float32)
     group_size = weight.shape[1] // factor.shape[1]
     for column in range(weight.shape[1]):
@@ -133,8 +140,8 @@ def _decode_int4(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return weight
 
 
-def _decode_nvfp4(packed: np.ndarray, scale: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return _decode_fp4(packed, _read_fp8(scale) / whole.astype(np.float32).item())
+def _decode_nvfp4(packed: np.ndarray, scale: np.ndarray, global_scale: np.ndarray) -> np.ndarray:
+    return _decode_fp4(packed, _read_fp8(scale) / global_scale.astype(np.float32).item())
 
 
 def _decode_fp4(packed: np.ndarray, factor: np.ndarray) -> np.ndarray:
@@ -151,36 +158,36 @@ def write_checkpoint(
     folder: Path | str,
     config: Mapping[str, Any],
     seed: int,
-    form: Form,
+    scheme: Scheme,
     *,
     shards: int = 1,
     group_size: int = 32,
     prefixed: bool = True,
     **choices: Any,
 ) -> Tensors:
-    """Writes ``config.json`` and the safetensors of ``random_tensors``, quantized.
+    """Write ``config.json`` and the safetensors of ``random_tensors``, quantized.
 
     Args:
-      folder: made if it is not there.
-      config: what ``tiny_config`` or ``text_only`` return; gets its ``quantization_config``.
+      folder: made if it does not exist.
+      config: of ``tiny_config`` or ``text_only``; ``quantization_config`` is added.
       seed: of the weights.
-      form: of the files.
+      scheme: of the checkpoint.
       shards: 1 gives ``model.safetensors``; more give ``model-00001-of-0000N.safetensors`` and the
-        index. A weight and its scale may then lie in different files.
+        index. A weight and its scale may be in different files.
       group_size: of ``w4a16``.
-      prefixed: whether the text model's names keep their ``language_model.``. vLLM takes
-        ModelOpt's files with it and without it, beside a vision tower.
-      **choices: those of ``quantize_tensors``.
+      prefixed: whether the decoder's names keep the prefix ``language_model.``. vLLM accepts
+        ModelOpt's files with a vision tower with and without it.
+      **choices: further arguments of ``quantize_tensors``.
 
     Returns:
-      The tensors that were written.
+      The written tensors.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = random_tensors(tensor_shapes(config), seed)
     if not prefixed:
         tensors = {name.removeprefix("language_model."): x for name, x in tensors.items()}
-    quantized, description = quantize_tensors(tensors, form, group_size=group_size, **choices)
+    quantized, description = quantize_tensors(tensors, scheme, group_size=group_size, **choices)
     described = {**config, "quantization_config": description}
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     write_shards(folder, quantized, shards)

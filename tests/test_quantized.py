@@ -1,4 +1,4 @@
-"""Laws of the quantized test checkpoints: the rounding, the names, and a decoder that is right."""
+"""Laws of the quantized test checkpoints: rounding, names, and their decoder."""
 
 import functools
 import json
@@ -19,12 +19,12 @@ from l4jax.model import declare_parameters
 from tests import quantized, weights
 from tests.checkpoint.published import read_published
 
-PUBLISHED: dict[str, tuple[quantized.Form, weights.Kind]] = {
+PUBLISHED: dict[str, tuple[quantized.Scheme, weights.Kind]] = {
     "maverick-instruct-fp8": ("maverick-fp8", "maverick"),
     "scout-instruct-fp8-dynamic": ("fp8-dynamic", "scout"),
     "scout-instruct-w4a16": ("w4a16", "scout"),
 }
-# Sizes that differ from each other, from their eighths and from their 32nds: (ours, published).
+# Sizes that differ from each other, from their eighths and from their 32nds: (tiny, published).
 DISTINCT: dict[str, Any] = {
     "hidden_size": 192,
     "intermediate_size": 320,
@@ -51,10 +51,10 @@ def _make(kind: weights.Kind) -> weights.Tensors:
 
 
 def _assert_near(
-    stored: weights.Tensors, plain: weights.Tensors, form: quantized.Form, group_size: int = 32
+    stored: weights.Tensors, plain: weights.Tensors, scheme: quantized.Scheme, group_size: int = 32
 ) -> None:
-    """Dequantize: every weight equals its source within rounding; the rest is equal."""
-    decoded, wanted = quantized.decode_tensors(stored, form), weights.unfuse_experts(plain)
+    """Check that dequantized weights equal their source within rounding, and others exactly."""
+    decoded, wanted = quantized.decode_tensors(stored, scheme), weights.unfuse_experts(plain)
     assert set(decoded) == set(wanted)
     changed = 0
     for name, values in wanted.items():
@@ -62,7 +62,7 @@ def _assert_near(
         if stored.get(name, np.empty(0)).dtype == ml_dtypes.bfloat16:
             np.testing.assert_array_equal(decoded[name], values, err_msg=name)
             continue
-        bound = _bound(values, _find_amax(name, plain, form, group_size), form)
+        bound = _bound(values, _find_amax(name, plain, scheme, group_size), scheme)
         off = np.abs(decoded[name] - values)
         assert (off <= bound).all(), name
         assert off.max() > bound.min() / 8, name
@@ -71,12 +71,12 @@ def _assert_near(
 
 
 def _find_amax(
-    name: str, plain: weights.Tensors, form: quantized.Form, group_size: int
+    name: str, plain: weights.Tensors, scheme: quantized.Scheme, group_size: int
 ) -> np.ndarray:
-    """``[out, in]``: no less than the largest absolute value under the scale of each weight."""
+    """Compute ``[out, in]``: a bound of the largest absolute value that shares each scale."""
     values = weights.unfuse_experts(plain)[name]
-    if form in ("w4a16", "nvfp4", "modelopt-nvfp4"):
-        size = group_size if form == "w4a16" else 16
+    if scheme in ("w4a16", "nvfp4", "modelopt-nvfp4"):
+        size = group_size if scheme == "w4a16" else 16
         groups = np.abs(values).reshape(len(values), -1, size).max(-1)
         return np.repeat(groups, size, 1)
     fused = re.sub(r"\.\d+\.(gate|up)_proj\.weight$", ".gate_up_proj", name)
@@ -84,12 +84,11 @@ def _find_amax(
     return np.broadcast_to(np.abs(plain[fused]).max(), values.shape)
 
 
-def _bound(values: np.ndarray, amax: np.ndarray, form: quantized.Form) -> np.ndarray:
-    if form == "w4a16":  # half a step; the largest positive value is 7.5 steps, and becomes 7
+def _bound(values: np.ndarray, amax: np.ndarray, scheme: quantized.Scheme) -> np.ndarray:
+    if scheme == "w4a16":  # half a step; the largest positive value, 7.5 steps, becomes 7
         return 0.54 * amax / 7.5
-    if form.endswith(
-        "nvfp4"
-    ):  # half of steps of 0.5, 1 and 2; the scale itself is off by up to 1/16
+    if scheme.endswith("nvfp4"):
+        # Half of steps of 0.5, 1 and 2; the scale itself is off by up to 1/16.
         unit = amax / 6
         ratio = np.abs(values) / unit
         return 1.07 * unit * np.where(ratio > 3.7, 1, np.where(ratio > 1.8, 0.5, 0.25))
@@ -98,26 +97,26 @@ def _bound(values: np.ndarray, amax: np.ndarray, form: quantized.Form) -> np.nda
 
 
 @pytest.mark.parametrize("kind", ["scout", "maverick"])
-@pytest.mark.parametrize("form", quantized.FORMS)
-def test_decoded_weights_are_the_weights_within_the_rounding(
-    form: quantized.Form, kind: weights.Kind
+@pytest.mark.parametrize("scheme", quantized.SCHEMES)
+def test_decoded_weights_equal_the_source_within_rounding(
+    scheme: quantized.Scheme, kind: weights.Kind
 ) -> None:
-    stored, _ = quantized.quantize_tensors(_make(kind), form)
-    _assert_near(stored, _make(kind), form)
+    stored, _ = quantized.quantize_tensors(_make(kind), scheme)
+    _assert_near(stored, _make(kind), scheme)
 
 
 @pytest.mark.parametrize("choices", CHOICES)
-@pytest.mark.parametrize("form", ["maverick-fp8", "fp8-dynamic"])
-def test_scales_of_every_dtype_and_shape_mean_the_same(
-    form: quantized.Form, choices: dict[str, Any]
+@pytest.mark.parametrize("scheme", ["maverick-fp8", "fp8-dynamic"])
+def test_scales_of_every_dtype_and_shape_are_decoded(
+    scheme: quantized.Scheme, choices: dict[str, Any]
 ) -> None:
-    stored, _ = quantized.quantize_tensors(_make("maverick"), form, **choices)
+    stored, _ = quantized.quantize_tensors(_make("maverick"), scheme, **choices)
     name = "language_model.model.layers.1.feed_forward.experts.3.up_proj.weight"
     scale = stored[name + "_scale"]
     shapes = {"column": (32, 1), "vector": (32,), "single": (1,), "scalar": ()}
     assert scale.shape == shapes[choices.get("scale_shape", "column")]
     assert scale.dtype == (np.float32 if "scale_dtype" in choices else ml_dtypes.bfloat16)
-    _assert_near(stored, _make("maverick"), form)
+    _assert_near(stored, _make("maverick"), scheme)
 
 
 @pytest.mark.parametrize("group_size", [8, 16, 32])
@@ -127,29 +126,29 @@ def test_groups_of_every_size_are_decoded(group_size: int) -> None:
     assert described["config_groups"]["group_0"]["weights"]["group_size"] == group_size
 
 
-@pytest.mark.parametrize("form", ["modelopt-fp8", "modelopt-nvfp4"])
-def test_fused_and_single_experts_of_modelopt_are_both_decoded(form: quantized.Form) -> None:
+@pytest.mark.parametrize("scheme", ["modelopt-fp8", "modelopt-nvfp4"])
+def test_fused_and_unfused_modelopt_experts_are_decoded(scheme: quantized.Scheme) -> None:
     for fused in (True, False):
-        stored, _ = quantized.quantize_tensors(_make("scout"), form, fused=fused)
+        stored, _ = quantized.quantize_tensors(_make("scout"), scheme, fused=fused)
         assert any(name.endswith("experts.down_proj") for name in stored) == fused
-        _assert_near(stored, _make("scout"), form)
+        _assert_near(stored, _make("scout"), scheme)
 
 
-def test_scales_of_activations_change_no_weight() -> None:
-    for form in ("nvfp4", "modelopt-fp8", "modelopt-nvfp4"):
-        with_them, _ = quantized.quantize_tensors(_make("scout"), form)
-        without, _ = quantized.quantize_tensors(_make("scout"), form, input_scales=False)
+def test_input_scales_change_no_weight() -> None:
+    for scheme in ("nvfp4", "modelopt-fp8", "modelopt-nvfp4"):
+        with_them, _ = quantized.quantize_tensors(_make("scout"), scheme)
+        without, _ = quantized.quantize_tensors(_make("scout"), scheme, input_scales=False)
         assert set(without) < set(with_them)
-        wanted = quantized.decode_tensors(without, form)
-        for name, values in quantized.decode_tensors(with_them, form).items():
+        wanted = quantized.decode_tensors(without, scheme)
+        for name, values in quantized.decode_tensors(with_them, scheme).items():
             np.testing.assert_array_equal(values, wanted[name])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_names_dtypes_and_shapes_are_the_published_ones(name: str, tmp_path: Path) -> None:
-    form, kind = PUBLISHED[name]
+def test_names_dtypes_and_shapes_equal_the_published_ones(name: str, tmp_path: Path) -> None:
+    scheme, kind = PUBLISHED[name]
     config = weights.tiny_config(kind, **DISTINCT)
-    quantized.write_checkpoint(tmp_path, config, 0, form)
+    quantized.write_checkpoint(tmp_path, config, 0, scheme)
     ours = _as_patterns(Index.open(tmp_path).specs)
     theirs = _as_patterns(read_published()[name])
     assert set(ours) == set(theirs)
@@ -163,13 +162,13 @@ def test_names_dtypes_and_shapes_are_the_published_ones(name: str, tmp_path: Pat
             assert grown == theirs[pattern][1], pattern
 
 
-def _as_patterns(kinds: Any) -> dict[str, Any]:
-    return {re.sub(r"\b\d+\b", "*", name): kind for name, kind in kinds.items()}
+def _as_patterns(specs: Any) -> dict[str, Any]:
+    return {re.sub(r"\b\d+\b", "*", name): spec for name, spec in specs.items()}
 
 
 @pytest.mark.parametrize("prefixed", [True, False])
 @pytest.mark.parametrize(
-    ("form", "told"),
+    ("scheme", "detected"),
     [
         ("maverick-fp8", "compressed-tensors float-quantized fp8"),
         ("fp8-dynamic", "compressed-tensors float-quantized fp8"),
@@ -179,23 +178,23 @@ def _as_patterns(kinds: Any) -> dict[str, Any]:
         ("modelopt-nvfp4", "modelopt nvfp4"),
     ],
 )
-def test_each_form_is_recognized_and_every_tensor_has_its_place(
-    form: quantized.Form, told: str, prefixed: bool, tmp_path: Path
+def test_each_scheme_is_detected_and_its_tensors_match(
+    scheme: quantized.Scheme, detected: str, prefixed: bool, tmp_path: Path
 ) -> None:
     quantized.write_checkpoint(
-        tmp_path, weights.tiny_config("maverick"), 1, form, prefixed=prefixed
+        tmp_path, weights.tiny_config("maverick"), 1, scheme, prefixed=prefixed
     )
-    kinds = Index.open(tmp_path).specs
-    assert detect_quantization(kinds) == told
+    specs = Index.open(tmp_path).specs
+    assert detect_quantization(specs) == detected
     shapes, _ = declare_parameters(checkpoint.load_config(tmp_path), jnp.bfloat16)
-    matched = match_names({path: leaf.shape for path, leaf in flatten(shapes).items()}, kinds)
+    matched = match_names({path: leaf.shape for path, leaf in flatten(shapes).items()}, specs)
     assert matched.unknown == matched.missing == ()
 
 
-@pytest.mark.parametrize("form", quantized.FORMS)
-def test_files_hold_what_was_quantized(form: quantized.Form, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", quantized.SCHEMES)
+def test_files_hold_the_quantized_tensors(scheme: quantized.Scheme, tmp_path: Path) -> None:
     config = weights.text_only(weights.tiny_config("scout"))
-    wanted = quantized.write_checkpoint(tmp_path, config, 2, form, shards=3)
+    wanted = quantized.write_checkpoint(tmp_path, config, 2, scheme, shards=3)
     index = Index.open(tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
     assert set(index.specs) == set(wanted)
@@ -204,14 +203,14 @@ def test_files_hold_what_was_quantized(form: quantized.Form, tmp_path: Path) -> 
         assert (found.dtype, found.shape) == (values.dtype, values.shape)
         assert found.tobytes() == values.tobytes(), name
     read = json.loads((tmp_path / "config.json").read_text())
-    method = "modelopt" if form.startswith("modelopt") else "compressed-tensors"
+    method = "modelopt" if scheme.startswith("modelopt") else "compressed-tensors"
     assert read.pop("quantization_config")["quant_method"] == method
     assert read == config
 
 
-def test_ignored_are_exactly_the_plain_matrices_of_linear_layers() -> None:
-    for form in quantized.FORMS:
-        stored, described = quantized.quantize_tensors(_make("maverick"), form)
+def test_ignored_modules_are_the_unquantized_linears() -> None:
+    for scheme in quantized.SCHEMES:
+        stored, described = quantized.quantize_tensors(_make("maverick"), scheme)
         plain = {
             name.removesuffix(".weight")
             for name, values in stored.items()
@@ -220,23 +219,23 @@ def test_ignored_are_exactly_the_plain_matrices_of_linear_layers() -> None:
         assert set(described["ignore"]) == plain - {"language_model.model.embed_tokens"}
 
 
-def _quantize_row(row: list[float], form: quantized.Form, **choices: Any) -> weights.Tensors:
+def _quantize_row(row: list[float], scheme: quantized.Scheme, **choices: Any) -> weights.Tensors:
     name = "model.layers.0.feed_forward.up_proj.weight"
     tensors = {name: np.array([row], np.float32)}
-    stored, _ = quantized.quantize_tensors(tensors, form, **choices)
+    stored, _ = quantized.quantize_tensors(tensors, scheme, **choices)
     return stored
 
 
-def _decode_row(row: list[float], form: quantized.Form, **choices: Any) -> list[float]:
-    (decoded,) = quantized.decode_tensors(_quantize_row(row, form, **choices), form).values()
+def _decode_row(row: list[float], scheme: quantized.Scheme, **choices: Any) -> list[float]:
+    (decoded,) = quantized.decode_tensors(_quantize_row(row, scheme, **choices), scheme).values()
     return decoded[0].tolist()
 
 
-def test_ties_go_to_even_and_the_ends_are_clamped() -> None:
+def test_ties_round_to_even_and_large_values_are_clamped() -> None:
     # fp8: a scale of 1; between 1 and 2 the steps are 1/8, below 2**-6 they are 2**-9
     row = [448, 1.0625, 1.1875, 2**-10, 3 * 2**-10, -1.0625]
     assert _decode_row(row, "fp8-dynamic") == [448, 1, 1.25, 0, 2**-8, -1]
-    # bfloat16 rounds 451 / 448 down to 1, which leaves 451 above the range: it must not be NaN
+    # bfloat16 rounds 449 / 448 down to 1, so that 449 exceeds the range: it must not become NaN
     assert _decode_row([449, -449], "fp8-dynamic") == [448, -448]
     # int4: a scale of 1; 7.5 would round to 8
     row = [7.5, 0.5, 1.5, -0.5, -7.5, 2.5, 0, -2]
@@ -247,12 +246,12 @@ def test_ties_go_to_even_and_the_ends_are_clamped() -> None:
     assert _decode_row(row, "nvfp4") == wanted
 
 
-def test_zeros_stay_zeros() -> None:
-    for form in set(quantized.FORMS) - {"maverick-fp8"}:
-        assert _decode_row([0.0] * 32, form) == [0.0] * 32
+def test_zeros_are_decoded_to_zeros() -> None:
+    for scheme in set(quantized.SCHEMES) - {"maverick-fp8"}:
+        assert _decode_row([0.0] * 32, scheme) == [0.0] * 32
 
 
-def test_the_low_nibble_is_the_first_value() -> None:
+def test_low_nibble_is_the_first_value() -> None:
     stored = _quantize_row([-7.5, -7, -6, -5, -4, -3, -2, -1], "w4a16", group_size=8)
     packed = stored["model.layers.0.feed_forward.up_proj.weight_packed"]
     assert packed.view(np.uint32).tolist() == [[0x76543210]]
@@ -266,14 +265,14 @@ def test_the_low_nibble_is_the_first_value() -> None:
     assert stored[name].shape == (1, 8, 3) and stored[name][0, 0].tolist() == [0, 0x97, 0]
 
 
-def test_the_decoder_reads_all_fp8_numbers() -> None:
+def test_decoder_reads_all_fp8_numbers() -> None:
     every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).reshape(2, 128)
     scale = np.ones((2, 1), np.float32)
     found = quantized.decode_tensors({"x.weight": every, "x.weight_scale": scale}, "fp8-dynamic")
     np.testing.assert_array_equal(found["x.weight"], every.astype(np.float32))
 
 
-def test_widths_that_groups_do_not_divide_are_refused() -> None:
+def test_widths_not_divided_by_groups_are_refused() -> None:
     with pytest.raises(ValueError, match=r"up_proj is 40 wide, which groups of 32 do not divide"):
         _quantize_row([1.0] * 40, "w4a16")
     with pytest.raises(ValueError, match=r"40 wide, which groups of 16"):

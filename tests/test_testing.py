@@ -1,4 +1,4 @@
-"""The models that l4jax writes for tests, in every format: loaded as they are, and talking."""
+"""Laws of `l4jax.testing`: its models load in each scheme, and generate."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from l4jax.checkpoint.parameters import flatten
 from l4jax.checkpoint.safetensors import Index
 from l4jax.config import TINY
 from l4jax.kernels.formats import dequantize
-from l4jax.testing import FORMS, Form, write_model
+from l4jax.testing import SCHEMES, Scheme, write_model
 from tests import quantized
 from tests.checkpoint.published import arrange, place_on_one
 
@@ -26,15 +26,17 @@ def read(folder) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("config", [TINY, MAVERICK], ids=["scout", "maverick"])
-@pytest.mark.parametrize("form", FORMS)
-def test_a_model_of_each_format_is_loaded_as_its_bytes_mean(form: Form, config, tmp_path):
-    """And it is the model that is written without a quantization, within the rounding."""
-    written = write_model(tmp_path / "narrow", config, quantization=form)
-    assert checkpoint.load_config(tmp_path / "narrow") == written
-    assert write_model(tmp_path / "wide", config) == written
-    wanted = arrange(quantized.decode_tensors(read(tmp_path / "narrow"), form), written)
-    plain = arrange(read(tmp_path / "wide"), written)
-    params = checkpoint.load(tmp_path / "narrow", written, "float32", place_on_one, progress=False)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_model_of_each_scheme_is_loaded_with_its_decoded_weights(scheme: Scheme, config, tmp_path):
+    """They equal the unquantized model's weights within rounding."""
+    written = write_model(tmp_path / "quantized", config, quantization=scheme)
+    assert checkpoint.load_config(tmp_path / "quantized") == written
+    assert write_model(tmp_path / "plain", config) == written
+    wanted = arrange(quantized.decode_tensors(read(tmp_path / "quantized"), scheme), written)
+    plain = arrange(read(tmp_path / "plain"), written)
+    params = checkpoint.load(
+        tmp_path / "quantized", written, "float32", place_on_one, progress=False
+    )
     found = flatten(params)
     assert set(found) == set(wanted) == set(plain)
     changed = 0
@@ -42,27 +44,27 @@ def test_a_model_of_each_format_is_loaded_as_its_bytes_mean(form: Form, config, 
         values = np.asarray(dequantize(weight, jnp.float32))
         np.testing.assert_array_equal(values, wanted[path], err_msg=path)
         off = np.linalg.norm(values - plain[path].astype(np.float32)) / np.linalg.norm(values)
-        assert off < (0.15 if "4" in form else 0.04), path
+        assert off < (0.15 if "4" in scheme else 0.04), path
         changed += off > 0
     assert changed >= 4
 
 
-@pytest.mark.parametrize("form", ["fp8-dynamic", pytest.param("w4a16", marks=pytest.mark.slow)])
-def test_a_quantized_model_talks(form: Form, tmp_path):
-    write_model(tmp_path / "tiny", quantization=form)
+@pytest.mark.parametrize("scheme", ["fp8-dynamic", pytest.param("w4a16", marks=pytest.mark.slow)])
+def test_quantized_model_generates(scheme: Scheme, tmp_path):
+    write_model(tmp_path / "tiny", quantization=scheme)
     llm = LLM(tmp_path / "tiny", mesh="2", max_model_len=64, quiet=True)
     params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
     assert len(llm.generate("The sky", params)[0].outputs[0].token_ids) == 5
 
 
-def test_the_same_bytes_come_every_time(tmp_path):
+def test_written_bytes_are_deterministic(tmp_path):
     for name in "ab":
         write_model(tmp_path / name, quantization="w4a16", group_size=16)
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
     assert first == second
 
 
-def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path):
+def test_unsuitable_scheme_is_refused_and_leaves_no_files(tmp_path):
     with pytest.raises(ValueError, match="quantization is 'gptq': checkpoints are maverick-fp8, "):
         write_model(tmp_path / "x", quantization="gptq")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="64 wide, which groups of 128 do not divide"):

@@ -18,8 +18,8 @@ def _load(folder: Path) -> weights.Tensors:
 
 
 @pytest.mark.parametrize("name", weights.GOLDENS)
-def test_golden_belongs_to_the_weights_of_its_seed(name: str) -> None:
-    golden = weights.read_golden(name)  # raises if the weights are others
+def test_golden_has_the_weights_of_its_seed(name: str) -> None:
+    golden = weights.read_golden(name)  # raises if the weights differ
     chunk = golden.config["text_config"]["attention_chunk_size"]
     boundaries = {t for t in range(len(golden.ids)) if t % chunk in (0, chunk - 1)}
     assert boundaries <= set(golden.rows.tolist())
@@ -34,7 +34,7 @@ def test_golden_belongs_to_the_weights_of_its_seed(name: str) -> None:
         assert not patches.any()
 
 
-def test_weights_depend_on_name_and_seed_alone() -> None:
+def test_weights_depend_on_name_and_seed_only() -> None:
     config = weights.tiny_config("scout")
     whole = weights.random_tensors(weights.tensor_shapes(config), seed=3)
     text = weights.random_tensors(weights.tensor_shapes(weights.text_only(config)), seed=3)
@@ -66,7 +66,7 @@ def test_dtypes_and_shards_hold_the_same_numbers(tmp_path: Path) -> None:
         np.testing.assert_array_equal(shards[name].astype(np.float32), tensor)
 
 
-def test_unfused_experts_are_the_fused_ones_transposed(tmp_path: Path) -> None:
+def test_unfused_experts_are_transposed_fused_experts(tmp_path: Path) -> None:
     config = weights.tiny_config("scout")
     weights.write_checkpoint(tmp_path, config, seed=0, fused=False)
     unfused, fused = _load(tmp_path), weights.random_tensors(weights.tensor_shapes(config), seed=0)

@@ -1,11 +1,11 @@
 """Tiny Llama 4 checkpoints made from a seed, without torch.
 
-The goldens in ``tests/golden`` store no weights. Whoever needs them makes them again from here: the
-oracle puts them into the Hugging Face model by name, the tests of l4jax write them as safetensors
-under the published names and load them as they would load the real files.
+The goldens in ``tests/golden`` store no weights; this module makes them from the seed. The oracle
+assigns them to the Hugging Face model by name; l4jax's tests write them as safetensors under the
+published names and load them like published files.
 
-Every value is exact in bfloat16, so a checkpoint written as ``F32`` and one written as ``BF16``
-hold the same numbers and share one golden.
+Every value is exact in bfloat16, so checkpoints in ``F32`` and ``BF16`` hold the same numbers and
+share one golden.
 """
 
 from __future__ import annotations
@@ -37,25 +37,26 @@ GOLDENS = tuple(
     for prompt in ("text", "image")
 )
 
-_PREFIX = "language_model."  # what a multimodal checkpoint puts before the text model's names
+_PREFIX = "language_model."  # before the decoder's names in multimodal checkpoints
 
 
 def tiny_config(kind: Kind, *, style: Style = "published", **overrides: Any) -> dict[str, Any]:
-    """The ``config.json`` of a tiny model that still crosses every boundary.
+    """Make the ``config.json`` of a tiny model that crosses every boundary.
 
     Args:
       kind: ``scout``: every layer MoE, qk norm, RoPE scaling with low == high == 1.
-        ``maverick``: every second layer MoE and the others dense (of another width), no qk norm, no
-        RoPE scaling.
-      style: ``published`` as in the files of the real checkpoints (``rope_scaling``,
-        ``torch_dtype``, ``no_rope_layers: []``); ``transformers5`` as ``save_pretrained`` writes
-        it today (``rope_parameters``, ``dtype``, ``layer_types``, ``moe_layers``).
-      **overrides: keys of ``text_config``, in published spelling whatever the style; or
-        ``vision_config={...}`` with keys of that.
+        ``maverick``: every second layer MoE and other layers dense (of another width), no qk norm,
+        no RoPE scaling.
+      style: ``published`` as in the published checkpoints (``rope_scaling``, ``torch_dtype``,
+        ``no_rope_layers: []``); ``transformers5`` as ``save_pretrained`` writes it
+        (``rope_parameters``, ``dtype``, ``layer_types``, ``moe_layers``).
+      **overrides: keys of ``text_config``, as in the published style; or ``vision_config={...}``
+        with its keys.
 
-    Five layers by default: one whole group of four, and a last incomplete one. ``floor_scale`` 8
-    lets the temperature tuning act from position 7 on, ``original_max_position_embeddings`` 16
-    with ``rope_theta`` 500 lets RoPE scaling change all frequencies but the highest ones.
+    There are five layers by default: a complete group of four, and an incomplete one. With
+    ``floor_scale`` 8, temperature tuning starts at position 7. With
+    ``original_max_position_embeddings`` 16 and ``rope_theta`` 500, RoPE scaling changes all but
+    the highest frequencies.
     """
     is_scout = kind == "scout"
     text: dict[str, Any] = {
@@ -108,7 +109,7 @@ def tiny_config(kind: Kind, *, style: Style = "published", **overrides: Any) -> 
         "hidden_size": 64,
         "image_size": 56,
         "initializer_range": 0.02,
-        "intermediate_size": 256,  # 4 * hidden_size: the adapter reads it as its input width
+        "intermediate_size": 256,  # 4 * hidden_size, the adapter's input width
         "model_type": "llama4_vision_model",
         "multi_modal_projector_bias": False,
         "norm_eps": 1e-05,
@@ -144,7 +145,7 @@ def tiny_config(kind: Kind, *, style: Style = "published", **overrides: Any) -> 
 
 
 def text_only(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the text model alone, as a ``Llama4ForCausalLM`` checkpoint holds it."""
+    """Make the config of the text model alone, as in a ``Llama4ForCausalLM`` checkpoint."""
     return {"architectures": ["Llama4ForCausalLM"], **config["text_config"]}
 
 
@@ -174,10 +175,10 @@ def _as_transformers5(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def tensor_shapes(config: Mapping[str, Any]) -> Shapes:
-    """Name -> shape of every tensor of the checkpoint that ``config`` (either style) describes.
+    """Compute name -> shape of every tensor of a checkpoint with this config, of either style.
 
-    Experts are fused, ``[E, in, out]``, as in the published bfloat16 files. For a text-only config
-    (``model_type`` ``llama4_text``) the names have no ``language_model.`` and there is no vision.
+    Experts are fused, ``[E, in, out]``, as in the published bfloat16 checkpoints. With a text-only
+    config (``model_type`` ``llama4_text``), names have no prefix ``language_model.``.
     """
     if config["model_type"] == "llama4_text":
         return _text_shapes(config)
@@ -243,17 +244,17 @@ def _vision_shapes(vision: Mapping[str, Any]) -> Shapes:
 
 
 def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int) -> Tensors:
-    """Float32 tensors whose values depend only on the seed and on each tensor's own name.
+    """Draw float32 tensors whose values depend on the seed and the tensor's name only.
 
-    A name counts without its ``language_model.``, so the text-only checkpoint of a seed holds the
-    text weights of the multimodal one. Nothing is left at a value that a wrong implementation
-    could miss: norm weights scatter around 1, biases are not 0, attention is far from uniform.
+    The prefix ``language_model.`` does not count, so the text-only checkpoint of a seed has the
+    decoder weights of the multimodal one. No value hides a wrong implementation: norm weights
+    scatter around 1, biases are not 0, attention is far from uniform.
     """
     return {name: _random_tensor(name, shape, seed) for name, shape in shapes.items()}
 
 
 def _random_tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    # RandomState, not default_rng: NumPy promises never to change the numbers it draws.
+    # RandomState, not default_rng: NumPy guarantees that its numbers never change.
     name = name.removeprefix(_PREFIX)
     random = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32)
     values = random.standard_normal(shape)
@@ -268,9 +269,9 @@ def _random_tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def _gain(name: str) -> float:
-    """Standard deviation of an output for inputs of standard deviation 1."""
+    """Choose the standard deviation of outputs for inputs of standard deviation 1."""
     if name == "lm_head.weight":
-        return 4.0  # spreads the logits, so that the greedy token is seldom a close call
+        return 4.0  # spreads the logits, so that the two best tokens are seldom close
     if "router" in name:
         return 3.0  # separates the experts' scores
     if name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -287,17 +288,17 @@ def write_checkpoint(
     shards: int = 1,
     fused: bool = True,
 ) -> None:
-    """Writes ``config.json`` and the safetensors of ``random_tensors`` in the published layout.
+    """Write ``config.json`` and the safetensors of ``random_tensors`` in the published layout.
 
     Args:
-      folder: made if it is not there.
-      config: what ``tiny_config`` or ``text_only`` return, written as it is.
+      folder: made if it does not exist.
+      config: of ``tiny_config`` or ``text_only``.
       seed: of the weights.
-      dtype: of every tensor in the file. The values are the same.
+      dtype: of every stored tensor. The values do not depend on it.
       shards: 1 gives ``model.safetensors``; more give ``model-00001-of-0000N.safetensors`` and the
-        index. Neighbours in a layer may then lie in different files.
-      fused: experts as one ``[E, in, out]`` tensor; otherwise one ``[out, in]`` matrix per expert
-        and projection, named as the quantised checkpoints name them.
+        index. Tensors of a layer may be in different files.
+      fused: whether experts are one ``[E, in, out]`` tensor, or one ``[out, in]`` matrix per expert
+        and projection, named as in quantized checkpoints.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -311,7 +312,7 @@ def write_checkpoint(
 
 
 def write_shards(folder: Path, tensors: Tensors, shards: int) -> None:
-    """Writes ``model.safetensors``, or as many files as asked for and the index that names them."""
+    """Write ``model.safetensors``, or several shards and their index."""
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return
@@ -327,7 +328,7 @@ def write_shards(folder: Path, tensors: Tensors, shards: int) -> None:
 
 
 def unfuse_experts(tensors: Tensors) -> Tensors:
-    """``experts.gate_up_proj [E, in, 2 out]`` -> ``experts.K.gate_proj.weight [out, in]``, ..."""
+    """Unfuse ``experts.gate_up_proj [E, in, 2 out]``: ``experts.K.gate_proj.weight [out, in]``."""
     unfused: Tensors = {}
     for name, tensor in tensors.items():
         if tensor.ndim != 3:
@@ -345,7 +346,7 @@ def unfuse_experts(tensors: Tensors) -> Tensors:
 
 
 def checksum(tensors: Mapping[str, np.ndarray]) -> int:
-    """One number for all the weights: a golden holds it to say *which* weights it belongs to."""
+    """Compute a checksum of all weights, by which a golden identifies its weights."""
     value = 0
     for name in sorted(tensors):
         value = zlib.crc32(np.ascontiguousarray(tensors[name]).tobytes(), value)
@@ -353,20 +354,20 @@ def checksum(tensors: Mapping[str, np.ndarray]) -> int:
 
 
 def random_ids(length: int, seed: int) -> np.ndarray:
-    """int32 ``[T]``: a prompt of ordinary text ids."""
+    """Draw a prompt of text ids, int32 ``[T]``."""
     return np.random.RandomState(seed).randint(4, FIRST_SPECIAL_ID, length).astype(np.int32)
 
 
 def random_pixels(tiles: int, seed: int, *, image_size: int = 56) -> np.ndarray:
-    """float32 ``[I, C, image_size, image_size]`` in [-1, 1], as after the normalisation."""
+    """Draw normalized pixels, float32 ``[I, C, image_size, image_size]`` in [-1, 1]."""
     shape = (tiles, 3, image_size, image_size)
     return np.random.RandomState(seed).uniform(-1, 1, shape).astype(np.float32)
 
 
 def image_ids(rows: int, columns: int, *, tokens_per_tile: int = 4) -> np.ndarray:
-    """int32: the ids of one image, in the order of the published processor.
+    """Make the int32 ids of one image, in the order of the published processor.
 
-    Tiles: ``rows * columns`` and, if that is more than one, the global tile last.
+    There are ``rows * columns`` tiles and, if that is more than one, the global tile last.
     """
     tile = [PATCH_ID] * tokens_per_tile
     ids = [BEGIN_OF_IMAGE_ID]
@@ -379,7 +380,7 @@ def image_ids(rows: int, columns: int, *, tokens_per_tile: int = 4) -> np.ndarra
 
 
 class Golden(NamedTuple):
-    """What the oracle computed for one prompt: see ``scripts/write_goldens.py``."""
+    """The reference's results for one prompt: see ``scripts/write_goldens.py``."""
 
     config: dict[str, Any]  # published style
     weights_seed: int
@@ -388,16 +389,16 @@ class Golden(NamedTuple):
     image_features: np.ndarray | None  # float32 [patch ids in the prompt, D]
     rows: np.ndarray  # int32 [rows]: the positions that logits holds, all chunk boundaries included
     logits: np.ndarray  # float32 [rows, V]
-    greedy_tokens: np.ndarray  # int32 [steps]: what follows the prompt
+    greedy_tokens: np.ndarray  # int32 [steps]: the tokens after the prompt
     greedy_margins: np.ndarray  # float32 [steps]: best logit minus second best at each step
-    greedy_last_logits: np.ndarray  # float32 [V]: those that the last token was chosen from
+    greedy_last_logits: np.ndarray  # float32 [V]: the logits of the last token
 
 
 def read_golden(name: str) -> Golden:
-    """Reads one of ``GOLDENS``; its weights are ``write_checkpoint(.., config, weights_seed)``.
+    """Read one of ``GOLDENS``; its weights are ``write_checkpoint(.., config, weights_seed)``.
 
     Raises:
-      ValueError: this file no longer makes the weights that the golden was written with.
+      ValueError: this module no longer makes the golden's weights.
     """
     with np.load(GOLDEN_FOLDER / f"{name}.npz") as file:
         stored = {key: file[key] for key in file.files}

@@ -1,8 +1,8 @@
-"""Tiny Llama 4 checkpoints in the published layouts, tokenizer and all: for tests.
+"""Tiny Llama 4 checkpoints in the published layouts, with tokenizer, for tests.
 
-`write_model(folder)` makes one that anything that serves can load, in BF16 or, with
-`quantization=`, in any of the formats of `FORMS`, and needs no torch. Its parts are
-`write_tokenizer`, `write_processor_configs`, and `quantize_tensors` for the weights.
+`write_model(folder)` writes a model that any server can load, in BF16 or, with `quantization=`, in
+one of `SCHEMES`; it needs no torch. Its parts are `write_tokenizer`, `write_processor_configs`, and
+`quantize_tensors` for the weights.
 """
 
 from l4jax.testing.model import (
@@ -12,15 +12,15 @@ from l4jax.testing.model import (
     write_processor_configs,
     write_tokenizer,
 )
-from l4jax.testing.quantized import FORMS, Form, ScaleShape, quantize_tensors
+from l4jax.testing.quantized import SCHEMES, ScaleShape, Scheme, quantize_tensors
 
 __all__ = [
-    "FORMS",
+    "SCHEMES",
     "SPECIAL_TOKENS",
-    "Form",
     "ScaleShape",
-    "quantize_tensors",
+    "Scheme",
     "make_split_pattern",
+    "quantize_tensors",
     "write_model",
     "write_processor_configs",
     "write_tokenizer",

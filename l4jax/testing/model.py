@@ -1,4 +1,4 @@
-"""A whole model on disk: config, tokenizer, weights."""
+"""A complete model on disk: config, tokenizer, weights."""
 
 import dataclasses
 import json
@@ -13,10 +13,13 @@ import numpy as np
 from jax.tree_util import tree_flatten_with_path
 
 from l4jax import checkpoint
+from l4jax.checkpoint.names import export_parameter
+from l4jax.checkpoint.safetensors import write_safetensors
 from l4jax.config import TINY, Config
-from l4jax.testing.quantized import Form, quantize_tensors
+from l4jax.model import declare_parameters
+from l4jax.testing.quantized import Scheme, quantize_tensors
 
-# Llama 4's special tokens that matter here, in the order of the real vocabulary.
+# The special tokens that l4jax reads, in the order of Llama 4's vocabulary.
 SPECIAL_TOKENS = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -35,7 +38,7 @@ SPECIAL_TOKENS = (
     "<|patch|>",
 )
 
-# Words that become single tokens, as far as the vocabulary has room: each adds its prefixes too.
+# Words that become single tokens while the vocabulary has room; their prefixes become tokens, too.
 COMMON_WORDS = """
 the and ing of to a in is that it for was on are with as be this have from or by not but you all
 can had one what when there use said each which she how their will up other out many then them so
@@ -43,7 +46,7 @@ some would make like him into time has look two more write see number way could 
 water been call who its now find long down day did get come may part sky blue why because light air
 """
 
-# Written for this package: the structure is Llama 4's, so that code and tests meet the same turns.
+# Written for this package, with the structure of Llama 4's template.
 CHAT_TEMPLATE = """\
 {%- macro show(content) -%}
   {%- if content is string -%}{{ content }}
@@ -80,33 +83,31 @@ def write_model(
     *,
     seed: int = 0,
     dtype: str = "bfloat16",
-    quantization: Form | None = None,
+    quantization: Scheme | None = None,
     **choices: Any,
 ) -> Config:
-    """Write a whole model with random weights, as Hugging Face lays it out: anything that serves
-    can load it.
+    """Write a complete model with random weights in Hugging Face's layout.
 
-    The folder appears whole or not at all, so two processes may write the same one at once.
+    The folder appears complete or not at all, so two processes may write it at the same time.
 
     Args:
-        folder: where; one that exists already is replaced.
-        config: its sizes; the ids of its special tokens come from the tokenizer that is written
-            with it.
+        folder: of the model; an existing one is replaced.
+        config: the sizes; special ids are replaced by those of the tokenizer that is written.
         seed: of the weights.
         dtype: of the weights, "bfloat16" or "float32".
-        quantization: None for weights as they are; or how they are quantized on disk, byte for
-            byte as it is published: "maverick-fp8", "fp8-dynamic", "w4a16", "nvfp4",
-            "modelopt-fp8" or "modelopt-nvfp4". What is not quantized is in bfloat16 then.
-        **choices: of the quantization, as `quantize_tensors` has them: `group_size`, ...
+        quantization: None, or the scheme in which weights are stored, byte for byte as published:
+            "maverick-fp8", "fp8-dynamic", "w4a16", "nvfp4", "modelopt-fp8" or "modelopt-nvfp4".
+            Other weights are in bfloat16 then.
+        **choices: of the scheme, arguments of `quantize_tensors`: `group_size`, ...
 
     Returns:
         The config that was written.
 
     Raises:
-        ValueError: for a quantization that there is not, or one that does not suit the config.
+        ValueError: the scheme is unknown, or does not divide the config's sizes.
     """
     if choices and quantization is None:
-        raise TypeError(f"{', '.join(choices)}: only for a quantization, and there is none.")
+        raise TypeError(f"{', '.join(choices)}: only for a quantization, and none is given.")
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -116,9 +117,8 @@ def write_model(
             shutil.rmtree(folder)
         scratch.replace(folder)
     except OSError:
-        if not (
-            folder / "config.json"
-        ).exists():  # else another process was first: that one is as good
+        # If another process wrote the same folder first, that one is used.
+        if not (folder / "config.json").exists():
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -130,13 +130,9 @@ def _write_model(
     config: Config,
     seed: int,
     dtype: str,
-    quantization: Form | None,
+    quantization: Scheme | None,
     choices: dict[str, Any],
 ) -> Config:
-    from l4jax.checkpoint.names import export_parameter
-    from l4jax.checkpoint.safetensors import write_safetensors
-    from l4jax.model import declare_parameters
-
     ids = write_tokenizer(folder, vocab_size=config.text.vocab)
     config = dataclasses.replace(
         config,
@@ -156,45 +152,45 @@ def _write_model(
         tensors |= export_parameter(
             name, _draw(name, leaf.shape, seed).astype(leaf.dtype), has_vision=bool(config.vision)
         )
-    described = {**checkpoint.format_config(config), "torch_dtype": dtype}
+    raw = {**checkpoint.format_config(config), "torch_dtype": dtype}
     if quantization is not None:
-        wide = {name: values.astype(np.float32) for name, values in tensors.items()}
-        tensors, about = quantize_tensors(wide, quantization, **choices)
-        described |= {"torch_dtype": "bfloat16", "quantization_config": about}
-    write_json(folder / "config.json", described)
+        float32 = {name: values.astype(np.float32) for name, values in tensors.items()}
+        tensors, description = quantize_tensors(float32, quantization, **choices)
+        raw |= {"torch_dtype": "bfloat16", "quantization_config": description}
+    write_json(folder / "config.json", raw)
     write_safetensors(folder / "model.safetensors", tensors)
     return config
 
 
 def _draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Weights that keep the size of what passes through, whatever the width; norms near 1."""
-    # RandomState: numpy promises that its numbers never change.
-    values_ = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32).standard_normal(
+    """Draw weights that preserve the scale of activations at any width, and norms near 1."""
+    # RandomState: numpy guarantees that its numbers never change.
+    values = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32).standard_normal(
         shape
     )
     if name.endswith("/scale"):
-        return 1 + 0.1 * values_
+        return 1 + 0.1 * values
     if name.endswith("bias") or len(shape) == 1:
-        return 0.1 * values_
+        return 0.1 * values
     if name.endswith("/embedding"):
-        return values_
-    summed = shape[-2] * shape[-3] if name.endswith("attention/out") else 1
-    return values_ / np.sqrt(shape[-1] * summed)
+        return values
+    in_axes = 3 if name.endswith("attention/out") else 1
+    return values / np.sqrt(np.prod(shape[-in_axes:]))
 
 
 def write_tokenizer(folder: str | os.PathLike, *, vocab_size: int = 512) -> dict[str, Any]:
     """Write a small byte-level BPE tokenizer with Llama 4's special tokens and a chat template.
 
-    Ids 0 to 255 are the bytes in order; merges for common English follow, then the special
-    tokens; ids up to `vocab_size` that are left have no token, as in the real vocabulary. The
-    files are the same every time.
+    Ids 0 to 255 are the bytes in order; merges for common English words follow, then the special
+    tokens. The remaining ids below `vocab_size` have no token, as in Llama 4's vocabulary. The
+    files are deterministic.
 
     Returns:
-        The special ids: `bos`, `eos` (a list: end_of_text, eom, eot), `pad`, and one entry for
-        each special token by its bare name (`eot`, `image_start`, `patch`, ...).
+        The special ids: `bos`, `eos` (a list: end_of_text, eom, eot), `pad`, and one entry per
+        special token, without its brackets (`eot`, `image_start`, `patch`, ...).
 
     Raises:
-        ValueError: `vocab_size` has no room for the bytes and the special tokens.
+        ValueError: `vocab_size` is smaller than the bytes and the special tokens.
     """
     from tokenizers import (
         AddedToken,
@@ -260,10 +256,10 @@ def write_tokenizer(folder: str | os.PathLike, *, vocab_size: int = 512) -> dict
 
 
 def make_split_pattern() -> str:
-    """The regular expression by which Llama 4 cuts text before BPE.
+    """Make the regular expression that splits text before BPE in Llama 4's tokenizer.
 
-    Words (with what precedes them and an English contraction), up to three digits, punctuation,
-    ends of lines, spaces.
+    It matches words (with one preceding character and an English contraction), up to three digits,
+    punctuation, ends of lines, spaces.
     """
     before = r"[^\r\n\p{L}\p{N}]?"
     upper = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
@@ -283,7 +279,7 @@ def make_split_pattern() -> str:
 
 
 def write_processor_configs(folder: str | os.PathLike, image_size: int, patch_size: int) -> None:
-    """Write `preprocessor_config.json` and `processor_config.json` as Llama 4 checkpoints have."""
+    """Write `preprocessor_config.json` and `processor_config.json` like those of Llama 4."""
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     preprocessor = {

@@ -1,4 +1,4 @@
-"""What the published checkpoints hold, from the golden table; what becomes of it, and where."""
+"""The tensors of the published checkpoints, from the golden table; and expected parameters."""
 
 import functools
 import itertools
@@ -20,7 +20,7 @@ _RANGE = re.compile(r"\{([\d:]+)\}")
 
 @functools.cache
 def read_published() -> Mapping[str, dict[str, tuple[str, tuple[int, ...]]]]:
-    """Checkpoint -> tensor -> (dtype, shape)."""
+    """Read checkpoint -> tensor -> (dtype, shape)."""
     found: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     owners: list[str] = []
     for line in _TABLE.read_text().splitlines():
@@ -28,22 +28,22 @@ def read_published() -> Mapping[str, dict[str, tuple[str, tuple[int, ...]]]]:
             owners = line.strip("[]").split()
         elif not line.startswith("#"):
             pattern, dtype, shape = line.split("\t")
-            kind = dtype, tuple(int(size) for size in shape.split("x"))
+            spec = dtype, tuple(int(size) for size in shape.split("x"))
             for owner, name in itertools.product(owners, _expand(pattern)):
-                found.setdefault(owner, {})[name] = kind
+                found.setdefault(owner, {})[name] = spec
     return found
 
 
 def _expand(pattern: str) -> Iterator[str]:
     ranges = [range(*map(int, text.split(":"))) for text in _RANGE.findall(pattern)]
-    form = _RANGE.sub("{}", pattern)
-    return (form.format(*numbers) for numbers in itertools.product(*ranges))
+    template = _RANGE.sub("{}", pattern)
+    return (template.format(*numbers) for numbers in itertools.product(*ranges))
 
 
 def arrange(tensors: Mapping[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
-    """Path -> parameter, written out by hand from the published tensors, fused or not.
+    """Make path -> parameter from the published tensors, fused or not, without recipes.
 
-    Names count without `language_model.`.
+    Names may have the prefix `language_model.` or not.
     """
     tensors = {name.removeprefix("language_model."): x for name, x in tensors.items()}
     c = config.text
@@ -124,15 +124,19 @@ def _arrange_vision(tensors: Mapping[str, np.ndarray], config: Config) -> dict[s
 
 
 def place_on_one(names: tuple[str, ...]) -> SingleDeviceSharding:
-    """Everything on the first device."""
+    """Place an array on the first device."""
     return SingleDeviceSharding(jax.devices()[0])
 
 
 def place_on_mesh(**rules: str) -> Place:
-    """On a (2, 4) mesh of the axes data and model: logical axis -> mesh axis; others replicated."""
+    """Place arrays on a (2, 4) mesh of the axes data and model.
+
+    Args:
+        rules: logical axis -> mesh axis; other axes are replicated.
+    """
 
     def place(names: tuple[str, ...]) -> NamedSharding:
-        # Only where something is placed: tests that are merely collected may have one device.
+        # Made when an array is placed: where tests are only collected, there may be one device.
         mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
         return NamedSharding(mesh, PartitionSpec(*(rules.get(name) for name in names)))
 

@@ -1,4 +1,4 @@
-"""Laws of conversion: the same numbers on any mesh, and whole or not there."""
+"""Laws of conversion to Orbax: equal values on any mesh, and complete or absent output."""
 
 import shutil
 import signal
@@ -24,7 +24,7 @@ RAW = weights.tiny_config("maverick", num_hidden_layers=2)
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A published checkpoint with files beside its weights."""
+    """A published checkpoint with weights and other files."""
     folder = tmp_path_factory.mktemp("published")
     weights.write_checkpoint(folder, RAW, 5, dtype="BF16", shards=2)
     for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja", "LICENSE"):
@@ -35,7 +35,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That, converted through the door."""
+    """The source converted by the command."""
     folder = tmp_path_factory.mktemp("converted") / "new" / "model"
     assert convert.main([str(source), str(folder), "--quiet"]) == 0
     return folder
@@ -52,7 +52,7 @@ def _load(folder: Path, place: Any, dtype: Any = "bfloat16") -> dict[str, jax.Ar
     [place_on_one, place_on_mesh(experts="data", hidden="model", kv_heads="model")],
     ids=["one device", "mesh"],
 )
-def test_converted_parameters_are_the_published_ones(
+def test_converted_parameters_equal_the_published_ones(
     place: Any, dtype: str, source: Path, converted: Path
 ) -> None:
     wanted, found = _load(source, place, dtype), _load(converted, place, dtype)
@@ -63,7 +63,7 @@ def test_converted_parameters_are_the_published_ones(
         np.testing.assert_array_equal(np.asarray(array), np.asarray(wanted[path]), err_msg=path)
 
 
-def test_a_converted_folder_is_a_model(source: Path, converted: Path) -> None:
+def test_converted_folder_has_the_models_other_files(source: Path, converted: Path) -> None:
     assert sorted(path.name for path in converted.iterdir()) == [
         "LICENSE",
         "chat_template.jinja",
@@ -76,7 +76,7 @@ def test_a_converted_folder_is_a_model(source: Path, converted: Path) -> None:
     assert checkpoint.choose_dtype(converted) == checkpoint.choose_dtype(source) == "bfloat16"
 
 
-def test_experts_and_heads_lie_in_chunks_of_their_own(converted: Path) -> None:
+def test_each_expert_and_head_is_one_chunk(converted: Path) -> None:
     import orbax.checkpoint as ocp
 
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -86,7 +86,7 @@ def test_experts_and_heads_lie_in_chunks_of_their_own(converted: Path) -> None:
             assert leaf.storage.chunk_shape[0] == 1, path
 
 
-def test_the_dtype_can_be_chosen(
+def test_dtype_of_the_conversion_is_configurable(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert convert.main([str(source), str(tmp_path / "x"), "--dtype", "float32"]) == 0
@@ -96,7 +96,7 @@ def test_the_dtype_can_be_chosen(
     assert "converting: 100%" in error
 
 
-def test_what_stands_in_the_way_is_refused_and_replaced_on_demand(
+def test_existing_folder_is_refused_and_replaced_with_overwrite(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "model"
@@ -110,7 +110,7 @@ def test_what_stands_in_the_way_is_refused_and_replaced_on_demand(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_what_cannot_be_converted_is_refused(
+def test_unsuitable_source_or_folder_is_refused(
     source: Path, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(source: Path | str, folder: Path, message: str) -> None:
@@ -124,7 +124,9 @@ def test_what_cannot_be_converted_is_refused(
     assert not (tmp_path / "x").exists()
 
 
-def test_a_full_disk_is_noticed_first(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_full_disk_is_refused_before_writing(
+    source: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     usage = SimpleNamespace(free=9)
     monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match="GB free"):
@@ -177,7 +179,7 @@ orbax_writer.convert_folder(source, folder, progress=False)
 @pytest.mark.parametrize(
     "moment", ["orbax_writer load_parameter 20", "output_folder _copy_files 0"]
 )
-def test_a_killed_run_leaves_nothing_that_loads_as_whole(
+def test_killed_conversion_leaves_no_loadable_folder(
     moment: str, source: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
@@ -196,7 +198,7 @@ def test_a_killed_run_leaves_nothing_that_loads_as_whole(
     assert set(_load(folder, place_on_one)) == set(_load(source, place_on_one))
 
 
-def test_a_damaged_or_foreign_orbax_folder_is_refused(converted: Path, tmp_path: Path) -> None:
+def test_damaged_or_foreign_orbax_folder_is_refused(converted: Path, tmp_path: Path) -> None:
     config = checkpoint.load_config(converted)
     (tmp_path / "orbax").mkdir()
     with pytest.raises(CheckpointError, match=r"orbax is not a complete Orbax checkpoint.*convert"):
@@ -211,7 +213,7 @@ def test_a_damaged_or_foreign_orbax_folder_is_refused(converted: Path, tmp_path:
         checkpoint.load(converted, other, np.float32, place_on_one, progress=False)
 
 
-def test_conversion_reads_a_parameter_when_its_turn_comes(
+def test_conversion_reads_one_parameter_at_a_time(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive, most = set(), []
@@ -227,4 +229,4 @@ def test_conversion_reads_a_parameter_when_its_turn_comes(
     monkeypatch.setattr(orbax_writer, "load_parameter", load_and_count)
     orbax_writer.convert_folder(source, tmp_path / "model", progress=False)
     assert len(most) > 50
-    assert max(most) <= 1  # the last one, which its writer lets go of a moment later
+    assert max(most) <= 1  # the previous one, which its writer frees shortly after

@@ -1,8 +1,8 @@
 """Loading more than 4 GiB: host memory stays below the weights, the largest shard and 2 GiB.
 
-On a CPU the devices' memory is the host's. So what is measured is the peak of a fresh process'
-resident memory, files that are mapped and Python with jax included, less the bytes that the
-parameters take in the end: what an accelerator's host would need.
+On a CPU, device memory is host memory. The test measures the peak resident memory of a new process,
+with mapped files, Python and jax, minus the bytes of the loaded parameters: the memory that an
+accelerator's host would need.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from tests import weights
 
 GIB = 2**30
 LAYERS, EXPERTS, WIDTH, VOCAB = 5, 16, 2048, 2**16
-# Of one in the last place of each tensor, by which it is recognized; all else is zeros.
+# The bytes of 1, the last value of each tensor; all other values are 0.
 ONE = {"BF16": b"\x80\x3f", "F8_E4M3": b"\x38"}
 
 CHILD = """
@@ -47,11 +47,11 @@ print(json.dumps({"peak": peak, "params": sum(x.nbytes for _, x in leaves), "one
 """
 
 
-def list_shards(config: Mapping[str, Any], form: str) -> list[dict[str, TensorSpec]]:
-    """The tensors of each shard: those of a layer, and with the first what belongs to none."""
+def list_shards(config: Mapping[str, Any], format: str) -> list[dict[str, TensorSpec]]:
+    """List the tensors of each shard: one layer per shard, other tensors in the first one."""
     specs: dict[str, TensorSpec] = {}
     for name, shape in weights.tensor_shapes(config).items():
-        if len(shape) < 3 or form == "bf16":
+        if len(shape) < 3 or format == "bf16":
             specs[name] = "BF16", shape
             continue
         at, projection = name.rsplit(".", 1)
@@ -68,7 +68,7 @@ def list_shards(config: Mapping[str, Any], form: str) -> list[dict[str, TensorSp
 
 
 def write_hollow(path: Path, specs: Mapping[str, TensorSpec]) -> int:
-    """A file of zeros, with a one at the end of each tensor, which takes no room on the disk."""
+    """Write a sparse file of zeros, with a 1 at the end of each tensor; return its length."""
     header, end = {}, 0
     for name, spec in specs.items():
         begin, end = end, end + count_bytes(spec)
@@ -84,21 +84,21 @@ def write_hollow(path: Path, specs: Mapping[str, TensorSpec]) -> int:
 
 @pytest.fixture
 def hollow(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, int, int]]:
-    """(folder, bytes of the largest shard, tensors but for scales) of a checkpoint."""
-    form = request.param
+    """A checkpoint: (folder, bytes of the largest shard, number of tensors without scales)."""
+    format = request.param
     config = weights.text_only(
         weights.tiny_config(
             "scout",
             vocab_size=VOCAB,
             hidden_size=WIDTH,
-            intermediate_size=4096 if form == "bf16" else 8192,
+            intermediate_size=4096 if format == "bf16" else 8192,
             num_local_experts=EXPERTS,
             num_hidden_layers=LAYERS,
         )
     )
     (tmp_path / "config.json").write_text(json.dumps(config))
     sizes, weight_map = [], {}
-    for number, specs in enumerate(list_shards(config, form), 1):
+    for number, specs in enumerate(list_shards(config, format), 1):
         name = f"model-{number:05}-of-{LAYERS:05}.safetensors"
         sizes.append(write_hollow(tmp_path / name, specs))
         weight_map |= dict.fromkeys(specs, name)
@@ -116,7 +116,7 @@ def hollow(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Pat
     [("bf16", "", 4 * GIB), ("fp8", "", 4 * GIB), ("bf16", "fp8", 2 * GIB)],
     indirect=["hollow"],
 )
-def test_host_memory_holds_a_shard_and_two_gibibytes_at_most(
+def test_host_memory_stays_below_a_shard_and_two_gibibytes(
     hollow: tuple[Path, int, int], quantization: str, least: int
 ) -> None:
     folder, largest, count = hollow
@@ -125,13 +125,14 @@ def test_host_memory_holds_a_shard_and_two_gibibytes_at_most(
         capture_output=True,
         text=True,
         timeout=300,
-        # Here programs run for seconds, and are worth optimizing.
+        # The programs run for seconds: XLA's optimizations pay off.
         env={key: value for key, value in os.environ.items() if key != "XLA_FLAGS"},
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["ones"] == count  # each tensor was read to its end, and arrived
+    assert found["ones"] == count  # each tensor was read to its end
     assert found["params"] > least
     over = found["peak"] - found["params"]
-    print(f"{over / GIB:.2f} GiB beside {found['params'] / GIB:.2f}, shard {largest / GIB:.2f}")
+    sizes = [f"{size / GIB:.2f}" for size in (over, found["params"], largest)]
+    print("GiB in addition to the parameters, of the parameters, of the largest shard:", *sizes)
     assert over < largest + 2 * GIB

@@ -1,4 +1,4 @@
-"""Laws of finding a model: a folder is itself, a name is downloaded, errors say the way out."""
+"""Laws of finding a model: folders are used, names are downloaded, errors give the way out."""
 
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ SCOUT = "meta-llama/Llama-4-Scout-17B-16E-Instruct"
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
-    """What was asked of the hub, which answers with a folder."""
+def downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """The calls of the hub's download, which returns a folder."""
     found: list[Any] = []
 
     def download(name: str, **kwargs: Any) -> str:
@@ -26,23 +26,23 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     return found
 
 
-def test_a_folder_is_itself(tmp_path: Path, asked: list[Any]) -> None:
+def test_existing_folder_is_used(tmp_path: Path, downloads: list[Any]) -> None:
     assert find_folder(tmp_path) == find_folder(str(tmp_path)) == tmp_path
-    assert asked == []
+    assert downloads == []
 
 
-def test_a_folder_goes_before_a_name(
-    tmp_path: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+def test_existing_folder_precedes_a_hub_name(
+    tmp_path: Path, downloads: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / SCOUT).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert find_folder(SCOUT) == Path(SCOUT)
-    assert asked == []
+    assert downloads == []
 
 
-def test_a_name_is_downloaded_without_pickles(tmp_path: Path, asked: list[Any]) -> None:
+def test_hub_name_is_downloaded_without_pickles(tmp_path: Path, downloads: list[Any]) -> None:
     assert find_folder(SCOUT, revision="abc") == tmp_path
-    [(name, kwargs)] = asked
+    [(name, kwargs)] = downloads
     assert (name, kwargs["revision"]) == (SCOUT, "abc")
     wanted = [Path("x" + pattern.removeprefix("*")).suffix for pattern in kwargs["allow_patterns"]]
     assert {".safetensors", ".json", ".jinja"} <= set(wanted)
@@ -50,13 +50,13 @@ def test_a_name_is_downloaded_without_pickles(tmp_path: Path, asked: list[Any]) 
 
 
 @pytest.mark.parametrize("text", ["./x", "/no/x", "~/no/such", "", "scout", "a/b/c", "a/", "/x"])
-def test_what_looks_local_is_never_asked_of_the_hub(text: str, asked: list[Any]) -> None:
+def test_local_path_is_never_downloaded(text: str, downloads: list[Any]) -> None:
     with pytest.raises(CheckpointError, match="there is no folder"):
         find_folder(text)
-    assert asked == []
+    assert downloads == []
 
 
-def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
+def test_file_is_refused_as_a_folder(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(CheckpointError, match="is a file: pass the folder"):
         find_folder(tmp_path / "model.safetensors")
@@ -77,11 +77,11 @@ def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
         (OSError, r"could not be downloaded \(401 Unauthorized\): check network and disk"),
     ],
 )
-def test_the_hubs_errors_say_the_way_out(
+def test_hub_errors_give_the_way_out(
     kind: type[Exception], way_out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> str:
-        error = kind.__new__(kind)  # without the answer of a server that its constructor wants
+        error = kind.__new__(kind)  # without the HTTP response that its constructor needs
         error.args = ("401 Unauthorized\nand much more",)
         raise error
 
@@ -91,7 +91,7 @@ def test_the_hubs_errors_say_the_way_out(
     assert "\n" not in str(caught.value)
 
 
-def test_the_bundled_model_comes_with_weights_and_is_missed_by_name_without(tmp_path):
+def test_bundled_model_has_weights_or_is_refused(tmp_path):
     assert checkpoint.find_bundled() == checkpoint.BUNDLED and checkpoint.SAMPLE.is_file()
     with pytest.raises(CheckpointError, match=r"model\.safetensors, .* with --model"):
         checkpoint.find_bundled(tmp_path)

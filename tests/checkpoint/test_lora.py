@@ -1,4 +1,4 @@
-"""Laws of adapters: what they add, where they are added, how they are stored and refused."""
+"""Laws of LoRA adapters: merging, placement, files and refusals."""
 
 import dataclasses
 import json
@@ -47,16 +47,16 @@ def read_stored(folder: Path) -> dict[str, np.ndarray]:
     return load_file(folder / "model.safetensors")
 
 
-def save(folder: Path, adapter: Adapter, config: Config, **about: Any) -> Path:
-    """An adapter with other values in its config."""
+def save(folder: Path, adapter: Adapter, config: Config, **settings: Any) -> Path:
+    """Write an adapter with other values in its config."""
     checkpoint.write_adapter(folder, adapter, config, "base")
     path = folder / peft.CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | about))
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     return folder
 
 
-def test_merged_is_what_the_stored_matrices_make_with_their_factors(base, tmp_path):
-    """W + alpha / r * B A in numpy, tensor by tensor as PEFT names them, then loaded."""
+def test_merged_parameters_equal_stored_matrices_plus_factors(base, tmp_path):
+    """The expectation is W + alpha / r * B A in numpy, per tensor under PEFT's names."""
     config = checkpoint.load_config(base)
     adapter = make_adapter(config, EVERYTHING)
     checkpoint.write_adapter(tmp_path, adapter, config, "base")
@@ -85,7 +85,7 @@ def test_merged_is_what_the_stored_matrices_make_with_their_factors(base, tmp_pa
 
 
 @pytest.mark.parametrize("pattern", [r"text/.*/attention/.*", r".*/shared/.*", EVERYTHING])
-def test_what_is_written_is_read_again(base, pattern, tmp_path):
+def test_written_adapter_is_read_back(base, pattern, tmp_path):
     config = checkpoint.load_config(base)
     adapter = make_adapter(config, pattern)
     checkpoint.write_adapter(tmp_path, adapter, config, "base")
@@ -95,7 +95,7 @@ def test_what_is_written_is_read_again(base, pattern, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, dict(again.factors), dict(adapter.factors))
 
 
-def test_an_adapter_of_a_text_only_model_fits_the_whole_one(tmp_path):
+def test_adapter_of_a_text_only_model_fits_the_model_with_vision(tmp_path):
     whole = checkpoint.parse_config(RAW["scout"])
     text = dataclasses.replace(whole, vision=None)
     adapter = make_adapter(text)
@@ -105,9 +105,9 @@ def test_an_adapter_of_a_text_only_model_fits_the_whole_one(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, dict(again.factors), dict(adapter.factors))
 
 
-@pytest.mark.parametrize("width", [48, 64], ids=["told by shapes", "told by the version"])
-def test_experts_are_read_in_the_layout_before_0_19_1_too(width, tmp_path):
-    """Then A ended in what is summed over, for the parameter as for a matrix."""
+@pytest.mark.parametrize("width", [48, 64], ids=["layout by shapes", "layout by version"])
+def test_fused_experts_are_read_in_the_layout_before_0_19_1(width, tmp_path):
+    """Before 0.19.1, A ended in the inputs for fused experts as for matrices."""
     config = checkpoint.parse_config(weights.tiny_config("scout", intermediate_size=width))
     adapter = make_adapter(config, r"text/layer_0/feed_forward/(gate_up|down)")
     save(tmp_path, adapter, config, peft_version="0.18.0")
@@ -124,19 +124,19 @@ def test_experts_are_read_in_the_layout_before_0_19_1_too(width, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, dict(again.factors), dict(adapter.factors))
 
 
-def test_a_second_factor_of_zeros_changes_nothing(base):
+def test_second_factor_of_zeros_changes_no_weight(base):
     adapter = make_adapter(checkpoint.load_config(base), EVERYTHING)
     factors = {
         path: its | {"second": np.zeros_like(its["second"])}
         for path, its in adapter.factors.items()
     }
-    nothing = dataclasses.replace(adapter, factors=factors)
-    jax.tree.map(np.testing.assert_array_equal, load(base, nothing), load(base, None))
+    zero = dataclasses.replace(adapter, factors=factors)
+    jax.tree.map(np.testing.assert_array_equal, load(base, zero), load(base, None))
 
 
 @pytest.mark.parametrize("unfused", [False, True], ids=["fused", "one by one"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_merging_on_a_mesh_is_merging_on_one_device(dtype, unfused, tmp_path):
+def test_merging_on_a_mesh_equals_merging_on_one_device(dtype, unfused, tmp_path):
     weights.write_checkpoint(tmp_path, RAW["scout"], 3, dtype="BF16", fused=not unfused)
     adapter = make_adapter(checkpoint.load_config(tmp_path), EVERYTHING)
     one = load(tmp_path, adapter, dtype=dtype)
@@ -144,7 +144,7 @@ def test_merging_on_a_mesh_is_merging_on_one_device(dtype, unfused, tmp_path):
     many = load(tmp_path, adapter, place, dtype=dtype)
     for path, array in many.items():
         assert array.dtype == dtype
-        error = 1e-6 if dtype == "float32" else 2**-8  # at the border of two numbers
+        error = 1e-6 if dtype == "float32" else 2**-8  # one rounding step of bfloat16
         found, wanted = (np.asarray(x, np.float32) for x in (array, one[path]))
         np.testing.assert_allclose(found, wanted, rtol=error, atol=1e-6, err_msg=path)
     plain = load(tmp_path, None, place, dtype=dtype)
@@ -154,7 +154,7 @@ def test_merging_on_a_mesh_is_merging_on_one_device(dtype, unfused, tmp_path):
 
 
 @pytest.mark.parametrize("choice", [("fp8",), ("int4", True)])
-def test_what_is_quantized_is_what_was_merged(base, choice):
+def test_merged_weights_are_quantized(base, choice):
     adapter = make_adapter(checkpoint.load_config(base))
     online_quantization = OnlineQuantization.choose(*choice)
     assert online_quantization is not None
@@ -166,15 +166,15 @@ def test_what_is_quantized_is_what_was_merged(base, choice):
     for path, array in found.items():
         if isinstance(array, Quantized):
             count += 1
-            inner = online_quantization.count_in_axes(path)
-            assert inner
+            in_axes = online_quantization.count_in_axes(path)
+            assert in_axes
             names = ("",) * len(array.shape)
-            wanted = online_quantization.quantize(merged[path], inner, names, place_on_one)
+            wanted = online_quantization.quantize(merged[path], in_axes, names, place_on_one)
             jax.tree.map(np.testing.assert_array_equal, array, wanted)
     assert count > 4
 
 
-def test_a_converted_checkpoint_merges_the_same(base, tmp_path):
+def test_converted_checkpoint_merges_to_the_same_weights(base, tmp_path):
     config = checkpoint.load_config(base)
     assert convert.main([str(base), str(tmp_path / "ours"), "--quiet"]) == 0
     adapter = make_adapter(config, EVERYTHING)
@@ -194,8 +194,8 @@ def test_a_converted_checkpoint_merges_the_same(base, tmp_path):
         ("text/layer_0/feed_forward/shared/down", "TF,DF->TD", (16, 8)),
     ],
 )
-def test_applied_equals_merged(path, subscripts, shape):
-    """A product with the weight and the factors beside it, and one with their sum."""
+def test_applied_adapter_equals_merged_adapter(path, subscripts, shape):
+    """Compare a product with the weight and its factors to one with their sum."""
     rng = np.random.default_rng(0)
     shapes = shape_factors(path, shape, 3)
     assert shapes is not None
@@ -226,23 +226,23 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("about", "words"), REFUSED, ids=[next(iter(x)) for x, _ in REFUSED])
-def test_an_adapter_that_does_more_is_refused_by_the_field(about, words, tmp_path):
+@pytest.mark.parametrize(("settings", "words"), REFUSED, ids=[next(iter(x)) for x, _ in REFUSED])
+def test_adapter_with_unsupported_setting_is_refused_by_key(settings, words, tmp_path):
     config = checkpoint.parse_config(RAW["scout"])
     adapter = make_adapter(config, r"text/layer_0/attention/.*")
-    save(tmp_path, adapter, config, **about)
+    save(tmp_path, adapter, config, **settings)
     with pytest.raises(CheckpointError, match=words):
         checkpoint.read_adapter(tmp_path, config)
 
 
-def test_the_roots_scale_is_taken(tmp_path):
+def test_rank_stabilized_scale_is_alpha_by_root_of_rank(tmp_path):
     config = checkpoint.parse_config(RAW["scout"])
     adapter = dataclasses.replace(make_adapter(config, r".*/attention/.*", rank=4), alpha=3)
     save(tmp_path, adapter, config, use_rslora=True)
     assert checkpoint.read_adapter(tmp_path, config).scale == 3 / 2
 
 
-def test_files_that_do_not_fit_are_refused_by_name(tmp_path):
+def test_wrong_adapter_files_are_refused_by_name(tmp_path):
     config = checkpoint.parse_config(RAW["scout"])
     adapter = make_adapter(config, r"text/layer_1/attention/.*")
     with pytest.raises(CheckpointError, match=r"holds no adapter_config\.json: pass the folder"):
@@ -271,7 +271,7 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path):
         checkpoint.read_adapter(tmp_path, config)
 
 
-def test_a_deeper_models_adapter_is_refused(tmp_path):
+def test_adapter_of_a_deeper_model_is_refused(tmp_path):
     deep = checkpoint.parse_config(weights.tiny_config("scout", num_hidden_layers=3))
     shallow = checkpoint.parse_config(weights.tiny_config("scout", num_hidden_layers=2))
     checkpoint.write_adapter(tmp_path, make_adapter(deep, r".*/attention/.*"), deep, "base")
@@ -279,7 +279,7 @@ def test_a_deeper_models_adapter_is_refused(tmp_path):
         checkpoint.read_adapter(tmp_path, shallow)
 
 
-def test_an_adapter_of_quantized_weights_is_refused_and_of_others_merged(tmp_path):
+def test_adapter_of_quantized_weights_is_refused_and_others_are_merged(tmp_path):
     config = write_model(tmp_path, quantization="maverick-fp8")  # attention stays BF16
     experts = make_adapter(config, r"text/layer_0/feed_forward/.*")
     words = "is quantized already .*float-quantized fp8.* take the BF16 checkpoint"

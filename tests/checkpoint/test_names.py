@@ -1,4 +1,4 @@
-"""Laws of the table: every published tensor is used once, and what does not fit is named."""
+"""Laws of the name table: each published tensor is used once, mismatches are named."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ from l4jax.strategies import TENSOR
 from sharding import Layout, make_mesh
 from tests.checkpoint.published import read_published
 
-PUBLISHED = {  # tensors, parameters (of the plain ones), config
+PUBLISHED = {  # tensors, parameters (of unquantized ones), config
     "scout-instruct": (1133, 108_641_793_536, SCOUT),
     "maverick-instruct": (1061, 401_583_781_376, MAVERICK),
     "maverick-instruct-fp8": (19445, None, MAVERICK),
@@ -36,7 +36,7 @@ def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_tensor_of_a_published_checkpoint_has_its_place(name: str) -> None:
+def test_published_tensors_match_the_models_parameters(name: str) -> None:
     tensors, _, config = PUBLISHED[name]
     stored = read_published()[name]
     assert len(stored) == tensors
@@ -47,7 +47,7 @@ def test_every_tensor_of_a_published_checkpoint_has_its_place(name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["scout-instruct", "maverick-instruct"])
-def test_a_plain_checkpoint_fills_every_parameter_exactly_once(name: str) -> None:
+def test_unquantized_checkpoint_fills_each_parameter_once(name: str) -> None:
     _, parameters, config = PUBLISHED[name]
     stored, shapes = read_published()[name], _shapes(config)
     recipes = match_tensors(shapes, stored, name)
@@ -68,7 +68,7 @@ def test_scout_takes_217_gigabytes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "gigabytes", "narrow"),
+    ("name", "gigabytes", "quantized"),
     [
         ("scout-instruct", 217.3, set()),
         ("maverick-instruct", 803.2, set()),
@@ -77,20 +77,18 @@ def test_scout_takes_217_gigabytes() -> None:
         ("scout-instruct-w4a16", 64.9, {"gate_up", "down", "shared/gate_up", "shared/down"}),
     ],
 )
-def test_on_devices_a_checkpoint_takes_the_bytes_of_its_files(
-    name: str, gigabytes: float, narrow: set[str]
-) -> None:
-    """On one device, and an eighth of it on each of eight but for what all of them hold."""
+def test_device_bytes_equal_file_bytes(name: str, gigabytes: float, quantized: set[str]) -> None:
+    """On eight devices each has an eighth, except for replicated parameters."""
     stored = read_published()[name]
     config = PUBLISHED[name][2]
     names = flatten(declare_parameters(config, jnp.bfloat16)[1])
     recipes = match_tensors(_shapes(config), stored, name)
     found = {path for path, recipe in recipes.items() if isinstance(recipe, QuantizedRecipe)}
-    assert {re.sub(r"text/layer_\d+/feed_forward/", "", path) for path in found} == narrow
+    assert {re.sub(r"text/layer_\d+/feed_forward/", "", path) for path in found} == quantized
     layout = Layout(make_mesh("8"), TENSOR)
 
-    def count(path: str, part: Recipe, size: float) -> tuple[float, float]:
-        shape = part.parameter_shape
+    def count(path: str, recipe: Recipe, size: float) -> tuple[float, float]:
+        shape = recipe.parameter_shape
         place = layout.place(names[path][: len(shape)])
         return math.prod(shape) * size, math.prod(place.shard_shape(shape)) * size
 
@@ -103,13 +101,13 @@ def test_on_devices_a_checkpoint_takes_the_bytes_of_its_files(
             counts.append(count(path, recipe, 2))
     total, each = map(sum, zip(*counts, strict=True))
     in_files = sum(math.prod(shape) * BYTES[dtype] for dtype, shape in stored.values())
-    assert total == pytest.approx(in_files, rel=1e-6)  # all but `weight_shape`, 16 bytes a matrix
+    assert total == pytest.approx(in_files, rel=1e-6)  # without `weight_shape`, 16 bytes per matrix
     assert total / 1e9 == pytest.approx(gigabytes, abs=0.06)
     assert 1 / 8 <= each / total < 1.03 / 8
 
 
 @pytest.mark.parametrize(
-    ("kinds", "found"),
+    ("dtypes", "expected"),
     [
         ({"a.weight": "BF16"}, None),
         ({"a.weight_packed": "U8", "a.weight_global_scale": "F32"}, "nvfp4-pack-quantized"),
@@ -122,24 +120,24 @@ def test_on_devices_a_checkpoint_takes_the_bytes_of_its_files(
         ({"a.weight": "BF16", "a.weight_scale": "F32"}, "unknown format with weight_scale"),
     ],
 )
-def test_the_tensors_alone_tell_how_they_are_quantized(
-    kinds: dict[str, str], found: str | None
+def test_quantization_is_detected_from_tensors(
+    dtypes: dict[str, str], expected: str | None
 ) -> None:
-    told = detect_quantization({name: (dtype, (2,)) for name, dtype in kinds.items()})
-    assert told == found if told is None or found is None else found in told
+    found = detect_quantization({name: (dtype, (2,)) for name, dtype in dtypes.items()})
+    assert found == expected if found is None or expected is None else expected in found
 
 
-def test_a_text_model_alone_has_no_prefix_and_no_vision() -> None:
+def test_text_only_checkpoint_has_no_prefix_and_no_vision() -> None:
     config = Config(SCOUT.text, None, 1, (2,), None, None)
     stored = {
-        name.removeprefix("language_model."): kind
-        for name, kind in read_published()["scout-instruct"].items()
+        name.removeprefix("language_model."): spec
+        for name, spec in read_published()["scout-instruct"].items()
         if name.startswith("language_model.")
     }
     assert len(match_tensors(_shapes(config), stored, "here")) == len(_shapes(config))
 
 
-def test_saved_rope_frequencies_change_nothing() -> None:
+def test_saved_rope_frequencies_are_ignored() -> None:
     stored = dict(read_published()["scout-instruct"])
     stored["language_model.model.rotary_emb.inv_freq"] = "F32", (64,)
     stored["vision_model.rotary_embedding.freqs_ci"] = "C64", (577, 44)
@@ -151,7 +149,7 @@ def _refuse(stored: Stored, message: str) -> None:
         match_tensors(_shapes(SCOUT), stored, "some folder")
 
 
-def test_what_does_not_fit_is_named() -> None:
+def test_mismatched_tensors_are_named() -> None:
     whole = read_published()["scout-instruct"]
     layer = "language_model.model.layers.7."
     router, query = layer + "feed_forward.router.weight", layer + "self_attn.q_proj.weight"
@@ -163,12 +161,14 @@ def test_what_does_not_fit_is_named() -> None:
     )
     _refuse({**whole, query: ("I32", (5120, 5120))}, rf"{query} \(I32\)")
     _refuse({}, r"lacks .*, .*, .* and 1130 more")
-    # A matrix whose elements fit in another shape is not this matrix.
-    turned = ("BF16", (5120, 1024))
-    _refuse({**whole, layer + "self_attn.k_proj.weight": turned}, r"k_proj\.weight \[5120, 1024\]")
+    # A transposed matrix has as many elements, and is refused.
+    transposed = ("BF16", (5120, 1024))
+    _refuse(
+        {**whole, layer + "self_attn.k_proj.weight": transposed}, r"k_proj\.weight \[5120, 1024\]"
+    )
 
 
-def test_fused_and_single_experts_do_not_mix() -> None:
+def test_mixed_fused_and_unfused_experts_are_refused() -> None:
     stored = dict(read_published()["scout-instruct"])
     at = "language_model.model.layers.0.feed_forward.experts."
     stored[at + "3.down_proj.weight"] = "BF16", (5120, 8192)

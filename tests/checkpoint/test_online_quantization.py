@@ -1,4 +1,4 @@
-"""Laws of quantizing while loading: the numbers of numpy's own rounding, on one device and many."""
+"""Laws of online quantization: values equal numpy's rounding, on one device and on meshes."""
 
 import dataclasses
 import gc
@@ -21,7 +21,7 @@ from tests.checkpoint.published import arrange, place_on_mesh, place_on_one
 
 MESH = {"hidden": "model", "kv_heads": "model", "vocab": "model", "vision_hidden": "model"}
 EXPERT = {**MESH, "experts": "data"}
-# Of 512 columns each of four devices has 128, one group: as many groups as on one device.
+# Each of four devices has 128 of 512 columns, one group: as many groups as on one device.
 RAW = {
     "scout": weights.tiny_config("scout", num_hidden_layers=2, intermediate_size=512),
     "maverick": weights.tiny_config(
@@ -56,8 +56,8 @@ def _expect(folder: Path) -> dict[str, np.ndarray]:
     return arrange(tensors, config)
 
 
-def _round_fp8(values: np.ndarray, inner: int) -> tuple[np.ndarray, np.ndarray]:
-    rows = values.reshape(*values.shape[: values.ndim - inner], -1)
+def _round_fp8(values: np.ndarray, in_axes: int) -> tuple[np.ndarray, np.ndarray]:
+    rows = values.reshape(*values.shape[: values.ndim - in_axes], -1)
     scale = np.abs(rows).max(-1) * np.float32(1 / 448)
     scale[scale == 0] = 1
     data = np.clip(rows * (1 / scale)[..., None], -448, 448).astype(ml_dtypes.float8_e4m3fn)
@@ -72,7 +72,9 @@ def _round_int4(values: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]
     return data.reshape(values.shape), scale
 
 
-def _check(loaded: dict[str, Any], expected: dict[str, np.ndarray], form: str, pattern: Any) -> int:
+def _check(
+    loaded: dict[str, Any], expected: dict[str, np.ndarray], format: str, pattern: Any
+) -> int:
     count = 0
     assert set(loaded) == set(expected)
     for path, array in loaded.items():
@@ -82,7 +84,7 @@ def _check(loaded: dict[str, Any], expected: dict[str, np.ndarray], form: str, p
             np.testing.assert_array_equal(np.asarray(array, np.float32), wanted, err_msg=path)
             continue
         count += 1
-        if form == "fp8":
+        if format == "fp8":
             data, scale = _round_fp8(wanted, 3 if path.endswith("attention/out") else 1)
             found = np.asarray(array.data)
             assert found.dtype == data.dtype
@@ -109,51 +111,51 @@ def _check(loaded: dict[str, Any], expected: dict[str, np.ndarray], form: str, p
     ],
     ids=str,
 )
-def test_quantized_while_loaded_is_loaded_and_then_quantized(
+def test_online_quantization_equals_quantization_after_loading(
     choice: tuple[Any, ...], pattern: str, place: Any, published: Path
 ) -> None:
     loaded = _load(published, place, *choice)
     assert _check(loaded, _expect(published), choice[0], re.compile(pattern)) >= 6
 
 
-@pytest.mark.parametrize("form", ["fp8", "int4"])
-def test_what_is_quantized_is_placed_as_its_axes_are_named(form: str, published: Path) -> None:
+@pytest.mark.parametrize("format", ["fp8", "int4"])
+def test_data_and_scales_are_sharded_by_the_names_of_axes(format: str, published: Path) -> None:
     place = place_on_mesh(**EXPERT)
-    wide, narrow = _load(published, place), _load(published, place, form, True)
-    for path, array in narrow.items():
+    plain, quantized = _load(published, place), _load(published, place, format, True)
+    for path, array in quantized.items():
         if isinstance(array, Quantized):
-            assert array.data.sharding == wide[path].sharding, path
-            parts = tuple(wide[path].sharding.spec)[: array.scale.ndim]
+            assert array.data.sharding == plain[path].sharding, path
+            parts = tuple(plain[path].sharding.spec)[: array.scale.ndim]
             assert tuple(array.scale.sharding.spec) == parts, path
 
 
-@pytest.mark.parametrize("form", ["fp8", "int4"])
-def test_no_weight_is_off_by_more_than_half_a_step(form: str, published: Path) -> None:
+@pytest.mark.parametrize("format", ["fp8", "int4"])
+def test_quantization_error_is_at_most_half_a_step(format: str, published: Path) -> None:
     expected = _expect(published)
-    for path, array in _load(published, place_on_one, form, True).items():
+    for path, array in _load(published, place_on_one, format, True).items():
         if isinstance(array, Quantized):
             wanted, scale = expected[path], np.asarray(array.scale)
             error = np.abs(np.asarray(dequantize(array, np.float32)) - wanted)
-            if form == "int4":
+            if format == "int4":
                 groups = error.reshape(*scale.shape, -1)
                 assert (groups <= 0.5001 * scale[..., None]).all(), path
             else:
-                # Three bits of mantissa: half of 2^-3; below 2^-6 steps are even, of 2^-9.
+                # Half of the mantissa's 2^-3; below 2^-6 (subnormal) steps are 2^-9.
                 scale = scale.reshape(*scale.shape, *[1] * (wanted.ndim - scale.ndim))
                 bound = np.maximum(np.abs(wanted) / 16, scale * 2.0**-10)
                 assert (error <= 1.0001 * bound).all(), path
 
 
 @pytest.mark.parametrize("place", [place_on_one, place_on_mesh(**EXPERT)], ids=["1", "mesh"])
-@pytest.mark.parametrize("form", ["fp8", "int4"])
-def test_one_wide_parameter_is_alive_at_a_time(
-    form: str, place: Any, published: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("format", ["fp8", "int4"])
+def test_one_unquantized_parameter_is_alive_at_a_time(
+    format: str, place: Any, published: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gc.collect()
     before = {id(array) for array in jax.live_arrays()}
-    is_narrow = re.compile(f"{FEED_FORWARD.pattern}|{ATTENTION.pattern}").fullmatch
-    shapes = {x.shape for path, x in _expect(published).items() if is_narrow(path)}
-    shapes |= {(x[0], x[-1], *x[1:-1]) for x in shapes}  # as the files have fused experts
+    is_quantized = re.compile(f"{FEED_FORWARD.pattern}|{ATTENTION.pattern}").fullmatch
+    shapes = {x.shape for path, x in _expect(published).items() if is_quantized(path)}
+    shapes |= {(x[0], x[-1], *x[1:-1]) for x in shapes}  # fused experts in the files' layout
     quantize, read, calls = OnlineQuantization.quantize, parameters._load_array, []
 
     def count() -> int:
@@ -173,31 +175,31 @@ def test_one_wide_parameter_is_alive_at_a_time(
 
     monkeypatch.setattr(OnlineQuantization, "quantize", quantize_and_count)
     monkeypatch.setattr(parameters, "_load_array", count_and_read)
-    _load(published, place, form, True, dtype="float32")
+    _load(published, place, format, True, dtype="float32")
     assert len(calls) >= 10
 
 
-@pytest.mark.parametrize("form", ["fp8", "int4"])
-def test_a_converted_checkpoint_is_quantized_alike(
-    form: str, published: Path, tmp_path: Path
+@pytest.mark.parametrize("format", ["fp8", "int4"])
+def test_converted_checkpoint_is_quantized_to_the_same_values(
+    format: str, published: Path, tmp_path: Path
 ) -> None:
     assert convert.main([str(published), str(tmp_path / "orbax"), "--quiet"]) == 0
     place = place_on_mesh(**EXPERT)
-    wanted, found = _load(published, place, form), _load(tmp_path / "orbax", place, form)
+    wanted, found = _load(published, place, format), _load(tmp_path / "orbax", place, format)
     assert jax.tree.structure(wanted) == jax.tree.structure(found)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(wanted))
 
 
 def test_channels_of_zeros_stay_zeros() -> None:
-    for form in ("fp8", "int4"):
-        array = OnlineQuantization(form, True).quantize(
+    for format in ("fp8", "int4"):
+        array = OnlineQuantization(format, True).quantize(
             jax.numpy.zeros((4, 8), "bfloat16"), 1, ("width", "hidden"), place_on_one
         )
         assert (np.asarray(dequantize(array, np.float32)) == 0).all()
         assert (np.asarray(array.scale) == 1).all()
 
 
-def test_groups_divide_what_a_device_has() -> None:
+def test_group_size_divides_a_devices_columns() -> None:
     assert [choose_group_size(n) for n in (5120, 1024, 128, 96, 200, 131)] == [
         128,
         128,
@@ -208,19 +210,19 @@ def test_groups_divide_what_a_device_has() -> None:
     ]
 
 
-@pytest.mark.parametrize(("form", "stored"), [("fp8", "fp8-dynamic"), ("int4", "w4a16")])
-def test_a_quantized_checkpoint_is_loaded_as_it_is_or_refused(
-    form: str, stored: quantized.Form, tmp_path: Path
+@pytest.mark.parametrize(("format", "stored"), [("fp8", "fp8-dynamic"), ("int4", "w4a16")])
+def test_quantized_checkpoint_is_loaded_unchanged_or_refused(
+    format: str, stored: quantized.Scheme, tmp_path: Path
 ) -> None:
     quantized.write_checkpoint(tmp_path, weights.tiny_config("scout"), 3, stored)
-    found, wanted = _load(tmp_path, place_on_one, form), _load(tmp_path, place_on_one)
+    found, wanted = _load(tmp_path, place_on_one, format), _load(tmp_path, place_on_one)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(wanted))
-    other = {"fp8": "int4", "int4": "fp8"}[form]
-    with pytest.raises(CheckpointError, match=rf"already .*{form}.* made {other}: leave .* BF16"):
+    other = {"fp8": "int4", "int4": "fp8"}[format]
+    with pytest.raises(CheckpointError, match=rf"already .*{format}.* made {other}: leave .* BF16"):
         _load(tmp_path, place_on_one, other)
 
 
-def test_formats_that_there_are_not_are_refused() -> None:
+def test_unknown_format_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"quantization is 'int3': .* fp8 or int4"):
         OnlineQuantization.choose("int3")
     with pytest.raises(CheckpointError, match="nothing is quantized: choose"):

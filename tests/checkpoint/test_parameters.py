@@ -1,4 +1,4 @@
-"""Laws of loading: every value arrives where it belongs, and no device reads for another."""
+"""Laws of loading: values and shardings are right, and each slice is read once."""
 
 import tracemalloc
 from collections import Counter
@@ -39,30 +39,30 @@ def _check(loaded: dict[str, jax.Array], expected: dict[str, np.ndarray]) -> Non
 
 @pytest.mark.parametrize("kind", ["scout", "maverick"])
 @pytest.mark.parametrize(
-    "form",
+    "layout",
     [
         {"dtype": "F32"},
         {"dtype": "BF16", "shards": 5},
         {"dtype": "F32", "shards": 3, "fused": False},
         {"dtype": "BF16", "fused": False},
     ],
-    ids=lambda form: "-".join(f"{key}={value}" for key, value in form.items()),
+    ids=lambda layout: "-".join(f"{key}={value}" for key, value in layout.items()),
 )
-def test_what_was_published_is_what_is_loaded(
-    kind: weights.Kind, form: dict[str, Any], tmp_path: Path
+def test_loaded_parameters_equal_the_published_tensors(
+    kind: weights.Kind, layout: dict[str, Any], tmp_path: Path
 ) -> None:
     raw = weights.tiny_config(kind)
-    weights.write_checkpoint(tmp_path, raw, 3, **form)
+    weights.write_checkpoint(tmp_path, raw, 3, **layout)
     expected = _expect(raw)
     _check(_load(tmp_path, place_on_one), expected)
-    # Every value is exact in bfloat16, so the other dtype holds the same numbers.
+    # Values are exact in bfloat16, so both dtypes hold the same numbers.
     loaded = _load(tmp_path, place_on_mesh(**EXPERT), "bfloat16")
     assert {array.dtype.name for array in loaded.values()} == {"bfloat16"}
     _check(loaded, expected)
 
 
 @pytest.mark.parametrize("kind", ["scout", "maverick"])
-def test_a_text_only_checkpoint_is_loaded_without_a_prefix(
+def test_text_only_checkpoint_is_loaded_without_a_prefix(
     kind: weights.Kind, tmp_path: Path
 ) -> None:
     raw = weights.text_only(weights.tiny_config(kind))
@@ -70,7 +70,7 @@ def test_a_text_only_checkpoint_is_loaded_without_a_prefix(
     _check(_load(tmp_path, place_on_one), _expect(raw))
 
 
-def test_arrays_are_placed_as_their_axes_are_named(tmp_path: Path) -> None:
+def test_arrays_are_sharded_by_the_names_of_their_axes(tmp_path: Path) -> None:
     raw = weights.tiny_config("scout")
     weights.write_checkpoint(tmp_path, raw, 3)
     place = place_on_mesh(**EXPERT)
@@ -91,7 +91,7 @@ def test_float16_files_are_converted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rules", [TENSOR, EXPERT], ids=["tensor", "expert"])
-def test_each_slice_is_read_once_and_nothing_else_is(
+def test_each_slice_is_read_once(
     rules: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights.write_checkpoint(tmp_path, weights.tiny_config("scout"), 3, dtype="BF16")
@@ -115,25 +115,24 @@ def _hash(index: tuple[slice, ...]) -> tuple[tuple[Any, Any], ...]:
 
 
 @pytest.mark.slow
-def test_host_memory_holds_a_few_tensors_at_most(tmp_path: Path) -> None:
+def test_host_memory_holds_few_tensors(tmp_path: Path) -> None:
     raw = weights.text_only(
         weights.tiny_config("scout", intermediate_size=4096, num_hidden_layers=6, hidden_size=128)
     )
     weights.write_checkpoint(tmp_path, raw, 3, dtype="BF16", shards=3)
     place = place_on_mesh(**TENSOR)
-    _load(tmp_path, place)  # what is compiled and imported once does not count
+    _load(tmp_path, place)  # excludes imports and compilation
     tracemalloc.start()
     loaded = _load(tmp_path, place)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     sizes = [array.nbytes for array in loaded.values()]
     assert sum(sizes) > 9 * max(sizes)
-    # Two slices, but that arrays on a CPU keep as their own what numpy happened to align for them,
-    # and that jax lets go of the rest a call later.
+    # Two slices; CPU arrays may adopt numpy's aligned buffers, and jax frees others a call later.
     assert peak < 3 * max(sizes)
 
 
-def test_a_failure_midway_is_told_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_error_is_raised_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights.write_checkpoint(tmp_path, weights.tiny_config("scout"), 3)
 
     def fail(*_: Any) -> np.ndarray:
@@ -144,14 +143,14 @@ def test_a_failure_midway_is_told_as_it_is(tmp_path: Path, monkeypatch: pytest.M
         _load(tmp_path, place_on_one)
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     weights.write_checkpoint(tmp_path, weights.tiny_config("scout"), 3)
     other = checkpoint.parse_config(weights.tiny_config("scout", num_hidden_layers=6))
     with pytest.raises(CheckpointError, match=r"lacks .*layers\.5\..* and 9 more: .*config\.json"):
         checkpoint.load(tmp_path, other, np.float32, place_on_one, progress=False)
 
 
-def test_progress_is_shown_on_standard_error_alone(
+def test_progress_is_shown_on_standard_error_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights.write_checkpoint(tmp_path, weights.text_only(weights.tiny_config("scout")), 3)

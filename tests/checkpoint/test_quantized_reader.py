@@ -1,4 +1,4 @@
-"""Quantized checkpoints from disk: bit for bit what an independent decoder finds, on any mesh."""
+"""Laws of reading quantized checkpoints: bit-exact with an independent decoder, on any mesh."""
 
 import json
 import re
@@ -25,69 +25,67 @@ from tests import models, quantized, weights
 from tests.checkpoint.published import arrange
 from tests.engine.engines import GREEDY, run_all
 
-# Wide enough that eight devices cut no group of 16 columns.
+# Widths of which eight devices cut no group of 16 columns.
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "intermediate_size_mlp": 128}
-FORMS = get_args(quantized.Form)
-# What is computed in few bits; nvfp4 becomes the model's own dtype while it is read.
-WIDE = ("nvfp4", "modelopt-nvfp4")
-NARROW = {form: {"float8_e4m3fn"} for form in FORMS} | {"w4a16": {"int4"}}
-NARROW |= {form: set() for form in WIDE}
-BFLOAT16 = ("fp8-dynamic", "maverick-fp8", "w4a16")  # are the scales of these
+SCHEMES = get_args(quantized.Scheme)
+# Schemes that are dequantized to the model's dtype on loading; and the dtypes of loaded data.
+DEQUANTIZED = ("nvfp4", "modelopt-nvfp4")
+DATA_DTYPES = {scheme: {"float8_e4m3fn"} for scheme in SCHEMES} | {"w4a16": {"int4"}}
+DATA_DTYPES |= {scheme: set() for scheme in DEQUANTIZED}
+BFLOAT16_SCALES = ("fp8-dynamic", "maverick-fp8", "w4a16")
 
 
 def place(_names):
     return SingleDeviceSharding(jax.devices()[0])
 
 
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(scope="module", params=SCHEMES)
 def stored(request, tmp_path_factory):
-    """(form, folder, config, the parameters that an independent decoding gives)."""
-    form = request.param
-    folder = tmp_path_factory.mktemp(form)
+    """A checkpoint: (scheme, folder, config, parameters by an independent decoder)."""
+    scheme = request.param
+    folder = tmp_path_factory.mktemp(scheme)
     raw = weights.tiny_config(
-        "maverick" if form == "maverick-fp8" else "scout", attention_chunk_size=8, **WIDTHS
+        "maverick" if scheme == "maverick-fp8" else "scout", attention_chunk_size=8, **WIDTHS
     )
-    quantized.write_checkpoint(folder, raw, 0, form, shards=2, group_size=16)
+    quantized.write_checkpoint(folder, raw, 0, scheme, shards=2, group_size=16)
     config = checkpoint.load_config(folder)
     index = Index.open(folder)
     tensors = {name: np.array(index.view(name)) for name in index.specs}
-    return form, folder, config, arrange(quantized.decode_tensors(tensors, form), config)
+    return scheme, folder, config, arrange(quantized.decode_tensors(tensors, scheme), config)
 
 
 def load(folder, config, dtype="float32"):
     return checkpoint.load(folder, config, dtype, place, progress=False)
 
 
-def test_what_is_loaded_is_bit_for_bit_what_the_files_mean(stored):
-    form, folder, config, wanted = stored
+def test_loaded_weights_equal_an_independent_decoding(stored):
+    scheme, folder, config, wanted = stored
     found = flatten(load(folder, config))
     assert set(found) == set(wanted)
     for path, weight in found.items():
         dense = np.asarray(dequantize(weight, jnp.float32))
         np.testing.assert_array_equal(dense, wanted[path], err_msg=path)
-    narrow = {path for path, weight in found.items() if isinstance(weight, Quantized)}
-    kinds = {found[path].data.dtype.name for path in narrow}
-    assert kinds == NARROW[form]
-    has_shared = any("/shared/" in path for path in narrow)
-    assert has_shared == (form not in ("maverick-fp8", *WIDE))
-    assert any("/attention/" in path for path in narrow) == (form == "modelopt-fp8")
-    assert not any("router" in path or "norm" in path for path in narrow)
+    quantized_paths = {path for path, weight in found.items() if isinstance(weight, Quantized)}
+    assert {found[path].data.dtype.name for path in quantized_paths} == DATA_DTYPES[scheme]
+    has_shared = any("/shared/" in path for path in quantized_paths)
+    assert has_shared == (scheme not in ("maverick-fp8", *DEQUANTIZED))
+    assert any("/attention/" in path for path in quantized_paths) == (scheme == "modelopt-fp8")
+    assert not any("router" in path or "norm" in path for path in quantized_paths)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["w4a16", *WIDE])
-def test_host_memory_holds_no_more_than_it_decodes_at_a_time(form, tmp_path, monkeypatch):
-    """Beside two slices as they will be on the devices, and two that jax lets go of a call later:
-    decoded at once, a slice would take five more."""
+@pytest.mark.parametrize("scheme", ["w4a16", *DEQUANTIZED])
+def test_host_memory_holds_two_slices_and_one_decoded_block(scheme, tmp_path, monkeypatch):
+    """jax frees two more slices a call later. Decoding a slice at once would take five more."""
     raw = weights.text_only(
         weights.tiny_config("scout", intermediate_size=2048, num_hidden_layers=3, hidden_size=128)
     )
-    quantized.write_checkpoint(tmp_path, raw, 0, form)
+    quantized.write_checkpoint(tmp_path, raw, 0, scheme)
     config = checkpoint.load_config(tmp_path)
     monkeypatch.setattr(parameters, "DECODED_VALUES", 2**14)
-    load(tmp_path, config, "bfloat16")  # what is compiled and imported once does not count
+    load(tmp_path, config, "bfloat16")  # excludes imports and compilation
     found, peaks = {}, []
-    for _ in range(3):  # now and then jax lets go of a slice later still; of what we hold, never
+    for _ in range(3):  # jax sometimes frees a slice even later
         tracemalloc.start()
         found = flatten(load(tmp_path, config, "bfloat16"))
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -99,7 +97,7 @@ def test_host_memory_holds_no_more_than_it_decodes_at_a_time(form, tmp_path, mon
 
 
 @pytest.mark.parametrize("mesh", ["8", "2x4"])
-def test_each_device_holds_its_part_of_data_and_scales(stored, mesh):
+def test_each_device_has_its_slices_of_data_and_scales(stored, mesh):
     _, folder, config, wanted = stored
     runner = Runner(config, mesh, "float32")
     runner.load(folder, progress=False)
@@ -112,70 +110,75 @@ def test_each_device_holds_its_part_of_data_and_scales(stored, mesh):
             assert np.prod(local) * parts == weight.data.size, path
 
 
-def test_for_fast_kernels_scales_are_wide_and_mean_the_same(stored):
-    """Where the others leave them as they are stored."""
-    form, folder, config, wanted = stored
+def test_scales_are_upcast_for_hopper_kernels_with_equal_values(stored):
+    """Other kernels take scales in their stored dtype."""
+    scheme, folder, config, wanted = stored
     runner = Runner(config, "8", "float32")
     runner.load(folder, progress=False)
     plain = flatten(runner.params)
-    runner.kernels = "hopper"  # which no CPU runs
+    runner.kernels = "hopper"  # not run on a CPU
     runner.load(folder, progress=False)
-    narrow = [path for path, weight in plain.items() if isinstance(weight, Quantized)]
-    assert any(plain[path].scale.dtype == jnp.bfloat16 for path in narrow) == (form in BFLOAT16)
+    quantized_paths = [path for path, weight in plain.items() if isinstance(weight, Quantized)]
+    assert any(plain[path].scale.dtype == jnp.bfloat16 for path in quantized_paths) == (
+        scheme in BFLOAT16_SCALES
+    )
     for path, weight in flatten(runner.params).items():
         np.testing.assert_array_equal(dequantize(weight, jnp.float32), wanted[path], err_msg=path)
-        if path in narrow:
+        if path in quantized_paths:
             assert weight.scale.dtype == jnp.float32, path
             assert weight.scale.sharding == plain[path].scale.sharding, path
 
 
 @pytest.mark.slow
-def test_logits_are_those_of_the_dequantized_weights(stored, monkeypatch):
-    """To float32's accuracy, once fp8's rounding of the activations is left out: that rounding is
-    compared, product by product, in tests/test_formats.py, and as a whole with the reference's."""
+def test_logits_equal_those_of_the_dequantized_weights(stored, monkeypatch):
+    """Activations are not rounded here, so that float32's accuracy is expected.
+
+    Their rounding is compared per product in tests/test_formats.py, and for the whole model in
+    tests/reference/test_fp8_reference.py.
+    """
     _, folder, config, wanted = stored
 
-    def leave_alone(x, summed):
+    def keep_unrounded(x, summed):
         return x, jnp.squeeze(jnp.ones_like(x).max(axis=summed, keepdims=True), summed)
 
     ids = weights.random_ids(29, 3)
     dense = unflatten({path: jnp.asarray(weight) for path, weight in wanted.items()})
     reference = models.run_in_pieces(models.Tiny(config, dense), ids, [7])
-    monkeypatch.setattr(formats, "quantize_tokens", leave_alone)
-    jax.clear_caches()  # of programs that round
+    monkeypatch.setattr(formats, "quantize_tokens", keep_unrounded)
+    jax.clear_caches()  # programs that round
     found = models.run_in_pieces(models.Tiny(config, load(folder, config)), ids, [7])
     jax.clear_caches()
     assert np.linalg.norm(found - reference) / np.linalg.norm(reference) < 1e-5
 
 
 @pytest.mark.slow
-def test_an_engine_gives_the_same_tokens_on_one_device_and_on_eight(stored):
-    """int4 exactly. fp8 experts are cut inside: each device scales its own part of a token's hidden
-    activations, so the rounding differs, and only the first tokens are compared."""
-    form, folder, config, _ = stored
+def test_engine_gives_the_same_tokens_on_one_and_eight_devices(stored):
+    """int4 gives the same tokens. fp8 experts are sharded along the hidden axis: each device scales
+    its own slice of a token's activations, so rounding differs, and one token is compared."""
+    scheme, folder, config, _ = stored
     ids, found = weights.random_ids(29, 3).tolist(), []
     for mesh in ("1", "8"):
         runner = Runner(config, mesh, "float32")
         runner.load(folder, progress=False)
         engine_config = EngineConfig(max_model_len=64, max_num_seqs=1, block_size=4)
         engine = Engine(runner, engine_config)
-        engine.add(ids, GREEDY.replace(max_tokens=20 if form in ("w4a16", *WIDE) else 1))
+        engine.add(ids, GREEDY.replace(max_tokens=20 if scheme in ("w4a16", *DEQUANTIZED) else 1))
         found.append(run_all(engine)[0])
     assert found[0] == found[1]
 
 
-def test_nvfp4_by_modelopt_comes_fused_and_one_by_one_and_in_attention(tmp_path, monkeypatch):
-    """Decoded whole and in pieces of a few rows."""
+def test_modelopt_nvfp4_is_read_fused_unfused_and_in_attention(tmp_path, monkeypatch):
+    """It is decoded at once and in blocks of a few rows."""
     raw = weights.tiny_config("maverick", num_hidden_layers=4, head_dim=16, **WIDTHS)
     tensors = weights.random_tensors(weights.tensor_shapes(raw), 1)
-    single, about = quantized.quantize_tensors(tensors, "modelopt-nvfp4", fused=False)
+    single, description = quantized.quantize_tensors(tensors, "modelopt-nvfp4", fused=False)
     for name in [name for name in single if "language" in name and "self_attn" in name]:
-        # As a matrix that the writer takes, under another name.
+        # The writer quantizes no attention: the matrix gets another name.
         made, _ = quantized.quantize_tensors(
             {name.replace("self_attn", "feed_forward"): tensors[name]}, "modelopt-nvfp4"
         )
         single |= {other.replace("feed_forward", "self_attn"): x for other, x in made.items()}
-    (tmp_path / "config.json").write_text(json.dumps({**raw, "quantization_config": about}))
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "quantization_config": description}))
     write_safetensors(tmp_path / "model.safetensors", single)
     config = checkpoint.load_config(tmp_path)
     wanted = arrange(quantized.decode_tensors(single, "modelopt-nvfp4"), config)
@@ -186,13 +189,13 @@ def test_nvfp4_by_modelopt_comes_fused_and_one_by_one_and_in_attention(tmp_path,
 
 
 @pytest.mark.parametrize("shape", get_args(quantized.ScaleShape))
-def test_fp8_scales_come_in_several_shapes(shape, tmp_path):
+def test_fp8_scales_of_every_shape_are_read(shape, tmp_path):
     raw = weights.tiny_config("scout", **WIDTHS)
     tensors = weights.random_tensors(weights.tensor_shapes(raw), 1)
-    made, about = quantized.quantize_tensors(
+    made, description = quantized.quantize_tensors(
         tensors, "fp8-dynamic", scale_dtype="F32", scale_shape=shape
     )
-    (tmp_path / "config.json").write_text(json.dumps({**raw, "quantization_config": about}))
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "quantization_config": description}))
     write_safetensors(tmp_path / "model.safetensors", made)
     config = checkpoint.load_config(tmp_path)
     wanted = arrange(quantized.decode_tensors(made, "fp8-dynamic"), config)
@@ -202,7 +205,7 @@ def test_fp8_scales_come_in_several_shapes(shape, tmp_path):
 
 
 def spoil(folder, tmp_path, change):
-    """The checkpoint with one tensor changed: `change` gets and returns the dictionary of all."""
+    """Write the checkpoint with changed tensors: `change` maps all tensors to new ones."""
     index = Index.open(folder)
     tensors = change({name: np.array(index.view(name)) for name in index.specs})
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
@@ -210,12 +213,12 @@ def spoil(folder, tmp_path, change):
     return tmp_path
 
 
-def test_wrong_bytes_are_named(stored, tmp_path):
-    form, folder, config, _ = stored
+def test_wrong_tensors_are_named(stored, tmp_path):
+    scheme, folder, config, _ = stored
     layer = max(i for i in range(config.text.layers) if config.text.is_moe(i))
     experts = f"language_model.model.layers.{layer}.feed_forward.experts."
     base = experts + "1.up_proj.weight"
-    is_fused = form.startswith("modelopt")
+    is_fused = scheme.startswith("modelopt")
     scale = experts + "gate_up_proj_weight_scale" if is_fused else base + "_scale"
 
     def drop(tensors):
@@ -239,30 +242,30 @@ def test_wrong_bytes_are_named(stored, tmp_path):
         order = np.arange(config.text.width, dtype=np.int32)[::-1].copy()
         return {**tensors, base + "_g_idx": order}
 
-    weight = base + "_packed" if form in ("w4a16", "nvfp4") else base
+    weight = base + "_packed" if scheme in ("w4a16", "nvfp4") else base
     weight = experts + "gate_up_proj" if is_fused else weight
-    says = f"has {scale} nothing instead of" if form in WIDE else f"lacks {scale}"
+    says = f"has {scale} nothing instead of" if scheme in DEQUANTIZED else f"lacks {scale}"
     cases = [(drop, says), (reshape, re.escape(scale))]
     cases.append((shorten, re.escape(weight)))
-    if form == "modelopt-nvfp4":
+    if scheme == "modelopt-nvfp4":
         cases.append((double, re.escape(f"has {scale}_2 [2] instead of one number")))
     if not is_fused:
         cases.append((widen, "quantized in different formats: .*unquantized"))
-    if form == "w4a16":
+    if scheme == "w4a16":
         cases.append((reorder, f"{base}_g_idx puts columns into groups out of order"))
     for number, (change, says) in enumerate(cases):
         (tmp_path / str(number)).mkdir()
         wrong = spoil(folder, tmp_path / str(number), change)
         with pytest.raises(CheckpointError, match=says) as refused:
             load(wrong, config)
-        # A tensor that is wrong lies in a file, one that is absent in none.
+        # An error about a wrong tensor names its file; a missing tensor has none.
         is_there = "lacks" not in says and "nothing" not in says and "different formats" not in says
         assert (str(wrong / "model.safetensors") in str(refused.value)) == is_there, says
 
 
-# Of 32 columns eight devices have half a word each; of 384 whole words, and three quarters of 64.
+# Each of eight devices would have half a word of 32 columns, or 3/4 of a group of 384 columns.
 @pytest.mark.parametrize(("columns", "group"), [(32, 16), (384, 64)])
-def test_devices_that_would_cut_a_group_are_refused(columns, group, tmp_path):
+def test_mesh_that_cuts_a_group_is_refused(columns, group, tmp_path):
     raw = weights.tiny_config("scout", hidden_size=64, intermediate_size=columns)
     quantized.write_checkpoint(tmp_path, raw, 0, "w4a16", group_size=group)
     runner = Runner(checkpoint.load_config(tmp_path), "8", "float32")

@@ -1,4 +1,4 @@
-"""Laws of the format: what is written is read, by others too; what is damaged is refused."""
+"""Laws of the safetensors format: written files are read, damaged files are refused."""
 
 import json
 import struct
@@ -15,7 +15,7 @@ from l4jax.checkpoint import safetensors as ours
 from l4jax.checkpoint.safetensors import DTYPES, Index, read_header, write_safetensors
 
 
-def test_what_is_written_is_read_in_every_dtype(tmp_path: Path) -> None:
+def test_written_tensors_of_each_dtype_are_read_back(tmp_path: Path) -> None:
     random = np.random.RandomState(0)
     tensors = {name: random.randint(1, 3, (3, 5)).astype(dtype) for name, dtype in DTYPES.items()}
     tensors["scalar"], tensors["empty"] = np.full((), 3, np.float32), np.zeros((0, 4), np.int8)
@@ -30,7 +30,7 @@ def test_what_is_written_is_read_in_every_dtype(tmp_path: Path) -> None:
         assert not view.flags.writeable or not view.size
 
 
-def test_a_view_copies_nothing_and_survives_its_release(tmp_path: Path) -> None:
+def test_view_copies_nothing_and_survives_release(tmp_path: Path) -> None:
     tensor = np.arange(10_000, dtype=np.float32)
     write_safetensors(tmp_path / "model.safetensors", {"first": tensor[:3], "second": tensor})
     index = Index.open(tmp_path)
@@ -40,7 +40,7 @@ def test_a_view_copies_nothing_and_survives_its_release(tmp_path: Path) -> None:
     np.testing.assert_array_equal(view, tensor)
 
 
-def test_the_library_reads_ours_and_we_read_the_librarys(tmp_path: Path) -> None:
+def test_files_are_exchanged_with_the_safetensors_library(tmp_path: Path) -> None:
     tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(4, dtype=np.int64)}
     write_safetensors(tmp_path / "ours.safetensors", tensors)
     theirs = safetensors.numpy.load_file(tmp_path / "ours.safetensors")
@@ -52,14 +52,14 @@ def test_the_library_reads_ours_and_we_read_the_librarys(tmp_path: Path) -> None
         np.testing.assert_array_equal(index.view(name), tensor)
 
 
-def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
+def test_equal_tensors_give_equal_bytes(tmp_path: Path) -> None:
     tensors = {"b": np.ones(3, np.float32), "a": np.zeros((2, 2), ml_dtypes.bfloat16)}
     for name in ("one", "two"):
         write_safetensors(tmp_path / name, tensors)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     write_safetensors(path, {"a": np.ones(3, np.float32)})
     with pytest.raises(CheckpointError, match="complex128"):
@@ -99,9 +99,9 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize("what", DAMAGED)
-def test_a_damaged_file_is_refused_by_name(what: str, tmp_path: Path) -> None:
-    header, data, length, message = DAMAGED[what]
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_file_is_refused_by_name(damage: str, tmp_path: Path) -> None:
+    header, data, length, message = DAMAGED[damage]
     path = tmp_path / "model.safetensors"
     _write_raw(path, header, data, length)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -109,7 +109,7 @@ def test_a_damaged_file_is_refused_by_name(what: str, tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
 
 
-def test_a_cut_off_shard_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:
+def test_truncated_shard_is_refused_at_any_length(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     write_safetensors(path, {"a": np.ones(3, np.float32), "b": np.ones(5, np.int8)})
     whole = path.read_bytes()
@@ -127,12 +127,12 @@ def _write_sharded(folder: Path, **weight_map: str) -> None:
     index.write_text(json.dumps({"weight_map": weight_map}))
 
 
-def test_an_index_joins_its_shards(tmp_path: Path) -> None:
+def test_index_joins_its_shards(tmp_path: Path) -> None:
     _write_sharded(tmp_path, a="1.safetensors", b="2.safetensors", c="1.safetensors")
     index = Index.open(tmp_path)
     assert set(index.tensors) == {"a", "b", "c"}
     assert index.view("b")[0] == 1
-    # Of a tensor that two shards hold, the index says which is meant; others are not dropped.
+    # If two shards hold a tensor, the index decides; tensors outside the index are kept.
     write_safetensors(
         tmp_path / "1.safetensors",
         {name: np.full(2, 7, np.float32) for name in ("a", "b", "c", "stray")},
@@ -142,7 +142,7 @@ def test_an_index_joins_its_shards(tmp_path: Path) -> None:
     assert index.view("b")[0] == 1
 
 
-def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path: Path) -> None:
+def test_index_that_contradicts_its_shards_is_refused(tmp_path: Path) -> None:
     _write_sharded(tmp_path, a="1.safetensors", b="2.safetensors")
     write_safetensors(tmp_path / "2.safetensors", {"c": np.ones(2, np.float32)})
     with pytest.raises(CheckpointError, match=r"2\.safetensors holds b, and it does not"):
@@ -164,7 +164,7 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path: Path) -> Non
         (["a.safetensors", "b.safetensors"], r"a\.safetensors, b\.safetensors and no model"),
     ],
 )
-def test_a_folder_without_a_checkpoint_is_told_what_it_lacks(
+def test_folder_without_a_checkpoint_is_refused_by_its_files(
     files: list[str], message: str, tmp_path: Path
 ) -> None:
     for file in files:
@@ -173,7 +173,7 @@ def test_a_folder_without_a_checkpoint_is_told_what_it_lacks(
         Index.open(tmp_path)
 
 
-def test_the_dtype_is_that_of_most_bytes_and_never_float16(tmp_path: Path) -> None:
+def test_chosen_dtype_is_that_of_most_bytes_and_never_float16(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     for dtype, found in (("F16", "bfloat16"), ("BF16", "bfloat16"), ("F32", "float32")):
         write_safetensors(path, {"a": np.ones(9, DTYPES[dtype]), "b": np.ones(2, np.float32)})

@@ -1,11 +1,11 @@
 """The reference: Hugging Face's Llama 4 in torch, float32, with eager attention.
 
-It runs on tiny models whose weights come from ``tests.weights``, live in the tests of this folder
-(Python 3.11, where torch is installed), and once for the goldens (``scripts/write_goldens.py``).
-Arrays go in and come out as numpy, without a batch axis.
+It computes tiny models whose weights come from ``tests.weights``: in the tests of this folder (on
+Python 3.11, which has torch), and for the goldens (``scripts/write_goldens.py``). Arguments and
+results are numpy arrays without a batch axis.
 
-Never call ``model.to(dtype)`` on what ``build`` returns: it makes the complex RoPE table of the
-vision tower real, silently.
+Never call ``model.to(dtype)`` on the result of ``build``: it silently makes the complex RoPE table
+of the vision tower real.
 """
 
 from __future__ import annotations
@@ -22,46 +22,46 @@ from transformers.utils import logging
 
 from tests import weights
 
-# transformers doubts low_freq_factor == high_freq_factor, which is what Scout was published with.
+# transformers warns about low_freq_factor == high_freq_factor, as in Scout's published config.
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
+torch.set_num_threads(1)  # for tiny matrices, threads cost more than they save
 
 Model = Llama4ForConditionalGeneration
 
 
 class Greedy(NamedTuple):
-    """What ``greedy`` returns."""
+    """Greedily decoded tokens with their logits."""
 
     tokens: np.ndarray  # int32 [steps]: the tokens chosen after the prompt
     margins: np.ndarray  # float32 [steps]: best logit minus second best
-    logits: np.ndarray  # float32 [steps, V]: those that each token was chosen from
+    logits: np.ndarray  # float32 [steps, V]: the logits of each token
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One submodule at work within a forward of the whole model."""
+    """Input and output of a submodule in a forward of the model."""
 
-    module: str  # its name in the model; the tensors of the checkpoint start with it
-    input: np.ndarray  # float32; what it is applied to
+    module: str  # its name in the model, a prefix of its tensors' names
+    input: np.ndarray  # float32
     output: np.ndarray  # float32
 
 
 def tiny_config(kind: weights.Kind, **overrides: Any) -> Llama4Config:
-    """``tests.weights.tiny_config`` as a Hugging Face config; the same overrides."""
+    """Make a Hugging Face config of ``tests.weights.tiny_config``, with the same overrides."""
     return as_hf_config(weights.tiny_config(kind, **overrides))
 
 
 def as_hf_config(config: Mapping[str, Any]) -> Llama4Config:
-    """A ``config.json`` of either style, read as Hugging Face reads it."""
+    """Parse a ``config.json`` of either style with Hugging Face."""
     return Llama4Config.from_dict(dict(config))
 
 
 def build(config: Mapping[str, Any] | Llama4Config, seed: int) -> Model:
-    """The model with the weights of ``weights.random_tensors(..., seed)``: float32, eager, eval.
+    """Build the model with ``weights.random_tensors(..., seed)``: float32, eager, eval.
 
-    Every parameter is assigned (a missing or superfluous one raises), so none keeps what it was
-    initialised with, which for the experts' down_proj is whatever the memory held.
+    Every parameter is assigned (a missing or unknown one raises): Hugging Face leaves the experts'
+    down_proj uninitialized.
     """
     hf_config = config if isinstance(config, Llama4Config) else as_hf_config(config)
     hf_config._attn_implementation = "eager"
@@ -73,7 +73,7 @@ def build(config: Mapping[str, Any] | Llama4Config, seed: int) -> Model:
 
 
 def load(folder: Path | str) -> Model:
-    """``from_pretrained`` in float32 with eager attention; every tensor has to be used."""
+    """Load with ``from_pretrained`` in float32 with eager attention; all tensors must match."""
     loaded: Any = Model.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
@@ -84,25 +84,25 @@ def load(folder: Path | str) -> Model:
 
 
 def save(model: Model, folder: Path | str, *, sharded: bool = False) -> None:
-    """``save_pretrained``: ``config.json`` in the style of transformers 5 and safetensors.
+    """Save with ``save_pretrained``: ``config.json`` in the style of transformers 5, safetensors.
 
-    ``sharded`` gives several files of at most 200 kB and an index.
+    With ``sharded``, there are several files of at most 200 kB and an index.
     """
     model.save_pretrained(folder, max_shard_size="200KB" if sharded else "5GB")
 
 
 def shapes(model: Model) -> weights.Shapes:
-    """Name -> shape of everything the model would save."""
+    """Compute name -> shape of every tensor that the model saves."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 @torch.no_grad()
 def logits(model: Model, ids: np.ndarray, pixels: np.ndarray | None = None) -> np.ndarray:
-    """float32 ``[T, V]`` at every position of one forward over the whole prompt, without cache.
+    """Compute logits, float32 ``[T, V]``, of one forward over the prompt, without cache.
 
     Args:
       model: from ``build`` or ``load``.
-      ids: ``[T]``, with the ids of the image's patches in place.
+      ids: ``[T]``, including the ids of the image's patches.
       pixels: ``[I, C, image_size, image_size]`` in [-1, 1], or None if the prompt has no image.
     """
     return _forward(model, ids, pixels).logits[0].numpy()
@@ -110,7 +110,7 @@ def logits(model: Model, ids: np.ndarray, pixels: np.ndarray | None = None) -> n
 
 @torch.no_grad()
 def image_features(model: Model, pixels: np.ndarray) -> np.ndarray:
-    """float32 ``[I * tokens_per_tile, D]``: what replaces the embeddings of the patch ids."""
+    """Compute image features, float32 ``[I * tokens_per_tile, D]``, that replace embeddings."""
     out: Any = model.get_image_features(pixel_values=torch.from_numpy(pixels))
     return model.multi_modal_projector(out.last_hidden_state.flatten(0, 1)).numpy()
 
@@ -119,8 +119,8 @@ def image_features(model: Model, pixels: np.ndarray) -> np.ndarray:
 def decode(
     model: Model, ids: np.ndarray, steps: int, pixels: np.ndarray | None = None
 ) -> np.ndarray:
-    """float32 ``[T, V]``: like ``logits``, but the last ``steps`` tokens go through the cache
-    one at a time."""
+    """Compute logits, float32 ``[T, V]``, decoding the last ``steps`` tokens with the cache one by
+    one."""
     split = len(ids) - steps
     out = _forward(model, ids[:split], pixels, use_cache=True)
     rows = [out.logits[0]]
@@ -132,10 +132,11 @@ def decode(
 
 @torch.no_grad()
 def greedy(model: Model, ids: np.ndarray, steps: int, pixels: np.ndarray | None = None) -> Greedy:
-    """Decodes with the cache and stops for nothing (stop ids are tokens like others here).
+    """Decode greedily with the cache, ignoring stop ids.
 
-    Raises AssertionError if one forward without cache over prompt and answer disagrees by a token,
-    or by more than 1e-3 in a logit.
+    Raises:
+      AssertionError: one forward without cache over prompt and output differs in a token, or by
+        more than 1e-3 in a logit.
     """
     out = _forward(model, ids, pixels, use_cache=True)
     rows, tokens = [], []
@@ -146,7 +147,9 @@ def greedy(model: Model, ids: np.ndarray, steps: int, pixels: np.ndarray | None 
             out = _forward(model, tokens[-1:], use_cache=True, past_key_values=out.past_key_values)
     chosen_from = torch.stack(rows)
     whole = _continued_logits(model, ids, tokens[:-1], pixels)
-    assert whole.argmax(-1).tolist() == tokens, "decoding left the path of the plain forward"
+    assert whole.argmax(-1).tolist() == tokens, (
+        "decoding with the cache differs from the forward without it"
+    )
     np.testing.assert_allclose(chosen_from.numpy(), whole, atol=1e-3, rtol=0)
     best = chosen_from.topk(2, dim=-1).values
     margins = (best[:, 0] - best[:, 1]).numpy()
@@ -156,9 +159,9 @@ def greedy(model: Model, ids: np.ndarray, steps: int, pixels: np.ndarray | None 
 def submodule_cases(
     model: Model, ids: np.ndarray, pixels: np.ndarray | None = None
 ) -> dict[str, Case]:
-    """What went into submodules and came out during one forward, at positions 0 .. T-1.
+    """Record inputs and outputs of submodules in one forward, at positions 0 .. T-1.
 
-    Names (those that the model has; the vision ones only with ``pixels``):
+    Names (of the model's submodules; vision only with ``pixels``):
       ``attention_local``   layer 0: norm'd ``[T, D]`` -> ``[T, D]`` (before the residual is added)
       ``attention_global``  layer 3: the same, NoPE, with temperature tuning
       ``norm``              the final RMSNorm, ``[T, D]``
@@ -231,10 +234,10 @@ def submodule_cases(
 def _continued_logits(
     model: Model, ids: np.ndarray, answer: list[int], pixels: np.ndarray | None
 ) -> np.ndarray:
-    """One forward over prompt and answer: the logits from the prompt's last position on.
+    """Compute logits of one forward over prompt and output, from the prompt's last position on.
 
-    The embeddings are put together here because a random model may answer with the patch id, for
-    which Hugging Face would want another image; in an answer it is a token like any other.
+    Embeddings are computed here because a random model may output the patch id, for which Hugging
+    Face requires an image; in an output it is an ordinary token.
     """
     embed = model.get_input_embeddings()
     embeddings = embed(torch.tensor([*ids.tolist(), *answer]))

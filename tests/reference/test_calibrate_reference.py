@@ -1,4 +1,4 @@
-"""Calculated scales of an fp8 cache are those of the keys and values that Hugging Face has."""
+"""Calculated scales of an fp8 cache equal those of Hugging Face's keys and values."""
 
 import numpy as np
 import pytest
@@ -13,8 +13,8 @@ from tests.reference import oracle
 
 
 @pytest.mark.parametrize("name", ["scout-8-text", "scout-32-text", "maverick-32-text"])
-def test_scales_are_those_of_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the largest over the prompts, run one by one: keys behind RoPE and norm."""
+def test_calculated_scales_equal_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference records the largest keys, after RoPE and norm, and values of all prompts."""
     golden, runner = weights.read_golden(name), load_runner(name, "1")
     model, layers = oracle.build(golden.config, golden.weights_seed), runner.config.text.layers
     largest = np.zeros((2, layers), np.float32)

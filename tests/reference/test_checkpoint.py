@@ -1,4 +1,4 @@
-"""What transformers itself saves is loaded with every tensor equal, and gives its logits."""
+"""Checkpoints saved by transformers are loaded with equal tensors and equal logits."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tests.test_model import assert_close
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("kind", ["scout", "maverick"])
-def test_what_transformers_saves_is_loaded(
+def test_checkpoint_saved_by_transformers_is_loaded(
     kind: weights.Kind, sharded: bool, tmp_path: Path
 ) -> None:
     model = oracle.build(weights.tiny_config(kind), 2)
@@ -40,13 +40,13 @@ def test_what_transformers_saves_is_loaded(
 
 
 @pytest.mark.parametrize("kind", ["scout", "maverick"])
-def test_what_transformers_saves_in_bf16_gives_its_logits(
+def test_bf16_checkpoint_saved_by_transformers_gives_its_logits(
     kind: weights.Kind, tmp_path: Path
 ) -> None:
     """The weights are exact in bfloat16; both sides compute with them in float32."""
     model, ids = oracle.build(weights.tiny_config(kind), 3), weights.random_ids(40, 3)
     wanted = oracle.logits(model, ids)
-    for parameter in model.parameters():  # and not the buffers: see the traps of `model.to`
+    for parameter in model.parameters():  # not buffers: see the note on `model.to` in oracle.py
         parameter.data = parameter.data.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     oracle.save(model, tmp_path, sharded=True)

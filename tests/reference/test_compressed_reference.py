@@ -1,4 +1,4 @@
-"""Hugging Face reads the checkpoints that we write: nothing missing, and the same bits."""
+"""Hugging Face reads the checkpoints that l4jax writes, completely and bit for bit."""
 
 from pathlib import Path
 
@@ -20,18 +20,18 @@ from tests.test_model import assert_close
 
 
 @pytest.mark.parametrize("kind", ["scout", "maverick"])
-def test_hugging_face_reads_what_is_written(kind: weights.Kind, tmp_path: Path) -> None:
+def test_hugging_face_loads_the_written_bits(kind: weights.Kind, tmp_path: Path) -> None:
     raw = weights.tiny_config(kind, num_hidden_layers=2)
-    weights.write_checkpoint(tmp_path / "wide", raw, 5, dtype="BF16")
+    weights.write_checkpoint(tmp_path / "source", raw, 5, dtype="BF16")
     compressed_tensors_writer.quantize_folder(
-        tmp_path / "wide", tmp_path / "narrow", progress=False
+        tmp_path / "source", tmp_path / "written", progress=False
     )
     model, found = oracle.Model.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-        tmp_path / "narrow", dtype=torch.bfloat16, output_loading_info=True
+        tmp_path / "written", dtype=torch.bfloat16, output_loading_info=True
     )
     assert not any(found.values()), found
     state = model.state_dict()
-    index = Index.open(tmp_path / "narrow")
+    index = Index.open(tmp_path / "written")
     for name in index.tensors:
         tensor = state[next(key for key in state if key.endswith(name))]
         stored = np.ascontiguousarray(index.view(name))
@@ -41,37 +41,37 @@ def test_hugging_face_reads_what_is_written(kind: weights.Kind, tmp_path: Path) 
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
-@pytest.mark.parametrize("form", ["fp8", "int4"])
+@pytest.mark.parametrize("format", ["fp8", "int4"])
 @pytest.mark.parametrize("kind", ["scout", "maverick"])
-def test_hugging_face_finds_the_same_weights_and_logits(
-    kind: weights.Kind, form: str, tmp_path: Path
+def test_hugging_face_computes_the_same_weights_and_logits(
+    kind: weights.Kind, format: str, tmp_path: Path
 ) -> None:
-    """compressed-tensors dequantizes what is written to our values, rounded to the BF16 of the
-    scales; and transformers runs these to the logits that our model has with what we load."""
+    """compressed-tensors dequantizes to l4jax's values, rounded to the scales' BF16; transformers
+    computes the logits that l4jax computes from the loaded weights."""
     widths = {"hidden_size": 128, "intermediate_size": 128, "intermediate_size_mlp": 256}
     raw = weights.tiny_config(kind, num_hidden_layers=2, **widths)
-    weights.write_checkpoint(tmp_path / "wide", raw, 5, dtype="BF16")
+    weights.write_checkpoint(tmp_path / "source", raw, 5, dtype="BF16")
     compressed_tensors_writer.quantize_folder(
-        tmp_path / "wide", tmp_path / "narrow", form, progress=False
+        tmp_path / "source", tmp_path / "written", format, progress=False
     )
-    model, told = oracle.Model.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-        tmp_path / "narrow",
+    model, info = oracle.Model.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+        tmp_path / "written",
         dtype=torch.float32,
         attn_implementation="eager",
         quantization_config=CompressedTensorsConfig(dequantize=True),
         output_loading_info=True,
     )
-    assert not told["missing_keys"] and not told["mismatched_keys"], told
-    index = Index.open(tmp_path / "narrow")
+    assert not info["missing_keys"] and not info["mismatched_keys"], info
+    index = Index.open(tmp_path / "written")
     stored = {name: np.array(index.view(name)) for name in index.specs}
-    decoded = quantized.decode_tensors(stored, "fp8-dynamic" if form == "fp8" else "w4a16")
+    decoded = quantized.decode_tensors(stored, "fp8-dynamic" if format == "fp8" else "w4a16")
     found = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     assert set(found) == set(decoded)
     for name, values in decoded.items():
         rounded = values.astype(ml_dtypes.bfloat16).astype(np.float32)
         np.testing.assert_array_equal(found[name], rounded, err_msg=name)
-    config, ids = checkpoint.load_config(tmp_path / "narrow"), weights.random_ids(20, 3)
-    params = checkpoint.load(tmp_path / "narrow", config, "float32", place_on_one, progress=False)
+    config, ids = checkpoint.load_config(tmp_path / "written"), weights.random_ids(20, 3)
+    params = checkpoint.load(tmp_path / "written", config, "float32", place_on_one, progress=False)
     dense = {
         path: dequantize(weight, "bfloat16").astype("float32")
         for path, weight in flatten(params).items()

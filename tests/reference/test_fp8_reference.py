@@ -1,11 +1,11 @@
-"""fp8 as a whole: logits with rounded activations are Hugging Face's with the same rounding.
+"""fp8 logits equal Hugging Face's with the same rounding of activations.
 
-The reference runs on the dequantized weights in float32. What goes into each quantized matrix is
-rounded on its way as torch rounds to e4m3, token by token, with its own amax / 448. So nothing is
-left to tolerate but float32's own error, 1e-5 of the logits' scale.
+The reference computes with the dequantized weights in float32. The input of each quantized matrix
+is rounded to e4m3 by torch, per token, with the scale amax / 448. The remaining tolerance is
+float32's error, 1e-5 of the logits' scale.
 
-One thing is not left to chance: where a value lies on the border of two e4m3 numbers, as far as
-float32 can tell, either rounding is right, and the reference takes ours. Any other one must agree.
+A value that is a tie between two e4m3 numbers, within float32's error, may be rounded either way:
+the reference then takes l4jax's rounding. All other values must agree.
 """
 
 import dataclasses
@@ -26,25 +26,25 @@ from tests import models, quantized, weights
 from tests.checkpoint.published import place_on_one
 from tests.reference import oracle
 
-CASES: list[tuple[quantized.Form, weights.Kind]] = [
+CASES: list[tuple[quantized.Scheme, weights.Kind]] = [
     ("fp8-dynamic", "scout"),
     ("fp8-dynamic", "maverick"),
     ("maverick-fp8", "maverick"),
     ("modelopt-fp8", "scout"),
 ]
-ERROR = 1e-5  # of float32, in what the layers before have summed up, as a part of a token's largest
+ERROR = 1e-5  # accumulated float32 error, relative to a token's largest value
 QUANTIZE_TOKENS = formats.quantize_tokens
-TOKENS = 29  # three chunks of eight and a part of one
+TOKENS = 29  # three chunks of eight and a partial one
 
 
 @dataclasses.dataclass
 class Rounding:
-    """What our model rounded, product by product in order; the reference walks along it.
+    """The activations that l4jax rounded, in the order of products, for the reference to follow.
 
     Attributes:
-        ours: e4m3 values [.., T, in] as float32.
-        at: how many the reference has met.
-        ties: elements that the two sides rounded differently, each at a border.
+        ours: e4m3 values [.., T, in] as float32, one array per rounding.
+        at: the number of roundings that the reference has followed.
+        ties: elements that the two sides rounded differently.
     """
 
     ours: list[np.ndarray] = dataclasses.field(default_factory=list)
@@ -52,7 +52,7 @@ class Rounding:
     ties: int = 0
 
     def record(self, x: Any, summed: tuple[int, ...]) -> Any:
-        """In place of `formats.quantize_tokens`."""
+        """Replace `formats.quantize_tokens`, recording its result."""
         rounded, scale = QUANTIZE_TOKENS(x, summed)
 
         def take(values: Any) -> None:
@@ -64,7 +64,7 @@ class Rounding:
         return rounded, scale
 
     def round(self, x: torch.Tensor, *, is_same: bool = False) -> torch.Tensor:
-        """Of the reference: `is_same` for what was rounded a moment ago, for another matrix."""
+        """Round an input of the reference; `is_same` if another matrix reads the previous input."""
         self.at += not is_same
         ours = torch.from_numpy(np.array(self.ours[self.at - 1])).reshape(x.shape)
         amax = x.abs().amax(-1, keepdim=True)
@@ -79,7 +79,7 @@ class Rounding:
 
 
 def fuse(decoded: weights.Tensors) -> weights.Tensors:
-    """Matrices of experts, one by one, as the reference has them: `[E, in, out]`, gate first."""
+    """Fuse experts to the reference's layout: `[E, in, out]`, gate first."""
     found = {name: x for name, x in decoded.items() if ".experts." not in name}
     experts: dict[str, list[np.ndarray]] = {}
     numbers = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)_proj\.weight")
@@ -105,7 +105,7 @@ def build_reference(raw: dict[str, Any], decoded: weights.Tensors) -> Any:
 def round_inputs(
     model: Any, linears: set[str], rounding: Rounding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Round what goes into the experts, and into these modules."""
+    """Round the inputs of the experts and of these modules."""
 
     def run_experts(self: Any, x: torch.Tensor) -> torch.Tensor:
         x = rounding.round(x.view(self.num_experts, -1, self.hidden_size))
@@ -115,7 +115,7 @@ def round_inputs(
 
     monkeypatch.setattr(modeling_llama4.Llama4TextExperts, "forward", run_experts)
     for name in linears:
-        # The second and third of those that share their input.
+        # The second and third module that share an input.
         is_same = name.endswith((".up_proj", ".k_proj", ".v_proj"))
 
         def hook(_: Any, args: Any, is_same: bool = is_same) -> Any:
@@ -124,20 +124,20 @@ def round_inputs(
         model.get_submodule(name).register_forward_pre_hook(hook)
 
 
-@pytest.mark.parametrize(("form", "kind"), CASES)
-def test_fp8_logits_are_those_of_the_reference_with_rounded_activations(
-    form: quantized.Form, kind: weights.Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("scheme", "kind"), CASES)
+def test_fp8_logits_equal_the_reference_with_rounded_activations(
+    scheme: quantized.Scheme, kind: weights.Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw, ids = weights.tiny_config(kind), weights.random_ids(TOKENS, 3)
-    stored = quantized.write_checkpoint(tmp_path, raw, 0, form)
-    reference = build_reference(raw, quantized.decode_tensors(stored, form))
+    stored = quantized.write_checkpoint(tmp_path, raw, 0, scheme)
+    reference = build_reference(raw, quantized.decode_tensors(stored, scheme))
     plain = oracle.logits(reference, ids)
 
     rounding = Rounding()
     monkeypatch.setattr(formats, "quantize_tokens", rounding.record)
     config = checkpoint.load_config(tmp_path)
     params = checkpoint.load(tmp_path, config, "float32", place_on_one, progress=False)
-    jax.clear_caches()  # of programs that do not record
+    jax.clear_caches()  # programs that do not record
     ours = models.run_in_pieces(models.Tiny(config, params), ids, [])
     jax.effects_barrier()
     jax.clear_caches()
@@ -153,5 +153,5 @@ def test_fp8_logits_are_those_of_the_reference_with_rounded_activations(
     assert rounding.ties < 1e-3 * sum(x.size for x in rounding.ours)
     top = np.abs(wanted).max()
     np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-5 * top)
-    # And it is the rounding that this speaks of: without it the reference is far away.
+    # The rounding matters: without it the reference's logits are far away.
     assert np.abs(plain - wanted).max() > 1e-3 * top

@@ -1,4 +1,4 @@
-"""Beyond 8192 tokens, with the published chunk, scaling and tuning: where others go wrong."""
+"""Tokens and logprobs beyond 8192 positions, with the published chunk, scaling and tuning."""
 
 import tempfile
 from pathlib import Path
@@ -53,7 +53,7 @@ def engine():
 @pytest.fixture(scope="module")
 def model():
     built = oracle.build(make_raw(), 0)
-    built.set_attn_implementation("sdpa")  # eager would hold the scores of 16,000 by 16,000 tokens
+    built.set_attn_implementation("sdpa")  # eager attention would hold 16,000 x 16,000 scores
     return built
 
 

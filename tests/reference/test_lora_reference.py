@@ -1,4 +1,4 @@
-"""Adapters are PEFT's, both ways: what it saves we merge, and what we save it applies."""
+"""Adapters are exchanged with PEFT: l4jax merges PEFT's, and PEFT applies l4jax's."""
 
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,16 @@ from tests.checkpoint.published import place_on_one
 from tests.reference import oracle
 from tests.test_model import assert_close
 
-# PEFT asks transformers by a name that transformers will give up.
+# PEFT uses a name that transformers deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 SEED = 5
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]  # of vision, too, as PEFT matches them
-# Widths that differ, so that no two layouts of an expert's factors have the same shapes.
+ATTENTION = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+]  # of vision, too: PEFT matches suffixes
+# Different widths, so that both layouts of fused experts have different shapes.
 SIZES: dict[str, Any] = {"num_hidden_layers": 4, "intermediate_size": 48}
 
 
@@ -42,7 +47,7 @@ def run_ours(base: Path, lora: Path | None, ids: np.ndarray, pixels: Any = None)
 
 
 def fill(model: Any) -> None:
-    """Random factors: PEFT's own begin with a B of zeros, which adds nothing."""
+    """Fill factors with random values: PEFT initializes B with zeros."""
     generator = torch.Generator().manual_seed(SEED)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -61,7 +66,10 @@ def adapt(base: Path, **targets: Any) -> Any:
 FEED = "feed_forward."
 CASES: dict[str, dict[str, Any]] = {
     "attention": {"target_modules": ATTENTION},
-    "query and value, by rank's root": {"target_modules": ["q_proj", "v_proj"], "use_rslora": True},
+    "query and value, rank-stabilized": {
+        "target_modules": ["q_proj", "v_proj"],
+        "use_rslora": True,
+    },
     "shared expert or dense": {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
     "experts": {
         "target_modules": [],
@@ -77,7 +85,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("targets", CASES.values(), ids=CASES.keys())
-def test_what_peft_saves_is_merged(base: Path, targets: dict[str, Any], tmp_path: Path) -> None:
+def test_adapter_saved_by_peft_is_merged(
+    base: Path, targets: dict[str, Any], tmp_path: Path
+) -> None:
     model = adapt(base, **targets)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     ids = np.concatenate(
@@ -85,7 +95,7 @@ def test_what_peft_saves_is_merged(base: Path, targets: dict[str, Any], tmp_path
     )
     pixels = weights.random_pixels(1, 3)
     if any("router" in name for name, _ in model.named_parameters() if "lora_A" in name):
-        # PEFT cannot run factors beside a router, whose output it takes for an array.
+        # PEFT cannot apply factors of a router, whose output is a tuple.
         model = model.merge_and_unload()
     wanted = oracle.logits(model, ids, pixels)
     found = run_ours(base, tmp_path, ids, pixels)
@@ -104,7 +114,7 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS.keys())
-def test_what_we_save_is_applied_by_peft(base: Path, pattern: str, tmp_path: Path) -> None:
+def test_written_adapter_is_applied_by_peft(base: Path, pattern: str, tmp_path: Path) -> None:
     config = checkpoint.load_config(base)
     adapter = make_adapter(config, pattern)
     ours.write_adapter(tmp_path, adapter, config, str(base))

@@ -1,4 +1,4 @@
-"""Every submodule equals transformers', live, on random data; and what the goldens do not hold."""
+"""Every submodule equals transformers' on random data; and settings outside the goldens."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +33,7 @@ def cases(request):
 
 
 def place(tokens: int, chunk: int, is_local: bool) -> Positions:
-    """Positions 0 .. of one request, on pages in order: one row a chunk for a local layer."""
+    """Make positions 0 .. of a request on consecutive pages: local layers have a row per chunk."""
     at_T = np.arange(tokens, dtype=np.int32)
     pages = np.arange(-(-tokens // PAGE), dtype=np.int32)
     if not is_local:
@@ -137,4 +137,4 @@ def test_without_temperature_tuning_equals_the_reference():
     assert_close(logits, oracle.logits(oracle.build(raw, 0), ids))
     tuned = checkpoint.parse_config(raw).replace_text(has_temperature_tuning=True)
     other = models.run_in_pieces(models.load(raw)._replace(config=tuned), ids, [])
-    assert np.abs(other - logits).max() > 0.1  # the switch does something here
+    assert np.abs(other - logits).max() > 0.1  # the setting matters here

@@ -1,4 +1,4 @@
-"""The oracle has to be right before it may judge: laws of the reference itself."""
+"""Laws of the reference: its parts agree with each other and with the goldens."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def models() -> dict[str, oracle.Model]:
 
 
 def _image_prompt() -> tuple[np.ndarray, np.ndarray]:
-    """The patches of its second tile lie across the chunk boundaries at 16 and at 32."""
+    """Make a prompt whose second tile crosses the chunk boundaries at 16 and 32."""
     ids = weights.random_ids(36, seed=2)
     parts = [ids[:8], weights.image_ids(1, 2), ids[8:23], weights.image_ids(1, 1), ids[23:]]
     return np.concatenate(parts), weights.random_pixels(4, seed=3)
@@ -29,7 +29,7 @@ def _image_prompt() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("is_text_only", [False, True])
-def test_shapes_are_those_of_the_model(kind: weights.Kind, is_text_only: bool) -> None:
+def test_tensor_shapes_equal_the_references(kind: weights.Kind, is_text_only: bool) -> None:
     config = weights.tiny_config(kind, num_hidden_layers=8)
     expected = oracle.shapes(oracle.build(config, seed=0))
     if is_text_only:
@@ -64,12 +64,12 @@ def test_prefill_equals_decode_after_images(
     decoded = oracle.decode(models[kind], ids, 10, pixels)
     np.testing.assert_allclose(decoded, prefill, atol=TOLERANCE, rtol=0)
     other = oracle.logits(models[kind], ids, weights.random_pixels(4, seed=4))
-    assert np.abs(other - prefill)[20].max() > 0.1  # the picture is looked at
+    assert np.abs(other - prefill)[20].max() > 0.1  # the image changes the logits
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sharded", [False, True])
-def test_saved_model_loads_as_it_was(
+def test_saved_model_is_loaded_unchanged(
     kind: weights.Kind, sharded: bool, models: dict[str, oracle.Model], tmp_path: Path
 ) -> None:
     oracle.save(models[kind], tmp_path, sharded=sharded)
@@ -83,7 +83,7 @@ def test_saved_model_loads_as_it_was(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("style", ["published", "transformers5"])
 @pytest.mark.parametrize(("dtype", "shards"), [("F32", 1), ("BF16", 3)])
-def test_written_checkpoint_is_the_model_of_its_seed(
+def test_written_checkpoint_has_the_weights_of_its_seed(
     kind: weights.Kind,
     style: weights.Style,
     dtype: Any,
@@ -100,7 +100,7 @@ def test_written_checkpoint_is_the_model_of_its_seed(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_transformers5_style_is_what_transformers_saves(
+def test_transformers5_style_equals_the_saved_config(
     kind: weights.Kind, models: dict[str, oracle.Model], tmp_path: Path
 ) -> None:
     oracle.save(models[kind], tmp_path)
@@ -109,7 +109,7 @@ def test_transformers5_style_is_what_transformers_saves(
     for config in (saved, ours):
         del config["transformers_version"]
         for section in (config, config["text_config"], config["vision_config"]):
-            section.pop("dtype", None)  # of the file's tensors, not of the model
+            section.pop("dtype", None)  # the dtype of the file's tensors
     assert ours == saved
 
 
@@ -129,10 +129,10 @@ def test_transformers5_style_is_what_transformers_saves(
         ("maverick", {"use_qk_norm": True}),
     ],
 )
-def test_every_setting_shows_in_the_logits(
+def test_every_setting_changes_the_logits(
     kind: weights.Kind, change: dict[str, Any], models: dict[str, oracle.Model]
 ) -> None:
-    """A setting that the tiny models did not feel could be ignored without a test noticing."""
+    """Tests would not notice an ignored setting that changes no logits of the tiny models."""
     ids, pixels = _image_prompt()
     changed = oracle.build(weights.tiny_config(kind, **change), seed=0)
     difference = oracle.logits(changed, ids, pixels) - oracle.logits(models[kind], ids, pixels)
@@ -140,7 +140,9 @@ def test_every_setting_shows_in_the_logits(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_submodule_cases_fit_together(kind: weights.Kind, models: dict[str, oracle.Model]) -> None:
+def test_submodule_cases_are_consistent(
+    kind: weights.Kind, models: dict[str, oracle.Model]
+) -> None:
     model = models[kind]
     ids, pixels = _image_prompt()
     cases = oracle.submodule_cases(model, ids, pixels)
@@ -160,7 +162,7 @@ def test_submodule_cases_fit_together(kind: weights.Kind, models: dict[str, orac
 def test_moe_scales_the_input_of_the_chosen_expert(
     kind: weights.Kind, models: dict[str, oracle.Model]
 ) -> None:
-    """y = shared(x) + expert(sigmoid(score) * x), written out once in numpy."""
+    """The expectation is y = shared(x) + expert(sigmoid(score) * x) in numpy."""
 
     def silu(x: np.ndarray) -> np.ndarray:
         return x / (1 + np.exp(-x))
@@ -186,7 +188,7 @@ def test_moe_scales_the_input_of_the_chosen_expert(
 
 
 @pytest.mark.parametrize("name", weights.GOLDENS)
-def test_golden_is_what_the_oracle_says_today(name: str) -> None:
+def test_golden_equals_the_reference(name: str) -> None:
     golden = weights.read_golden(name)
     computed = write_goldens.compute(name, write_goldens.PROMPT_SEEDS[name])
     stored = dict(np.load(weights.GOLDEN_FOLDER / f"{name}.npz"))

@@ -1,8 +1,8 @@
-"""Hugging Face and compressed-tensors read the quantized test checkpoints as our decoder does.
+"""Hugging Face and compressed-tensors decode the quantized test checkpoints like our decoder.
 
-transformers loads Llama 4 with experts one by one on a CPU and dequantizes it at once. It does so
-in the dtype of the scales: with F32 scales every weight equals ours, with the published BF16 ones
-it is ours rounded to bfloat16 once. There is no reference here for ModelOpt's format.
+transformers loads Llama 4 with unfused experts on a CPU and dequantizes them in the dtype of the
+scales: with F32 scales every weight equals the decoder's, with the published BF16 scales it equals
+the decoder's rounded to bfloat16 once. ModelOpt's format has no reference here.
 """
 
 from pathlib import Path
@@ -22,12 +22,12 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 from tests import quantized, weights
 from tests.reference import oracle
 
-FORMS: tuple[quantized.Form, ...] = ("maverick-fp8", "fp8-dynamic", "w4a16", "nvfp4")
-TORCH = {  # what torch cannot take from numpy, by its bits
+SCHEMES: tuple[quantized.Scheme, ...] = ("maverick-fp8", "fp8-dynamic", "w4a16", "nvfp4")
+TORCH = {  # dtypes that torch reads from numpy as bits only
     np.dtype(ml_dtypes.bfloat16): (np.uint16, torch.bfloat16),
     np.dtype(ml_dtypes.float8_e4m3fn): (np.uint8, torch.float8_e4m3fn),
 }
-# It says that config.json has the quantization already; only `dequantize` is meant to be ours.
+# transformers warns that config.json has a quantization; the tests add `dequantize` only.
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
 
 
@@ -51,24 +51,24 @@ def _assert_equal(found: weights.Tensors, wanted: weights.Tensors) -> None:
 
 
 @pytest.mark.parametrize("kind", ["scout", "maverick"])
-@pytest.mark.parametrize("form", ["maverick-fp8", "fp8-dynamic", "w4a16"])
+@pytest.mark.parametrize("scheme", ["maverick-fp8", "fp8-dynamic", "w4a16"])
 def test_transformers_dequantizes_to_the_decoded_weights(
-    form: quantized.Form, kind: weights.Kind, tmp_path: Path
+    scheme: quantized.Scheme, kind: weights.Kind, tmp_path: Path
 ) -> None:
     config = weights.tiny_config(kind)
     stored = quantized.write_checkpoint(
-        tmp_path, config, 4, form, shards=3, group_size=16, scale_dtype="F32"
+        tmp_path, config, 4, scheme, shards=3, group_size=16, scale_dtype="F32"
     )
-    _assert_equal(_load(tmp_path), quantized.decode_tensors(stored, form))
+    _assert_equal(_load(tmp_path), quantized.decode_tensors(stored, scheme))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_transformers_rounds_to_the_bfloat16_of_the_published_scales(
-    form: quantized.Form, tmp_path: Path
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_transformers_rounds_to_the_published_scales_dtype(
+    scheme: quantized.Scheme, tmp_path: Path
 ) -> None:
     config = weights.tiny_config("scout")
-    stored = quantized.write_checkpoint(tmp_path, config, 4, form, input_scales=False)
-    decoded = quantized.decode_tensors(stored, form)
+    stored = quantized.write_checkpoint(tmp_path, config, 4, scheme, input_scales=False)
+    decoded = quantized.decode_tensors(stored, scheme)
     rounded = {name: _round_to_bf16(values) for name, values in decoded.items()}
     assert any((rounded[name] != decoded[name]).any() for name in decoded)
     _assert_equal(_load(tmp_path), rounded)
@@ -78,25 +78,25 @@ NAME = "model.layers.0.feed_forward.experts.0.up_proj.weight"
 
 
 def _draw_matrix() -> np.ndarray:
-    """float32 ``[out, in]``, one row of zeros, one negative where it is largest."""
+    """Draw float32 ``[out, in]`` with a row of zeros, and a row without positive values."""
     values = weights.random_tensors({NAME: (48, 64)}, 6)[NAME]
     values[5] = 0
     values[6] = -np.abs(values[6])
     return values
 
 
-def _make(form: quantized.Form, **choices: Any) -> tuple[weights.Tensors, QuantizationScheme]:
-    """The stored tensors of the matrix, and its scheme as compressed-tensors reads it."""
+def _make(scheme: quantized.Scheme, **choices: Any) -> tuple[weights.Tensors, QuantizationScheme]:
+    """Quantize the matrix; also parse its scheme with compressed-tensors."""
     stored, described = quantized.quantize_tensors(
-        {NAME: _draw_matrix()}, form, input_scales=False, **choices
+        {NAME: _draw_matrix()}, scheme, input_scales=False, **choices
     )
-    scheme = QuantizationConfig.model_validate(described).config_groups["group_0"]
-    assert isinstance(scheme, QuantizationScheme)
-    return stored, scheme
+    parsed = QuantizationConfig.model_validate(described).config_groups["group_0"]
+    assert isinstance(parsed, QuantizationScheme)
+    return stored, parsed
 
 
 def _as_torch_module(stored: weights.Tensors) -> dict[str, torch.Tensor]:
-    """By the last part of the name: weight_packed, weight_scale, ..."""
+    """Key tensors by the last part of their names: weight_packed, weight_scale, ..."""
     return {name.rsplit(".", 1)[-1]: _as_torch(array) for name, array in stored.items()}
 
 
@@ -107,7 +107,7 @@ def _as_torch(array: np.ndarray) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("form", "choices"),
+    ("scheme", "choices"),
     [
         ("fp8-dynamic", {"scale_dtype": "F32"}),
         ("fp8-dynamic", {"scale_dtype": "F32", "scale_shape": "single"}),
@@ -117,31 +117,31 @@ def _as_torch(array: np.ndarray) -> torch.Tensor:
     ],
 )
 def test_compressed_tensors_writes_the_same_bytes(
-    form: quantized.Form, choices: dict[str, Any]
+    scheme: quantized.Scheme, choices: dict[str, Any]
 ) -> None:
-    """From float32 weights, with F32 scales: the same scales, and the same data."""
-    arrays, scheme = _make(form, **choices)
+    """Scales and data of float32 weights are equal, with F32 scales."""
+    arrays, parsed = _make(scheme, **choices)
     stored, weight = _as_torch_module(arrays), torch.from_numpy(_draw_matrix())
-    args, whole = scheme.weights, None
+    args, global_scale = parsed.weights, None
     assert args is not None
-    if form == "nvfp4":  # the data must fit the scales as they will be stored
+    if scheme == "nvfp4":  # data are computed from the stored scales
         args = args.model_copy(update={"scale_dtype": torch.float8_e4m3fn})
-        whole = generate_gparam(weight.min(), weight.max())
-    is_single = choices.get("scale_shape") == "single"
-    size = args.group_size or (weight.numel() if is_single else weight.shape[1])
+        global_scale = generate_gparam(weight.min(), weight.max())
+    is_per_tensor = choices.get("scale_shape") == "single"
+    size = args.group_size or (weight.numel() if is_per_tensor else weight.shape[1])
     groups = weight.reshape(-1, size)
-    scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), args, global_scale=whole)
+    scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), args, global_scale=global_scale)
     given: dict[str, torch.Tensor | None] = {
         "weight": weight,
         "weight_scale": scale.reshape(stored["weight_scale"].shape),
     }
-    if whole is not None:
-        given["weight_global_scale"] = whole
+    if global_scale is not None:
+        given["weight_global_scale"] = global_scale
     file_format = {"fp8-dynamic": "float-quantized", "w4a16": "pack-quantized"}
     compressor = BaseCompressor.get_value_from_registry(
-        file_format.get(form, "nvfp4-pack-quantized")
+        file_format.get(scheme, "nvfp4-pack-quantized")
     )
-    written = compressor.compress(given, scheme)
+    written = compressor.compress(given, parsed)
     assert set(written) == set(stored)
     for name, wanted in stored.items():
         found = written[name]
@@ -150,14 +150,14 @@ def test_compressed_tensors_writes_the_same_bytes(
 
 
 def test_compressed_tensors_divides_by_the_global_scale_of_nvfp4() -> None:
-    """In float32, where it rounds as we do: first the scale, then the product."""
-    arrays, scheme = _make("nvfp4")
+    """In float32 it rounds like l4jax: first the scale, then the product."""
+    arrays, parsed = _make("nvfp4")
     stored = _as_torch_module(arrays)
     rows, width = stored["weight_packed"].shape
     found = dequantize(
         unpack_fp4_from_uint8(stored["weight_packed"], rows, 2 * width, dtype=torch.float32),
         stored["weight_scale"].float(),
-        args=scheme.weights,
+        args=parsed.weights,
         dtype=torch.float32,
         global_scale=stored["weight_global_scale"],
     )

@@ -1,4 +1,4 @@
-"""What training writes is a Llama 4: transformers loads it, and sees the same logits as we do."""
+"""Models written by training are loaded by transformers with equal logits."""
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_transformers_and_our_engine_give_the_same_distributions(folder):
-    """Over a chart, a needle, a call and a sum: the first token's log-probabilities, in float32."""
+def test_transformers_and_the_engine_give_the_same_distributions(folder):
+    """Compare the first token's float32 logprobs for a chart, a needle, a call and a sum."""
     model, encoder = oracle.load(folder), ExampleEncoder.from_folder(folder)
     llm = LLM(folder, dtype="float32", quiet=True, max_num_seqs=2, max_model_len=1024)
     params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=20)
@@ -37,14 +37,14 @@ def test_transformers_and_our_engine_give_the_same_distributions(folder):
         else:
             (output,) = llm.chat(scoring.make_messages(exchange), params)
         assert list(output.prompt_token_ids) == ids
-        (told,) = output.outputs[0].logprobs
-        found = dict(told.top)
+        (entry,) = output.outputs[0].logprobs
+        found = dict(entry.top)
         assert len(found) >= 20
         for token, logprob in found.items():
             assert abs(logprob - wanted_V[token]) < 2e-4, exchange.kind
 
 
-def test_the_bundled_tokenizer_is_read_alike_by_transformers():
+def test_transformers_reads_the_bundled_tokenizer_equally():
     from transformers import AutoTokenizer
 
     folder = checkpoint.BUNDLED
