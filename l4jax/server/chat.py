@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`: a conversation in, an answer or its pieces out."""
+"""`POST /v1/chat/completions`."""
 
 import dataclasses
 import time
@@ -8,11 +8,12 @@ from typing import Any
 
 from starlette.responses import Response
 
-from l4jax.outputs import CompletionBuilder
-from l4jax.server.errors import refuse_in_words
-from l4jax.server.logprobs import Speller
-from l4jax.server.loop import RequestHandle
-from l4jax.server.params import read_chat_params
+from l4jax.engine.request import TokenLogprobs
+from l4jax.server.deltas import IndexedDelta, iterate_deltas
+from l4jax.server.errors import convert_value_error
+from l4jax.server.handle import RequestHandle
+from l4jax.server.logprobs import LogprobsFormatter
+from l4jax.server.params import make_chat_params
 from l4jax.server.protocol import (
     ChatChoice,
     ChatLogprobs,
@@ -24,194 +25,209 @@ from l4jax.server.protocol import (
     TokenLogprob,
     ToolCall,
 )
-from l4jax.server.replies import hand_over, note_usage
-from l4jax.server.service import Part, Service, make_id
-from l4jax.server.usage import UsageCounter
+from l4jax.server.responses import respond
+from l4jax.server.service import Service
+from l4jax.server.usage import StreamUsage, UsageCounter
 from l4jax.text.chat import Prompt
 from l4jax.text.grammar import tool_schema
-from l4jax.text.tools import CallDelta, ToolCallParser
+from l4jax.text.tokenizer import Tokenizer
+from l4jax.text.tools import CallDelta, TextDelta, ToolCallParser
 
 
-async def answer_chat(service: Service, request: ChatRequest) -> Response:
-    """Answer a conversation, at once or as a stream.
+async def create_chat_completion(service: Service, body: ChatRequest) -> Response:
+    """Answer a conversation, as a whole or as a stream.
 
     Raises:
-        ApiError: for what cannot be answered.
+        ApiError: for a request that cannot be answered.
     """
-    model = service.find_model(request.model)
-    has_tools = bool(request.tools) and request.tool_choice != "none"
-    params = read_chat_params(request, service.defaults, service.options, _find_forced(request))
-    ticket = service.reserve(request.n)
+    model = service.get_model(body.model)
+    params = make_chat_params(body, service.defaults, service.options, _make_tool_schema(body))
+    handle = service.loop.reserve(body.n)
     try:
-        prompt = await service.render(request, has_tools)
-        answers = await service.start(ticket, [prompt], params, "messages")
-        work = _Chat(service, request, model, prompt, ticket, answers)
-        return await hand_over(work, ticket.close, is_stream=bool(request.stream))
+        prompt = await service.preprocessor.render(body, has_tools=_may_call_tools(body))
+        requests = await service.preprocessor.make_requests([prompt], params)
+        await handle.submit(requests, "messages")
+        reply = ChatReply(body, model, prompt, handle, service.tokenizer)
+        return await respond(reply, handle.close, is_stream=bool(body.stream))
     except BaseException:
-        ticket.close()
+        handle.close()
         raise
 
 
-def _find_forced(request: ChatRequest) -> dict[str, Any] | None:
-    """The schema of the calls that must come, where `tool_choice` says so."""
-    choice = request.tool_choice
-    tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
+def _may_call_tools(body: ChatRequest) -> bool:
+    return bool(body.tools) and body.tool_choice != "none"
+
+
+def _make_tool_schema(body: ChatRequest) -> dict[str, Any] | None:
+    """Make the JSON schema of the calls that `tool_choice` forces; None if it forces none."""
+    choice = body.tool_choice
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     if choice in (None, "none", "auto"):
         return None
     name = choice.function.name if isinstance(choice, NamedChoice) else None
-    with refuse_in_words("tools"):
-        return tool_schema(tools, name, is_parallel=request.parallel_tool_calls is not False)
+    with convert_value_error("tools"):
+        return tool_schema(tools, name, is_parallel=body.parallel_tool_calls is not False)
 
 
 @dataclasses.dataclass
-class _Turn:
-    """What one answer has said so far."""
+class _Choice:
+    """A growing choice."""
 
     tools: ToolCallParser | None
-    content: list[str]
-    calls: list[ToolCall]
-    logprobs: list[TokenLogprob]
+    content: list[str] = dataclasses.field(default_factory=list)
+    calls: list[ToolCall] = dataclasses.field(default_factory=list)
+    logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
     finish_reason: str = ""
     stop_reason: int | str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class _News:
-    """What a piece adds to an answer, in OpenAI's words."""
+class _ChoiceDelta:
+    """New content of a choice: text, numbered tool calls, log-probabilities."""
 
     content: str
     calls: list[tuple[int, ToolCall]]
     logprobs: ChatLogprobs | None
 
 
-class _Chat:
-    """The answers to one request, on their way."""
+class ChatReply:
+    """Formats the deltas of one chat request.
+
+    Args:
+        body: of the request.
+        model: name in the response.
+        prompt: the encoded conversation.
+        handle: with the submitted requests, one per choice.
+        tokenizer: the model's.
+    """
 
     def __init__(
         self,
-        service: Service,
-        request: ChatRequest,
+        body: ChatRequest,
         model: str,
         prompt: Prompt,
-        ticket: RequestHandle,
-        answers: list[CompletionBuilder],
+        handle: RequestHandle,
+        tokenizer: Tokenizer,
     ):
-        self._service, self._request, self._model = service, request, model
-        self._prompt, self._ticket, self._answers = prompt, ticket, answers
-        self._id = make_id("chatcmpl")
-        self._speller = Speller(service.tokenizer, request.return_tokens_as_token_ids)
-        self.tally = UsageCounter(prompt_tokens=len(prompt.token_ids))
-        reads_calls = bool(request.tools) and request.tool_choice != "none"
-        names = [tool.function.name for tool in request.tools or ()]
-        self._turns = [
-            _Turn(ToolCallParser(names) if reads_calls else None, [], [], []) for _ in answers
+        self._body, self._prompt = body, prompt
+        self._handle, self._tokenizer = handle, tokenizer
+        self._formatter = LogprobsFormatter(tokenizer, body.return_tokens_as_token_ids)
+        self._head: dict[str, Any] = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self.usage = UsageCounter(prompt_tokens=len(prompt.token_ids))
+        names = [tool.function.name for tool in body.tools or ()]
+        parses_tools = _may_call_tools(body)
+        self._choices = [
+            _Choice(ToolCallParser(names) if parses_tools else None) for _ in handle.requests
         ]
 
     async def collect(self) -> ChatResponse:
-        """All answers, once they have ended."""
+        """Return all choices after the last delta."""
         prompt_logprobs = None
-        async for part in self._follow():
-            self._take(part)
+        async for part in self._iterate():
+            self._add(part)
             prompt_logprobs = part.prompt_logprobs or prompt_logprobs
         choices = [
             ChatChoice(
                 index=index,
                 message=ChatMessage(
-                    content="".join(turn.content) or (None if turn.calls else ""),
-                    tool_calls=turn.calls,
+                    content="".join(choice.content) or (None if choice.calls else ""),
+                    tool_calls=choice.calls,
                 ),
-                logprobs=ChatLogprobs(content=turn.logprobs) if self._request.logprobs else None,
-                finish_reason=turn.finish_reason,
-                stop_reason=turn.stop_reason,
+                logprobs=ChatLogprobs(content=choice.logprobs) if self._body.logprobs else None,
+                finish_reason=choice.finish_reason,
+                stop_reason=choice.stop_reason,
             )
-            for index, turn in enumerate(self._turns)
+            for index, choice in enumerate(self._choices)
         ]
         return ChatResponse(
-            id=self._id,
-            created=int(time.time()),
-            model=self._model,
+            **self._head,
             choices=choices,
-            usage=self.tally.spell(),
-            prompt_logprobs=self._spell_prompt(prompt_logprobs),
+            usage=self.usage.to_usage(),
+            prompt_logprobs=self._format_prompt(prompt_logprobs),
         )
 
     async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
-        """`chat.completion.chunk` objects."""
-        created, notes = int(time.time()), note_usage(self._request.stream_options)
-        base = {
-            "id": self._id,
-            "object": "chat.completion.chunk",
-            "created": created,
-            "model": self._model,
-        }
-        for index in range(len(self._turns)):
+        """Yield `chat.completion.chunk` objects."""
+        stream_usage = StreamUsage.from_options(self._body.stream_options)
+        base = self._head | {"object": "chat.completion.chunk"}
+        for index in range(len(self._choices)):
             delta = {"role": "assistant", "content": ""}
-            yield notes.add(base | {"choices": [_make_choice(index, delta)]}, self.tally)
-        async for part in self._follow():
-            news, turn = self._take(part), self._turns[part.index]
-            head = base
+            chunk = base | {"choices": [_format_choice(index, delta)]}
+            yield stream_usage.add(chunk, self.usage)
+        async for part in self._iterate():
+            added, head = self._add(part), base
             if part.prompt_logprobs is not None:
-                head = base | {"prompt_logprobs": self._spell_prompt(part.prompt_logprobs)}
-            for choice in self._make_choices(part.index, news, turn):
-                yield notes.add(head | {"choices": [choice]}, self.tally)
+                head = base | {"prompt_logprobs": self._format_prompt(part.prompt_logprobs)}
+            for choice in self._format_choices(part.index, added):
+                yield stream_usage.add(head | {"choices": [choice]}, self.usage)
                 head = base
-        if notes.has_last:
-            yield base | {"choices": [], "usage": self.tally.spell().model_dump()}
+        if stream_usage.has_final:
+            yield base | {"choices": [], "usage": self.usage.to_usage().model_dump()}
 
-    def _follow(self) -> AsyncIterator[Part]:
-        return self._service.follow(self._ticket, self._answers, self.tally, self._request.n)
+    def _iterate(self) -> AsyncIterator[IndexedDelta]:
+        return iterate_deltas(self._handle, self._tokenizer, self.usage, self._body.n)
 
-    def _take(self, part: Part) -> _News:
-        turn, piece = self._turns[part.index], part.piece
-        text, calls = piece.text, []
-        if turn.tools is not None:
-            events = turn.tools.push(piece.text)
-            if piece.finish_reason is not None:
-                events += turn.tools.finish()
+    def _add(self, part: IndexedDelta) -> _ChoiceDelta:
+        """Append a delta to its choice, with tool calls parsed from the text."""
+        choice, delta = self._choices[part.index], part.delta
+        text, calls = delta.text, []
+        if choice.tools is not None:
+            events = choice.tools.push(delta.text)
+            if delta.finish_reason is not None:
+                events += choice.tools.finish()
             text = "".join(event.text for event in events if not isinstance(event, CallDelta))
-            calls = self._keep_calls(turn, events)
+            calls = self._add_calls(choice, events)
         logprobs = None
-        if self._request.logprobs:
-            logprobs = self._speller.spell_chat(piece.token_ids, piece.logprobs)
-            turn.logprobs += logprobs.content
-        turn.content.append(text)
-        if piece.finish_reason is not None:
-            is_called = turn.calls and piece.finish_reason == "stop"
-            turn.finish_reason = "tool_calls" if is_called else piece.finish_reason
-            turn.stop_reason = piece.stop_reason
-        return _News(text, calls, logprobs)
+        if self._body.logprobs:
+            logprobs = self._formatter.format_chat(delta.token_ids, delta.logprobs)
+            choice.logprobs += logprobs.content
+        choice.content.append(text)
+        if delta.finish_reason is not None:
+            has_called = choice.calls and delta.finish_reason == "stop"
+            choice.finish_reason = "tool_calls" if has_called else delta.finish_reason
+            choice.stop_reason = delta.stop_reason
+        return _ChoiceDelta(text, calls, logprobs)
 
-    def _keep_calls(self, turn: _Turn, events: list) -> list[tuple[int, ToolCall]]:
-        """The new calls; only the first of an answer where there may be but one."""
+    def _add_calls(
+        self, choice: _Choice, events: list[TextDelta | CallDelta]
+    ) -> list[tuple[int, ToolCall]]:
+        """Append new calls; only the first one without `parallel_tool_calls`."""
         new = []
         for event in events:
-            has_room = self._request.parallel_tool_calls is not False or not turn.calls
-            if isinstance(event, CallDelta) and has_room:
+            is_allowed = self._body.parallel_tool_calls is not False or not choice.calls
+            if isinstance(event, CallDelta) and is_allowed:
                 function = FunctionCall(name=event.call.name, arguments=event.call.arguments)
                 call = ToolCall(id=f"call_{uuid.uuid4().hex[:24]}", function=function)
-                new.append((len(turn.calls), call))
-                turn.calls.append(call)
+                new.append((len(choice.calls), call))
+                choice.calls.append(call)
         return new
 
-    def _make_choices(self, index: int, news: _News, turn: _Turn) -> list[dict[str, Any]]:
-        """The chunks' choices for what a piece brought: the text, each call, the end."""
-        choices = []
-        if news.content or (news.logprobs and news.logprobs.content):
-            choices.append(_make_choice(index, {"content": news.content}, news.logprobs))
-        for place, call in news.calls:
-            delta = {"tool_calls": [{"index": place, **call.model_dump()}]}
-            choices.append(_make_choice(index, delta))
-        if turn.finish_reason:
-            end = _make_choice(index, {})
-            end |= {"finish_reason": turn.finish_reason, "stop_reason": turn.stop_reason}
-            choices.append(end)
-        return choices
+    def _format_choices(self, index: int, added: _ChoiceDelta) -> list[dict[str, Any]]:
+        """Format the choices of chunks for a delta: its text, each call, the end."""
+        choice, formatted = self._choices[index], []
+        if added.content or (added.logprobs and added.logprobs.content):
+            formatted.append(_format_choice(index, {"content": added.content}, added.logprobs))
+        for number, call in added.calls:
+            delta = {"tool_calls": [{"index": number, **call.model_dump()}]}
+            formatted.append(_format_choice(index, delta))
+        if choice.finish_reason:
+            end = {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
+            formatted.append(_format_choice(index, {}) | end)
+        return formatted
 
-    def _spell_prompt(self, found: list | None) -> list[dict[str, Any] | None] | None:
-        return None if found is None else self._speller.spell_prompt(self._prompt.token_ids, found)
+    def _format_prompt(
+        self, found: list[TokenLogprobs | None] | None
+    ) -> list[dict[str, Any] | None] | None:
+        if found is None:
+            return None
+        return self._formatter.format_prompt(self._prompt.token_ids, found)
 
 
-def _make_choice(
+def _format_choice(
     index: int, delta: dict[str, Any], logprobs: ChatLogprobs | None = None
 ) -> dict[str, Any]:
     return {

@@ -1,165 +1,175 @@
-"""`POST /v1/completions`: prompts in, their continuations out, with the prompts if asked."""
+"""`POST /v1/completions`."""
 
 import time
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from starlette.responses import Response
 
 from l4jax.engine.request import TokenLogprobs
-from l4jax.outputs import CompletionBuilder
-from l4jax.server.logprobs import Ledger, Speller, join
-from l4jax.server.loop import RequestHandle
-from l4jax.server.params import read_completion_params
+from l4jax.server.deltas import IndexedDelta, iterate_deltas
+from l4jax.server.handle import RequestHandle
+from l4jax.server.logprobs import CompletionLogprobsBuilder, LogprobsFormatter, join_logprobs
+from l4jax.server.params import make_completion_params
 from l4jax.server.protocol import (
     CompletionChoice,
     CompletionRequest,
     CompletionResponse,
 )
-from l4jax.server.replies import hand_over, note_usage
-from l4jax.server.service import Part, Service, make_id
-from l4jax.server.usage import UsageCounter
+from l4jax.server.responses import respond
+from l4jax.server.service import Service
+from l4jax.server.usage import StreamUsage, UsageCounter
 from l4jax.text.chat import Prompt
+from l4jax.text.tokenizer import Tokenizer
 
-_EXTRA = {"prompt_logprobs"}  # vLLM's, in a stream only where it was asked for
+_VLLM_FIELDS = {"prompt_logprobs"}  # absent from a stream unless requested
 
 
-async def answer_completion(service: Service, request: CompletionRequest) -> Response:
-    """Continue one prompt or several, at once or as a stream.
+async def create_completion(service: Service, body: CompletionRequest) -> Response:
+    """Complete one prompt or several, as a whole or as a stream.
 
     Raises:
-        ApiError: for what cannot be continued.
+        ApiError: for a request that cannot be completed.
     """
-    model = service.find_model(request.model)
-    params = read_completion_params(request, service.defaults, service.options)
-    asked = split_prompts(request.prompt)
-    ticket = service.reserve(max(1, len(asked)) * request.n)
+    model = service.get_model(body.model)
+    params = make_completion_params(body, service.defaults, service.options)
+    inputs = split_prompts(body.prompt)
+    handle = service.loop.reserve(max(1, len(inputs)) * body.n)
     try:
+        special = body.add_special_tokens
         prompts = [
-            await service.spell(one, request.add_special_tokens)
+            await service.preprocessor.encode_text(one, add_special_tokens=special)
             if isinstance(one, str)
             else Prompt(tuple(one), ())
-            for one in asked
+            for one in inputs
         ]
-        answers = await service.start(ticket, prompts, params, "prompt")
-        work = _Completion(service, request, model, asked, prompts, ticket, answers)
-        return await hand_over(work, ticket.close, is_stream=bool(request.stream))
+        requests = await service.preprocessor.make_requests(prompts, params)
+        await handle.submit(requests, "prompt")
+        reply = CompletionReply(body, model, inputs, prompts, handle, service.tokenizer)
+        return await respond(reply, handle.close, is_stream=bool(body.stream))
     except BaseException:
-        ticket.close()
+        handle.close()
         raise
 
 
 def split_prompts(prompt: str | list[Any]) -> list[str | list[int]]:
-    """The prompts of a request: a text, texts, ids, or lists of ids."""
+    """Split `prompt` (a text, texts, token ids, or lists of token ids) into prompts."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt or isinstance(prompt[0], int):
-        return [prompt]  # an empty one is refused as a prompt without tokens
+        return [prompt]  # an empty list is refused as a prompt without tokens
     return list(prompt)
 
 
-class _Completion:
-    """The texts of one request, on their way."""
+class CompletionReply:
+    """Formats the deltas of one completion request.
+
+    Args:
+        body: of the request.
+        model: name in the response.
+        inputs: prompts of the body; choice i is for prompt i // n.
+        prompts: the same, encoded.
+        handle: with the submitted requests, one per choice.
+        tokenizer: the model's.
+    """
 
     def __init__(
         self,
-        service: Service,
-        request: CompletionRequest,
+        body: CompletionRequest,
         model: str,
-        asked: list[str | list[int]],
+        inputs: list[str | list[int]],
         prompts: list[Prompt],
-        ticket: RequestHandle,
-        answers: list[CompletionBuilder],
+        handle: RequestHandle,
+        tokenizer: Tokenizer,
     ):
-        self._service, self._request, self._model = service, request, model
-        self._asked, self._prompts = asked, prompts
-        self._ticket, self._answers = ticket, answers
-        self._id = make_id("cmpl")
-        self._speller = Speller(service.tokenizer, request.return_tokens_as_token_ids)
-        self._ledgers = [
-            Ledger(self._speller, service.tokenizer, request.skip_special_tokens) for _ in answers
+        self._body, self._inputs, self._prompts = body, inputs, prompts
+        self._handle, self._tokenizer = handle, tokenizer
+        self._head: dict[str, Any] = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._formatter = LogprobsFormatter(tokenizer, body.return_tokens_as_token_ids)
+        self._logprobs = [
+            CompletionLogprobsBuilder(self._formatter, tokenizer, body.skip_special_tokens)
+            for _ in handle.requests
         ]
-        self._has_begun = [False] * len(answers)
-        self.tally = UsageCounter(prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts))
+        self._has_started = [False] * len(handle.requests)
+        self.usage = UsageCounter(prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts))
 
     async def collect(self) -> CompletionResponse:
-        """All texts, once they have ended."""
-        found: list[list[CompletionChoice]] = [[] for _ in self._answers]
-        async for part in self._follow():
-            found[part.index].append(self._take(part))
+        """Return all choices after the last delta."""
+        found: list[list[CompletionChoice]] = [[] for _ in self._handle.requests]
+        async for part in self._iterate():
+            found[part.index].append(self._format(part))
         return CompletionResponse(
-            id=self._id,
-            created=int(time.time()),
-            model=self._model,
-            choices=[_join_choices(pieces) for pieces in found],
-            usage=self.tally.spell(),
+            **self._head,
+            choices=[_join_choices(parts) for parts in found],
+            usage=self.usage.to_usage(),
         )
 
     async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
-        """`text_completion` objects, each with a piece of one text."""
-        notes = note_usage(self._request.stream_options)
-        base = {
-            "id": self._id,
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": self._model,
-        }
-        async for part in self._follow():
-            choice = self._take(part)
+        """Yield `text_completion` objects, each with a delta of one choice."""
+        stream_usage = StreamUsage.from_options(self._body.stream_options)
+        base = self._head | {"object": "text_completion"}
+        async for part in self._iterate():
+            choice = self._format(part)
             has_logprobs = choice.logprobs is not None and choice.logprobs.tokens
             if choice.text or choice.finish_reason or has_logprobs or choice.prompt_logprobs:
-                spelled = choice.model_dump(exclude=None if choice.prompt_logprobs else _EXTRA)
-                yield notes.add(base | {"choices": [spelled]}, self.tally)
-        if notes.has_last:
-            yield base | {"choices": [], "usage": self.tally.spell().model_dump()}
+                hidden = None if choice.prompt_logprobs else _VLLM_FIELDS
+                chunk = base | {"choices": [choice.model_dump(exclude=hidden)]}
+                yield stream_usage.add(chunk, self.usage)
+        if stream_usage.has_final:
+            yield base | {"choices": [], "usage": self.usage.to_usage().model_dump()}
 
-    def _follow(self) -> AsyncIterator[Part]:
-        return self._service.follow(self._ticket, self._answers, self.tally, self._request.n)
+    def _iterate(self) -> AsyncIterator[IndexedDelta]:
+        return iterate_deltas(self._handle, self._tokenizer, self.usage, self._body.n)
 
-    def _take(self, part: Part) -> CompletionChoice:
-        """A part as a choice; the first one of a text brings the prompt, if that was asked for."""
-        index, piece, request = part.index, part.piece, self._request
-        text, tokens = piece.text, piece.token_ids
-        logprobs: list[TokenLogprobs | None] = [*piece.logprobs]
-        if request.max_tokens == 0:
+    def _format(self, part: IndexedDelta) -> CompletionChoice:
+        """Format a delta as a choice; with `echo` the first one of a choice has the prompt."""
+        index, delta, body = part.index, part.delta, self._body
+        text, tokens = delta.text, delta.token_ids
+        logprobs: list[TokenLogprobs | None] = [*delta.logprobs]
+        if body.max_tokens == 0:
             text, tokens, logprobs = "", [], []
-            self.tally.completion_tokens = 0
-        prompt = self._prompts[index // request.n]
-        if request.echo and not self._has_begun[index]:
-            text = self._spell_prompt(index // request.n) + text
+            self.usage.completion_tokens = 0
+        prompt = self._prompts[index // body.n]
+        if body.echo and not self._has_started[index]:
+            text = self._get_prompt_text(index // body.n) + text
             tokens = [*prompt.token_ids, *tokens]
-            if request.logprobs is not None:
-                assert part.prompt_logprobs is not None  # they come before the first token
+            if body.logprobs is not None:
+                assert part.prompt_logprobs is not None  # in the update of the first token
                 logprobs = [*part.prompt_logprobs, *logprobs]
-        self._has_begun[index] = True
+        self._has_started[index] = True
         prompt_logprobs = None
-        if request.prompt_logprobs is not None and part.prompt_logprobs is not None:
-            prompt_logprobs = self._speller.spell_prompt(prompt.token_ids, part.prompt_logprobs)
-        has_logprobs = request.logprobs is not None
+        if body.prompt_logprobs is not None and part.prompt_logprobs is not None:
+            prompt_logprobs = self._formatter.format_prompt(prompt.token_ids, part.prompt_logprobs)
+        has_logprobs = body.logprobs is not None
         return CompletionChoice(
             index=index,
             text=text,
-            logprobs=self._ledgers[index].take(tokens, logprobs) if has_logprobs else None,
-            finish_reason=piece.finish_reason,
-            stop_reason=piece.stop_reason,
+            logprobs=self._logprobs[index].add(tokens, logprobs) if has_logprobs else None,
+            finish_reason=delta.finish_reason,
+            stop_reason=delta.stop_reason,
             prompt_logprobs=prompt_logprobs,
         )
 
-    def _spell_prompt(self, place: int) -> str:
-        asked = self._asked[place]
-        if isinstance(asked, str):
-            return asked
-        skips = self._request.skip_special_tokens
-        return self._service.tokenizer.decode(asked, skip_special_tokens=skips)
+    def _get_prompt_text(self, number: int) -> str:
+        prompt = self._inputs[number]
+        if isinstance(prompt, str):
+            return prompt
+        skips = self._body.skip_special_tokens
+        return self._tokenizer.decode(prompt, skip_special_tokens=skips)
 
 
-def _join_choices(pieces: list[CompletionChoice]) -> CompletionChoice:
-    last, ledgers = pieces[-1], [piece.logprobs for piece in pieces if piece.logprobs is not None]
-    prompts = [piece.prompt_logprobs for piece in pieces if piece.prompt_logprobs is not None]
+def _join_choices(parts: list[CompletionChoice]) -> CompletionChoice:
+    last, logprobs = parts[-1], [part.logprobs for part in parts if part.logprobs is not None]
+    prompts = [part.prompt_logprobs for part in parts if part.prompt_logprobs is not None]
     return CompletionChoice(
         index=last.index,
-        text="".join(piece.text for piece in pieces),
-        logprobs=join(ledgers) if ledgers else None,
+        text="".join(part.text for part in parts),
+        logprobs=join_logprobs(logprobs) if logprobs else None,
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
         prompt_logprobs=prompts[0] if prompts else None,

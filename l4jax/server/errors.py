@@ -1,4 +1,4 @@
-"""What goes wrong, in OpenAI's error shape: a sentence, the field at fault, and a status."""
+"""Errors in OpenAI's format: a sentence, the field at fault, and a status."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-CLIENT_GONE = 499  # nginx's code for a client that hung up: seen in the log only
+CLIENT_GONE = 499  # nginx's code for a client that disconnected; appears in the log only
 
 _KINDS = {
     401: "authentication_error",
@@ -19,20 +19,20 @@ _KINDS = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
-# Errors begin with the field where there is one: "top_p is 7.0: ...", "messages[0].role: ...".
+# Messages begin with the field at fault, if there is one: "top_p is 7.0: ..."
 _VERBS = "is|are|has|holds?|must|names|needs?|takes?"
 _FIELD = re.compile(rf"^([a-z_]+(?:\[\d+\]|\.\w+)*)(?=:| (?:{_VERBS})\b)")
 
 
 class ApiError(HTTPException):
-    """A request that is answered with an error.
+    """An error response.
 
     Args:
         status: of HTTP.
         message: a sentence that names the value and the way out.
         param: the field at fault.
-        code: a word for programs, such as "model_not_found".
-        headers: of the answer.
+        code: for programs, such as "model_not_found".
+        headers: of the response.
     """
 
     def __init__(
@@ -49,24 +49,24 @@ class ApiError(HTTPException):
 
     @property
     def body(self) -> dict[str, Any]:
-        """`{"error": {...}}`, as OpenAI's clients read it."""
+        """The body in OpenAI's format, `{"error": {...}}`."""
         return make_body(self.status_code, self.detail, self.param, self.code)
 
 
 def make_body(
     status: int, message: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """The body of an error."""
+    """Make the body of an error."""
     kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 @contextlib.contextmanager
-def refuse_in_words(param: str | None) -> Iterator[None]:
-    """Turn a `ValueError` of the product, whose message is meant for the caller, into a 400.
+def convert_value_error(param: str | None) -> Iterator[None]:
+    """Convert a `ValueError` of l4jax, whose message is meant for the client, into a 400.
 
     Args:
-        param: the field at fault, where the message does not begin with one.
+        param: the field at fault, if the message does not begin with one.
     """
     try:
         yield
@@ -74,14 +74,20 @@ def refuse_in_words(param: str | None) -> Iterator[None]:
         raise ApiError(400, str(error), param=find_field(str(error)) or param) from error
 
 
+def make_shutdown_error() -> ApiError:
+    """Make the 503 of a server that shuts down."""
+    message = "The server is shutting down: ask another one, or later."
+    return ApiError(503, message, code="shutting_down", headers={"Retry-After": "10"})
+
+
 def find_field(message: str) -> str | None:
-    """The field that a message begins with."""
+    """Return the field that a message begins with."""
     found = _FIELD.match(message)
     return found[1] if found else None
 
 
 def parse_json(raw: bytes) -> Any:
-    """A JSON text, without the `NaN` and `Infinity` that Python reads and JSON does not have."""
+    """Parse JSON; refuse `NaN` and `Infinity`, which Python reads and JSON does not have."""
 
     def refuse(name: str) -> Any:
         raise ApiError(400, f"The body holds {name}, which JSON does not have: send a number.")
@@ -94,13 +100,13 @@ def parse_json(raw: bytes) -> Any:
         raise ApiError(400, f"The body is not JSON: {error}.", code="invalid_json") from error
 
 
-def answer_http_error(request: Request, error: Exception) -> JSONResponse:
-    """An `ApiError`, or what the router says of a path or method that is not there."""
+def handle_http_error(request: Request, error: Exception) -> JSONResponse:
+    """Format an `ApiError`, or the router's error for an unknown path or method."""
     assert isinstance(error, HTTPException)
     if isinstance(error, ApiError):
         body = error.body
     elif error.status_code == 404:
-        message = f"There is no {request.url.path}: see /openapi.json for what there is."
+        message = f"There is no {request.url.path}: see /openapi.json for all paths."
         body = make_body(404, message, code="not_found")
     elif error.status_code == 405:
         message = f"{request.url.path} does not take {request.method}: see the header Allow."
@@ -110,35 +116,35 @@ def answer_http_error(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(body, error.status_code, error.headers)
 
 
-def answer_invalid(request: Request, error: Exception) -> JSONResponse:
-    """A body of wrong types: the first field at fault, in words. What was sent is not repeated."""
+def handle_validation_error(request: Request, error: Exception) -> JSONResponse:
+    """Name the first field at fault in a body of wrong types. Its value is not repeated."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    place = [part for part in first["loc"] if part != "body"]
+    location = [part for part in first["loc"] if part != "body"]
     reason = first.get("ctx", {}).get("error")
-    if isinstance(reason, ValueError) and not place:  # a law between fields: it names them
+    if isinstance(reason, ValueError) and not location:  # a rule between fields, which it names
         message, param = f"{reason}.", find_field(str(reason))
-    elif not place:
+    elif not location:
         message, param = "The body must be a JSON object, sent as application/json.", None
     elif first["type"] == "extra_forbidden":
-        param = spell_place(place)
+        param = format_location(location)
         message = f"{param} is not known to this server: leave it out."
     else:
-        param = spell_place(place)
+        param = format_location(location)
         message = f"{param}: {reason or first['msg']}."
     return JSONResponse(make_body(400, message, param), 400)
 
 
-def spell_place(place: list[str | int]) -> str:
-    """`["messages", 0, "role"]` as `messages[0].role`; names of union members are left out."""
-    spelled = ""
-    for part in place:
+def format_location(location: list[str | int]) -> str:
+    """Format `["messages", 0, "role"]` as `messages[0].role`, without names of union members."""
+    field = ""
+    for part in location:
         if isinstance(part, int):
-            spelled += f"[{part}]"
+            field += f"[{part}]"
         elif re.fullmatch(r"\w+", part) and part not in _TYPES:
-            spelled += f".{part}" if spelled else part
-    return spelled
+            field += f".{part}" if field else part
+    return field
 
 
-# Members of unions, which pydantic puts into the place of an error.
+# Members of unions, which pydantic adds to the location of an error.
 _TYPES = {"str", "dict", "NamedChoice", "TokenizeChat", "TokenizePrompt"}

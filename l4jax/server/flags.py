@@ -1,4 +1,4 @@
-"""The flags of `l4jax.serve`, spelled as in vLLM where the thing is the same. No jax."""
+"""The flags of `l4jax.serve`; spellings are vLLM's. No jax."""
 
 import argparse
 import dataclasses
@@ -27,10 +27,10 @@ OPTIONS = Options()
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="l4jax.serve",
-        description="Serve Llama 4 behind OpenAI's API, with a page to chat on at /.",
+        description="Serve Llama 4 with OpenAI's API, and a chat page at /.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -65,17 +65,21 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
         help=f"sampling defaults on top: {', '.join(GENERATION_KEYS)}",
     )
     add("--max-logprobs", type=int, default=20, metavar="N", help="(default: %(default)s)")
-    add("--enable-auto-tool-choice", action="store_true", help="taken, and always on")
+    add(
+        "--enable-auto-tool-choice",
+        action="store_true",
+        help="accepted; tool calls are always parsed",
+    )
     add(
         "--tool-call-parser",
         default="auto",
         choices=["auto", "llama4_pythonic", "llama4_json"],
-        help="taken: one parser reads both forms (default: %(default)s)",
+        help="accepted: one parser reads both forms (default: %(default)s)",
     )
     add(
         "--trust-request-chat-template",
         action="store_true",
-        help="run chat templates that requests bring (default: refuse them)",
+        help="run chat templates of requests (default: refuse them)",
     )
 
 
@@ -89,9 +93,9 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=os.environ.get("L4JAX_API_KEY", "").split(),
         metavar="KEY",
-        help="one of these must be sent (default: L4JAX_API_KEY; none, and nobody is asked)",
+        help="one of these keys is required (default: L4JAX_API_KEY; none is required)",
     )
-    add("--root-path", default="", help="where a proxy puts the server (default: /)")
+    add("--root-path", default="", help="path of the server behind a proxy (default: /)")
     add("--ssl-keyfile", metavar="FILE", help="for https")
     add("--ssl-certfile", metavar="FILE", help="for https")
     add(
@@ -110,7 +114,7 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
     add(
         "--enable-log-requests",
         action="store_true",
-        help="log the bodies of requests, prompts and all (default: never)",
+        help="log the bodies of requests, including prompts (default: never)",
     )
 
 
@@ -122,58 +126,62 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=OPTIONS.max_waiting,
         metavar="N",
-        help="requests beyond those that run; more are refused, 429 (default: %(default)s)",
+        help="waiting requests, at most; more are refused with 429 (default: %(default)s)",
     )
     add(
         "--max-request-bytes",
         type=parse_count,
         default=OPTIONS.max_request_bytes,
         metavar="N",
-        help="of a body (default: %(default)s)",
+        help="bytes of a body (default: %(default)s)",
     )
-    add("--request-timeout", type=float, metavar="SECONDS", help="of an answer (default: none)")
+    add("--request-timeout", type=float, metavar="SECONDS", help="of a response (default: none)")
     add(
         "--shutdown-timeout",
         type=float,
         default=OPTIONS.shutdown_timeout,
         metavar="SECONDS",
-        help="for answers in flight once SIGTERM came (default: %(default)g)",
+        help="for responses in flight after SIGTERM (default: %(default)g)",
     )
     add(
         "--allowed-media-domains",
         nargs="+",
         default=[],
         metavar="HOST",
-        help="that pictures may be fetched from (default: none)",
+        help="hosts that images may be fetched from (default: none)",
     )
     add(
         "--allowed-local-media-path",
         type=Path,
         metavar="FOLDER",
-        help="that file: URLs of pictures may name files in (default: none)",
+        help="folder that file: URLs of images may read (default: none)",
     )
 
 
 def make_options(args: argparse.Namespace) -> Options:
-    """What of the flags is the server's. Raises `ValueError` for what cannot be."""
+    """Make the server's options of the flags; ValueError for impossible values."""
     for name in ("max_waiting", "shutdown_timeout", "max_logprobs"):
         if getattr(args, name) < 0:
-            raise ValueError(f"{_spell(name)} is {getattr(args, name)}: it must be at least 0.")
+            raise ValueError(
+                f"{_format_flag(name)} is {getattr(args, name)}: it must be at least 0."
+            )
     for name in ("max_request_bytes", "request_timeout"):
         value = getattr(args, name)
         if value is not None and value <= 0:
-            raise ValueError(f"{_spell(name)} is {value}: it must be above 0.")
+            raise ValueError(f"{_format_flag(name)} is {value}: it must be above 0.")
     if (args.ssl_keyfile is None) != (args.ssl_certfile is None):
         raise ValueError("--ssl-keyfile and --ssl-certfile come together.")
     if not all(args.api_key):
-        raise ValueError("--api-key is empty, and would let everybody in: give a key, or no flag.")
+        raise ValueError(
+            "--api-key is empty, and would accept every request: give a key, or no flag."
+        )
     folder = args.allowed_local_media_path
     if folder is not None and not folder.is_dir():
         raise ValueError(f"--allowed-local-media-path is {str(folder)!r}: there is no such folder.")
     model = args.model or "l4jax-tiny"
-    same = {field.name for field in dataclasses.fields(Options)} & set(vars(args))
+    named = {field.name for field in dataclasses.fields(Options)} & set(vars(args))
     return Options(
-        **{name: getattr(args, name) for name in same - {"allowed_origins"}},
+        **{name: getattr(args, name) for name in named - {"allowed_origins"}},
         served_model_names=tuple(args.served_model_name or [model]),
         api_keys=tuple(args.api_key),
         max_new_tokens=args.override_generation_config.get("max_new_tokens"),
@@ -188,12 +196,12 @@ def make_options(args: argparse.Namespace) -> Options:
 
 
 def make_generation_changes(args: argparse.Namespace) -> dict[str, Any]:
-    """Sampling defaults that the flags put in place of the model's."""
+    """Make the changes of `--override-generation-config` to the sampling defaults."""
     changes = dict(args.override_generation_config)
-    strange = [key for key in changes if key not in GENERATION_KEYS]
-    if strange:
+    unknown = [key for key in changes if key not in GENERATION_KEYS]
+    if unknown:
         raise ValueError(
-            f"--override-generation-config has {strange[0]!r}: "
+            f"--override-generation-config has {unknown[0]!r}: "
             f"it takes {', '.join(GENERATION_KEYS)}."
         )
     limit = changes.pop("max_new_tokens", None)
@@ -211,5 +219,5 @@ def _parse_strings(text: str) -> list[str]:
     return values
 
 
-def _spell(name: str) -> str:
+def _format_flag(name: str) -> str:
     return "--" + name.replace("_", "-")

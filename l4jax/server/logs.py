@@ -1,7 +1,7 @@
-"""The log: one JSON object a line, on standard error. No prompt and no answer gets into it.
+"""The log: one JSON object per line, on standard error. It contains no prompt and no completion.
 
-Errors of the server are logged by their type and place, since their words may quote a prompt.
-`--enable-log-requests` logs the bodies of requests, and is the one way to have them.
+Errors of the server are logged by type and location, since their messages may quote a prompt.
+Only `--enable-log-requests` logs the bodies of requests.
 """
 
 import datetime
@@ -14,8 +14,8 @@ from typing import Any
 
 from starlette.types import Scope
 
-_NOTES = "l4jax.notes"
-# What every record has, and uvicorn's events with colors: the rest is `extra`.
+_FIELDS = "l4jax.log_fields"  # key of a scope
+# Attributes of every record, and of uvicorn's colored events; all others are `extra`.
 _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {
     "asctime",
     "color_message",
@@ -25,10 +25,10 @@ _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {
 
 
 class JsonLines(logging.Formatter):
-    """A record as an object: time, level, logger, event, and what `extra` brought."""
+    """Formats a record as an object: time, level, logger, event, and the `extra` fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """Format one line."""
         time = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
         line: dict[str, Any] = {
             "time": time.isoformat(timespec="milliseconds"),
@@ -39,12 +39,12 @@ class JsonLines(logging.Formatter):
         line |= {key: value for key, value in vars(record).items() if key not in _PLAIN}
         if record.exc_info and record.exc_info[1] is not None:
             line["error"] = f"{type(record.exc_info[1]).__name__}: {record.exc_info[1]}"
-            line["trace"] = spell_trace(record.exc_info[1])
+            line["trace"] = format_trace(record.exc_info[1])
         return json.dumps(line, default=str)
 
 
 def configure_logs(level: str) -> None:
-    """Send the logs of l4jax and uvicorn to standard error, from a level on."""
+    """Send the logs of l4jax and uvicorn to standard error, from a level upwards."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     for name in ("l4jax", "uvicorn"):
@@ -54,34 +54,34 @@ def configure_logs(level: str) -> None:
 
 
 class LineLog(io.TextIOBase):
-    """A text stream whose lines become records; of a line that a progress bar rewrites, the last.
+    """A text stream whose lines become records; a rewritten progress bar becomes its last state.
 
     Args:
-        logger: where they go.
+        logger: of the records.
     """
 
     def __init__(self, logger: logging.Logger):
         self._logger, self._rest = logger, ""
 
     def write(self, text: str) -> int:
-        """Take text, and log the lines that it completes."""
+        """Append text, and log completed lines."""
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             self._logger.info(line.rsplit("\r", 1)[-1])
         return len(text)
 
 
-def spell_trace(error: BaseException) -> list[str]:
-    """The type of an error and where it came from, innermost last, without its words."""
+def format_trace(error: BaseException) -> list[str]:
+    """Format the frames of an error, innermost last, and its type, without its message."""
     frames = traceback.extract_tb(error.__traceback__)
     return [*(f"{f.filename}:{f.lineno} {f.name}" for f in frames), type(error).__name__]
 
 
-def note(scope: Scope, **facts: Any) -> None:
-    """Add facts to the line that the access log writes of a request."""
-    scope.setdefault(_NOTES, {}).update(facts)
+def add_log_fields(scope: Scope, **fields: Any) -> None:
+    """Add fields to the line of a request in the access log."""
+    scope.setdefault(_FIELDS, {}).update(fields)
 
 
-def read_notes(scope: Scope) -> dict[str, Any]:
-    """The facts noted of a request."""
-    return scope.setdefault(_NOTES, {})
+def get_log_fields(scope: Scope) -> dict[str, Any]:
+    """Return the fields added for a request."""
+    return scope.setdefault(_FIELDS, {})

@@ -1,12 +1,11 @@
-"""The engine's thread: requests go in from the event loop, and tokens come back to it.
+"""The engine's thread: requests arrive from the event loop, and updates return to it.
 
-The engine is called from this one thread only. Orders go in through a queue, in order; what a step
-brought goes back in one call of the event loop a step, however many requests it was for. What is
-in flight is counted on the event loop, so the bound on it is exact.
+Only this thread calls the engine. Commands arrive in a queue, in order. All updates of a step
+return in one callback of the event loop, however many requests they are for. The event loop counts
+the requests in flight, so their limit is exact.
 """
 
 import asyncio
-import dataclasses
 import logging
 import queue
 import threading
@@ -15,252 +14,147 @@ from collections.abc import Callable
 from typing import Any
 
 from l4jax.engine.engine import Engine, RequestUpdate
-from l4jax.engine.request import Constraints, SamplingParams
+from l4jax.server.errors import ApiError, make_shutdown_error
+from l4jax.server.handle import EngineRequest, RequestHandle
 from l4jax.server.metrics import Metrics
-from l4jax.text.image import Tiles
+
+RETRY_SECONDS = 1  # for clients of a full server
 
 logger = logging.getLogger(__name__)
-
-
-class BusyError(Exception):
-    """As many requests are in flight as may be."""
-
-
-class ClosedError(Exception):
-    """The engine's thread takes no more requests: it was stopped, or failed."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """One engine request."""
-
-    token_ids: tuple[int, ...]
-    params: SamplingParams
-    images: tuple[Tiles, ...] = ()
-    constraints: Constraints | None = None
-
-
-@dataclasses.dataclass
-class _Progress:
-    """Times of one engine request, in seconds of `time.monotonic`."""
-
-    work: Work
-    started: float
-    last: float
-    tokens: int = 0
-    has_ended: bool = False  # in the engine
-
-    def finish(self, metrics: Metrics, reason: str) -> None:
-        seconds = time.monotonic() - self.started
-        metrics.finish(reason, seconds, len(self.work.token_ids), self.tokens)
-
-
-class RequestHandle:
-    """A caller's place: up to `count` engine requests, whose updates come in one queue.
-
-    It lives on the event loop. Whoever reserved it closes it, at any moment and as often as it
-    likes: what still runs is cancelled, and the place is free.
-    """
-
-    def __init__(self, loop: "EngineLoop", count: int):
-        self.count = count
-        self._loop = loop
-        self._updates: asyncio.Queue[tuple[int, RequestUpdate]] = asyncio.Queue()
-        self._accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._running: dict[int, _Progress] = {}
-        self._is_closed = False
-        self.ids: list[int] = []  # of the engine; used on the engine's thread only
-
-    async def start(self, works: list[Work], timeout: float | None = None) -> None:
-        """Hand the requests to the engine: all of them or, where it refuses one, none.
-
-        Raises:
-            PromptError, ValueError: what the engine says of a request that it cannot run.
-            ClosedError: the engine's thread has ended.
-        """
-        assert len(works) <= self.count and not self._running
-        now = time.monotonic()
-        self._running = {i: _Progress(work, now, now) for i, work in enumerate(works)}
-        self._loop.order(lambda: self._loop.admit(self, works, timeout))
-        await self._accepted
-
-    async def receive(self) -> tuple[int, RequestUpdate]:
-        """The next update and the place in `works` of the request that it is for."""
-        return await self._updates.get()
-
-    def end(self, index: int, reason: str) -> None:
-        """Note that one of the answers has ended, perhaps before the engine saw that."""
-        progress = self._running.pop(index, None)
-        if progress is not None:
-            progress.finish(self._loop.metrics, reason)
-            if not progress.has_ended:
-                self._loop.order(lambda: self._loop.cancel(self.ids[index : index + 1]))
-
-    def close(self) -> None:
-        """Give the place back, and cancel what still runs."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        for progress in self._running.values():
-            progress.finish(self._loop.metrics, "abort")
-        if self._running:
-            self._loop.order(lambda: self._loop.cancel(self.ids))
-        self._running = {}
-        self._loop.leave(self)
-
-    def accept(self, error: Exception | None) -> None:
-        """The engine's answer to `start`."""
-        if self._accepted.done():
-            return
-        if error is None:
-            self._accepted.set_result(None)
-        else:
-            self._running = {}
-            self._accepted.set_exception(error)
-            self._accepted.exception()  # seen, even if the caller went away meanwhile
-
-    def take(self, index: int, update: RequestUpdate) -> None:
-        """What a step brought for one of the requests."""
-        progress = self._running.get(index)
-        if progress is None:
-            return
-        now, metrics = time.monotonic(), self._loop.metrics
-        tokens = len(update.token_ids)
-        if tokens and not progress.tokens:
-            metrics.first_token.observe(now - progress.started)
-            metrics.observe_next((now - progress.last) / tokens, tokens - 1)
-        elif tokens:
-            metrics.observe_next((now - progress.last) / tokens, tokens)
-        progress.tokens += tokens
-        progress.last = now
-        progress.has_ended = update.finish_reason is not None
-        self._updates.put_nowait((index, update))
-
-    def abort(self) -> None:
-        """End all of its requests as a deadline would."""
-        for index, progress in self._running.items():
-            if not progress.has_ended:
-                self.take(index, RequestUpdate(-1, [], [], "abort"))
-        self._loop.order(lambda: self._loop.cancel(self.ids))
-        self.accept(ClosedError("The server is shutting down: ask another one, or later."))
 
 
 class EngineLoop:
     """Runs an engine on a thread of its own.
 
     Args:
-        engine: nobody else may call it from now on.
+        engine: from now on only this thread calls it.
         capacity: engine requests that may be in flight, running and waiting together.
-        metrics: what is observed goes there.
+        metrics: receives the observations.
+        request_timeout: seconds of a request; None is no limit.
     """
 
-    def __init__(self, engine: Engine, capacity: int, metrics: Metrics):
+    def __init__(
+        self, engine: Engine, capacity: int, metrics: Metrics, request_timeout: float | None = None
+    ):
         self.capacity, self.metrics = capacity, metrics
         self.stats = engine.stats()
         self.is_ready = False
         self.is_alive = False
         self.is_draining = False
-        self._engine = engine
-        self._tickets: set[RequestHandle] = set()
-        self._owners: dict[int, tuple[RequestHandle, int]] = {}
-        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._engine, self._timeout = engine, request_timeout
+        self._handles: set[RequestHandle] = set()
+        self._owners: dict[int, tuple[RequestHandle, int]] = {}  # by the engine's request id
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._home: asyncio.AbstractEventLoop | None = None
+        self._event_loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def is_running(self) -> bool:
-        """Whether the thread has not ended yet."""
+        """Is the thread still running?"""
         return self._thread.is_alive()
 
     @property
     def is_compiling(self) -> bool:
-        """Whether something is compiled beside the thread."""
+        """Are programs still compiled in the background?"""
         return self._engine.is_compiling
 
     # On the event loop.
 
     def start(self) -> None:
-        """Start the thread, which first compiles what the engine needs. Call on the event loop."""
-        self._home = asyncio.get_running_loop()
+        """Start the thread, which first compiles the engine's programs."""
+        self._event_loop = asyncio.get_running_loop()
         self.is_alive = True
         self._thread.start()
 
     def reserve(self, count: int) -> RequestHandle:
-        """A place for so many engine requests.
+        """Reserve room for engine requests.
 
         Raises:
-            BusyError: there is none.
-            ClosedError: the engine's thread has ended or is about to.
+            ApiError: 400 if so many never fit, 429 if they do not fit now, 503 at a shutdown.
         """
+        if count > self.capacity:
+            raise ApiError(
+                400,
+                f"n is {count} over all prompts: at most {self.capacity} answers fit.",
+                param="n",
+            )
         if self.is_draining or not self.is_alive:
-            raise ClosedError("The server is shutting down: ask another one, or later.")
-        if self.count_flying() + count > self.capacity:
-            raise BusyError
-        ticket = RequestHandle(self, count)
-        self._tickets.add(ticket)
-        return ticket
+            raise make_shutdown_error()
+        if self.count_in_flight() + count > self.capacity:
+            raise ApiError(
+                429,
+                f"{self.capacity} requests are in flight, which is the limit "
+                f"(--max-num-seqs and --max-waiting): ask again in {RETRY_SECONDS} s.",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": str(RETRY_SECONDS)},
+            )
+        handle = RequestHandle(self, count, self._timeout)
+        self._handles.add(handle)
+        return handle
 
-    def count_flying(self) -> int:
-        """Engine requests that have a place."""
-        return sum(ticket.count for ticket in self._tickets)
+    def count_in_flight(self) -> int:
+        """Count the engine requests with a reservation."""
+        return sum(handle.count for handle in self._handles)
 
-    def leave(self, ticket: RequestHandle) -> None:
-        """Free a ticket's place."""
-        self._tickets.discard(ticket)
+    def release(self, handle: RequestHandle) -> None:
+        """Release the reservation of a handle."""
+        self._handles.discard(handle)
 
     def drain(self) -> None:
-        """Take no more requests."""
+        """Accept no more requests."""
         self.is_draining = True
 
     def abort_all(self) -> None:
-        """End every request in flight: their callers are told."""
-        for ticket in list(self._tickets):
-            ticket.abort()
+        """Abort all requests in flight; each client gets an error."""
+        for handle in list(self._handles):
+            handle.abort()
 
     async def stop(self, timeout: float) -> None:
-        """End the thread after its current step, waiting so many seconds for that."""
+        """End the thread after its current step; wait up to `timeout` seconds for it."""
         self.drain()
-        self._orders.put(None)
+        self._commands.put(None)
         await asyncio.to_thread(self._thread.join, timeout)
 
-    def order(self, call: Callable[[], None]) -> None:
-        """Have something done on the engine's thread, after all earlier orders."""
-        self._orders.put(call)
+    def post(self, command: Callable[[], None]) -> None:
+        """Queue a command for the engine's thread, after all earlier ones."""
+        self._commands.put(command)
 
     # On the engine's thread.
 
-    def admit(self, ticket: RequestHandle, works: list[Work], timeout: float | None) -> None:
+    def add_requests(
+        self, handle: RequestHandle, requests: list[EngineRequest], timeout: float | None
+    ) -> None:
         """Add requests to the engine, all or none."""
         try:
-            for index, work in enumerate(works):
+            for index, request in enumerate(requests):
                 request_id = self._engine.add(
-                    work.token_ids,
-                    work.params,
-                    work.images,
-                    constraints=work.constraints,
+                    request.token_ids,
+                    request.params,
+                    request.images,
+                    constraints=request.constraints,
                     timeout=timeout,
                 )
-                ticket.ids.append(request_id)
-                self._owners[request_id] = ticket, index
+                handle.ids.append(request_id)
+                self._owners[request_id] = handle, index
         except Exception as error:
-            self.cancel(ticket.ids)
-            self._send(ticket.accept, error)
+            self.cancel(handle.ids)
+            self._call_event_loop(handle.accept, error)
         else:
-            self._send(ticket.accept, None)
+            self._call_event_loop(handle.accept, None)
 
     def cancel(self, request_ids: list[int]) -> None:
-        """Cancel requests of the engine; those that have ended are left alone."""
+        """Cancel requests of the engine; ended ones are ignored."""
         for request_id in request_ids:
             if self._owners.pop(request_id, None) is not None:
                 self._engine.cancel(request_id)
 
     def _run(self) -> None:
         try:
-            began = time.monotonic()
+            started = time.monotonic()
             self._engine.warm_up()
             self.is_ready = True
-            logger.info("ready", extra={"seconds": round(time.monotonic() - began, 1)})
-            while self._obey():
+            logger.info("ready", extra={"seconds": round(time.monotonic() - started, 1)})
+            while self._run_commands():
                 if self._engine.has_work:
                     self._step()
                 self.stats = self._engine.stats()
@@ -268,15 +162,15 @@ class EngineLoop:
             logger.exception("the engine's thread failed")
         finally:
             self.is_alive = self.is_ready = False
-            self._send(self.abort_all)
+            self._call_event_loop(self.abort_all)
 
-    def _obey(self) -> bool:
-        """Carry out the orders that are there, waiting for one if there is nothing else to do."""
+    def _run_commands(self) -> bool:
+        """Run the queued commands; wait for one if the engine has no work. False: stop."""
         try:
-            order = self._orders.get(block=not self._engine.has_work)
-            while order is not None:
-                order()
-                order = self._orders.get_nowait()
+            command = self._commands.get(block=not self._engine.has_work)
+            while command is not None:
+                command()
+                command = self._commands.get_nowait()
         except queue.Empty:
             return True
         return False
@@ -285,27 +179,27 @@ class EngineLoop:
         try:
             updates = self._engine.step()
         except Exception:
-            # The engine fails the requests of a broken step itself. What still gets here has
-            # broken its bookkeeping: every request is ended, and the next ones get a try.
-            logger.exception("a step failed outside of the engine's own care")
+            # The engine fails the requests of a broken step itself. An exception that reaches this
+            # line has broken its bookkeeping: all requests end, and new ones may still work.
+            logger.exception("a step failed outside the engine's error handling")
             updates = [RequestUpdate(request_id, [], [], "error") for request_id in self._owners]
             for request_id in self._owners:
                 self._engine.cancel(request_id)
-        mail = [(*self._owners[u.request_id], u) for u in updates if u.request_id in self._owners]
+        owned = [(*self._owners[u.request_id], u) for u in updates if u.request_id in self._owners]
         for update in updates:
             if update.finish_reason is not None:
                 self._owners.pop(update.request_id, None)
-        if mail:
-            self._send(_deliver, mail)
+        if owned:
+            self._call_event_loop(_deliver, owned)
 
-    def _send(self, call: Callable[..., None], *arguments: Any) -> None:
-        assert self._home is not None
+    def _call_event_loop(self, call: Callable[..., None], *arguments: Any) -> None:
+        assert self._event_loop is not None
         try:
-            self._home.call_soon_threadsafe(call, *arguments)
-        except RuntimeError:  # the event loop is closed: nobody is left to be told
+            self._event_loop.call_soon_threadsafe(call, *arguments)
+        except RuntimeError:  # closed: all clients are gone
             logger.debug("the event loop is closed")
 
 
-def _deliver(mail: list[tuple[RequestHandle, int, RequestUpdate]]) -> None:
-    for ticket, index, update in mail:
-        ticket.take(index, update)
+def _deliver(owned: list[tuple[RequestHandle, int, RequestUpdate]]) -> None:
+    for handle, index, update in owned:
+        handle.put(index, update)

@@ -1,9 +1,8 @@
-"""Pictures from where messages say: fetched and read under rules, never decoded here.
+"""Images of messages, fetched and read under `MediaRules`. They are not decoded here.
 
-A URL comes from a stranger, and the server may stand where it reaches machines that the stranger
-does not. So a host has to be allowed by name; its name is resolved once, and every address that it
-resolves to has to be a public one; the connection goes to an address that was checked; and each
-redirect passes the same checks.
+URLs are untrusted, and the server may reach private hosts that clients do not (SSRF). Therefore
+hosts are allowed by name. A name is resolved once, and all its addresses must be public. The
+connection goes to a checked address. Each redirect passes the same checks.
 """
 
 import asyncio
@@ -26,10 +25,10 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class Network:
-    """Names to addresses, and addresses to connections: the only way out of this module."""
+    """Resolves names and opens connections; the only network access of this module."""
 
     async def resolve(self, host: str, port: int) -> list[str]:
-        """The addresses of a host."""
+        """Return the addresses of a host."""
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         return list(dict.fromkeys(str(address[0]) for *_, address in found))
@@ -37,17 +36,17 @@ class Network:
     async def connect(
         self, address: str, port: int, timeout: float | None
     ) -> httpcore2.AsyncNetworkStream:
-        """A connection to an address."""
+        """Open a connection to an address."""
         backend: httpcore2.AsyncNetworkBackend = httpcore2.AnyIOBackend()  # type: ignore[assignment]
         return await backend.connect_tcp(address, port, timeout)
 
 
 class MediaReader:
-    """Reads what `image_url` parts of messages name.
+    """Reads the images of `image_url` parts.
 
     Args:
-        rules: what may be read.
-        network: how hosts are reached.
+        rules: the allowed sources.
+        network: for other connections in tests.
     """
 
     def __init__(self, rules: MediaRules, network: Network | None = None):
@@ -56,7 +55,7 @@ class MediaReader:
         self._context: ssl.SSLContext | None = None
 
     async def read_messages(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The messages with `http:`, `https:` and `file:` pictures replaced by their bytes.
+        """Replace `http:`, `https:` and `file:` images of messages by their bytes.
 
         Raises:
             ApiError: names the part, such as `messages[0].content[1].image_url.url`.
@@ -79,7 +78,7 @@ class MediaReader:
         if isinstance(value, dict):
             value, place = value.get("url"), f"{place}.url"
         if not isinstance(value, str):
-            return part  # the renderer refuses it in words
+            return part  # the renderer refuses it with a message
         scheme = value[:8].partition(":")[0].lower()
         if scheme in ("http", "https"):
             return {"type": "image", "image": await self.fetch(value, place)}
@@ -89,7 +88,7 @@ class MediaReader:
         return part
 
     def read_file(self, url: str, where: str) -> bytes:
-        """The bytes of a file that a `file:` URL names, if it lies in the folder of the rules."""
+        """Read the file of a `file:` URL, if it lies in the folder of the rules."""
         folder = self._rules.folder
         if folder is None:
             raise ApiError(
@@ -115,14 +114,14 @@ class MediaReader:
         return data
 
     async def fetch(self, url: str, where: str) -> bytes:
-        """The bytes of a picture behind a URL, if the rules allow it and every redirect."""
+        """Fetch an image, if the rules allow its URL and each redirect."""
         try:
             async with asyncio.timeout(self._rules.seconds):
-                return await self._follow(url, where)
+                return await self._fetch_through_redirects(url, where)
         except TimeoutError:
             raise ApiError(
                 400,
-                f"{where}: the picture did not come within {self._rules.seconds:g} seconds.",
+                f"{where}: the image did not come within {self._rules.seconds:g} seconds.",
                 param=where,
             ) from None
         except (
@@ -131,10 +130,10 @@ class MediaReader:
             httpcore2.TimeoutException,
             OSError,
         ) as error:
-            # The reason stays here: it would tell a stranger about the network behind.
-            raise ApiError(400, f"{where}: the picture cannot be fetched.", param=where) from error
+            # Without the reason, which would tell the client about the private network.
+            raise ApiError(400, f"{where}: the image cannot be fetched.", param=where) from error
 
-    async def _follow(self, url: str, where: str) -> bytes:
+    async def _fetch_through_redirects(self, url: str, where: str) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
             found = await self._get(url, where)
             if isinstance(found, bytes):
@@ -145,24 +144,26 @@ class MediaReader:
         )
 
     async def _get(self, url: str, where: str) -> bytes | str:
-        """The body, or where it says to look instead."""
-        scheme, host, port, target = self._read_url(url, where)
+        """Return the body, or the location of a redirect."""
+        scheme, host, port, target = self._split_url(url, where)
         addresses = await self._network.resolve(host, port)
         if not addresses or not all(is_public(address) for address in addresses):
             raise ApiError(
                 400, f"{where}: {host!r} is not an address in the public network.", param=where
             )
         backend = _Pinned(self._network, addresses[0])
-        context = self._find_context() if scheme == "https" else None
-        there = httpcore2.URL(scheme=scheme.encode(), host=host.encode(), port=port, target=target)
+        context = self._get_context() if scheme == "https" else None
+        request_url = httpcore2.URL(
+            scheme=scheme.encode(), host=host.encode(), port=port, target=target
+        )
         headers = [
-            (b"Host", _spell_host(scheme, host, port)),
+            (b"Host", _format_host(scheme, host, port)),
             (b"Accept", b"image/*"),
             (b"User-Agent", b"l4jax"),
         ]
         async with (
             httpcore2.AsyncConnectionPool(context, network_backend=backend) as pool,
-            pool.stream("GET", there, headers=headers) as response,
+            pool.stream("GET", request_url, headers=headers) as response,
         ):
             found = {key.lower(): value for key, value in response.headers}
             if response.status in _REDIRECTS and b"location" in found:
@@ -179,8 +180,8 @@ class MediaReader:
             self._check_size(len(data), where)
         return bytes(data)
 
-    def _read_url(self, url: str, where: str) -> tuple[str, str, int, bytes]:
-        """Scheme, host, port and target of a URL, whose host has to be allowed."""
+    def _split_url(self, url: str, where: str) -> tuple[str, str, int, bytes]:
+        """Split a URL into scheme, host, port and target; refuse a host that is not allowed."""
         try:
             parts = urllib.parse.urlsplit(url)
             host = (parts.hostname or "").encode("idna").decode().lower().rstrip(".")
@@ -196,7 +197,7 @@ class MediaReader:
         if host not in self._rules.domains:
             raise ApiError(
                 400,
-                f"{where}: the host {host!r} is not among those that pictures are fetched from "
+                f"{where}: the host {host!r} is not allowed for images "
                 "(--allowed-media-domains); send a data: URI.",
                 param=where,
             )
@@ -208,18 +209,18 @@ class MediaReader:
         if size > self._rules.bytes:
             raise ApiError(
                 413,
-                f"{where}: the picture has more than {self._rules.bytes} bytes; shrink it.",
+                f"{where}: the image has more than {self._rules.bytes} bytes; shrink it.",
                 param=where,
             )
 
-    def _find_context(self) -> ssl.SSLContext:
+    def _get_context(self) -> ssl.SSLContext:
         if self._context is None:
             self._context = ssl.create_default_context()
         return self._context
 
 
 class _Pinned(httpcore2.AsyncNetworkBackend):
-    """Connects to the one address that was checked, whatever host it is asked for."""
+    """Connects to one checked address, for any host."""
 
     def __init__(self, network: Network, address: str):
         self._network, self._address = network, address
@@ -236,7 +237,7 @@ class _Pinned(httpcore2.AsyncNetworkBackend):
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is one of the public network, also when it carries another one inside."""
+    """Is an address public, and any address embedded in it, too?"""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -249,7 +250,7 @@ def is_public(address: str) -> bool:
     return found.is_global and not found.is_multicast and (inner is None or is_public(str(inner)))
 
 
-def _spell_host(scheme: str, host: str, port: int) -> bytes:
-    spelled = f"[{host}]" if ":" in host else host
+def _format_host(scheme: str, host: str, port: int) -> bytes:
+    name = f"[{host}]" if ":" in host else host
     is_default = port == {"http": 80, "https": 443}[scheme]
-    return (spelled if is_default else f"{spelled}:{port}").encode()
+    return (name if is_default else f"{name}:{port}").encode()

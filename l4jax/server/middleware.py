@@ -1,4 +1,4 @@
-"""What every request passes: the log, the key, the limit on its size. Plain ASGI."""
+"""Middleware of all requests: the access log, API keys, and the limit of the body. Plain ASGI."""
 
 import asyncio
 import hashlib
@@ -12,20 +12,20 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from l4jax.server.errors import CLIENT_GONE, ApiError, make_body
-from l4jax.server.logs import note, read_notes, spell_trace
+from l4jax.server.errors import CLIENT_GONE, ApiError, make_body, make_shutdown_error
+from l4jax.server.logs import add_log_fields, format_trace, get_log_fields
 from l4jax.server.options import Options
 
-BODY_SECONDS = 60.0  # for a body to arrive; an answer may take as long as it likes
-LOGGED_BYTES = 16_384  # of a body, where bodies are logged
-# For probes, Prometheus and the page, which asks for the key itself.
+BODY_SECONDS = 60.0  # for a body to arrive; a response has no limit
+LOGGED_BYTES = 16_384  # of a body, if bodies are logged
+# Without a key: probes, Prometheus, and the page, which has a field for the key.
 OPEN = ("/", "/health", "/ready", "/metrics", "/version", "/openapi.json")
 
 logger = logging.getLogger(__name__)
 
 
 class AccessLog:
-    """Logs one line a request, gives it an id, and catches what nobody else has caught."""
+    """Logs one line per request, gives it an id, and handles uncaught exceptions."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
@@ -35,22 +35,22 @@ class AccessLog:
             await self._app(scope, receive, send)
             return
         started, request_id = time.monotonic(), uuid.uuid4().hex
-        notes = read_notes(scope)
-        has_begun = False
+        fields = get_log_fields(scope)
+        has_started = False
 
         async def watch(message: Message) -> None:
-            nonlocal has_begun
+            nonlocal has_started
             if message["type"] == "http.response.start":
-                has_begun = True
-                notes.setdefault("status", message["status"])
+                has_started = True
+                fields.setdefault("status", message["status"])
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
         try:
             await self._app(scope, receive, watch)
         except Exception as error:
-            logger.error("a request failed", extra={"id": request_id, "trace": spell_trace(error)})
-            if not has_begun:
+            logger.error("a request failed", extra={"id": request_id, "trace": format_trace(error)})
+            if not has_started:
                 body = make_body(500, f"The server failed on this request, {request_id}.")
                 await JSONResponse(body, 500)(scope, receive, watch)
         finally:
@@ -63,18 +63,18 @@ class AccessLog:
                     "method": scope["method"],
                     "path": scope["path"],
                     "seconds": round(time.monotonic() - started, 4),
-                    **notes,
+                    **fields,
                 },
             )
 
 
 class AdmissionMiddleware:
-    """Lets in whoever has a key, with a body that is not too large, while the server serves.
+    """Admits requests with a valid key and a body within the limit, until the server drains.
 
     Args:
-        app: what lies behind.
+        app: the next application.
         options: the keys and the limit.
-        is_draining: whether the server is about to stop.
+        is_draining: is the server about to stop?
     """
 
     def __init__(self, app: ASGIApp, options: Options, is_draining: Callable[[], bool]):
@@ -90,7 +90,7 @@ class AdmissionMiddleware:
             body = await self._read_body(scope, receive)
         except ApiError as error:
             if error.status_code == CLIENT_GONE:
-                note(scope, status=CLIENT_GONE)
+                add_log_fields(scope, status=CLIENT_GONE)
                 return
             await JSONResponse(error.body, error.status_code, error.headers)(scope, receive, send)
             return
@@ -117,8 +117,8 @@ class AdmissionMiddleware:
             return
         kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         digest = _digest(key.strip())
-        # Each key is compared, and each comparison takes the same time: of digests, so that not
-        # even the length of a key shows.
+        # Constant time: digests of all keys are compared, so that timing does not even show the
+        # length of a key.
         matches = [hmac.compare_digest(digest, right) for right in self._digests]
         if kind.lower() != "bearer" or not any(matches):
             raise ApiError(
@@ -129,16 +129,11 @@ class AdmissionMiddleware:
             )
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The body of a POST; None for what has none."""
+        """Read the body of a POST; None for other methods."""
         if scope["method"] != "POST":
             return None
         if self._is_draining():
-            raise ApiError(
-                503,
-                "The server is shutting down: ask another one, or later.",
-                code="shutting_down",
-                headers={"Retry-After": "10"},
-            )
+            raise make_shutdown_error()
         limit = self._options.max_request_bytes
         too_large = ApiError(
             413, f"The body has more than {limit} bytes (--max-request-bytes): send less."
@@ -152,7 +147,7 @@ class AdmissionMiddleware:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise ApiError(CLIENT_GONE, "The client hung up.")
+                        raise ApiError(CLIENT_GONE, "The client disconnected.")
                     body += message.get("body", b"")
                     if len(body) > limit:
                         raise too_large

@@ -1,4 +1,4 @@
-"""What the server is built for, apart from the model."""
+"""Options of the server, apart from the model and its engine. No jax."""
 
 import dataclasses
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class MediaRules:
-    """Where pictures may come from. `data:` URIs always may.
+    """Allowed sources of images. `data:` URIs are always allowed.
 
     Attributes:
-        domains: hosts that http and https URLs may name; none, and nothing is fetched.
-        folder: `file:` URLs may name what lies in it, once links are followed.
-        bytes: of a picture's file, at most.
-        seconds: for fetching a picture, redirects and all.
+        domains: hosts of http and https URLs; without any, nothing is fetched.
+        folder: of `file:` URLs; their paths must lie in it after links are resolved.
+        bytes: of an image file, at most.
+        seconds: for fetching an image, including redirects.
     """
 
     domains: tuple[str, ...] = ()
@@ -23,7 +23,7 @@ class MediaRules:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Of the server; each is a flag of `l4jax.serve`, and described there."""
+    """Options of the server; `l4jax.serve --help` describes each as a flag."""
 
     host: str = "0.0.0.0"
     port: int = 8000

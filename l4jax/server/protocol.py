@@ -1,8 +1,8 @@
-"""The requests, as OpenAI's API and vLLM's additions to it spell them.
+"""Requests and responses of OpenAI's API, with vLLM's additions.
 
-Types are strict: "0.5" is no number. A field that is not known is refused by name, since one that
-is silently dropped changes the answer without a word. The exceptions are `Harmless`: fields that
-clients send and that cannot change an answer here.
+Types are strict: "0.5" is not a number. An unknown field is refused by name, since dropping it
+silently would change the result. `Harmless` has the exceptions: fields that clients send and that
+cannot change a result here.
 """
 
 from typing import Annotated, Any, Literal
@@ -22,18 +22,18 @@ TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 Count = Annotated[int, Field(le=INT32_MAX)]
 
 
-def _be_false(value: bool) -> bool:
+def _require_false(value: bool) -> bool:
     if value:
         raise ValueError("it can only be false here")
     return value
 
 
 # Not Literal[False]: 0 equals it, and is no boolean.
-Never = Annotated[bool, AfterValidator(_be_false), WithJsonSchema({"const": False})]
+Never = Annotated[bool, AfterValidator(_require_false), WithJsonSchema({"const": False})]
 
 
 class Strict(BaseModel):
-    """No other fields, no other types, no NaN."""
+    """A body without unknown fields, conversions of types, and NaN."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
@@ -41,7 +41,7 @@ class Strict(BaseModel):
 
 
 class Harmless(Strict):
-    """Taken and not used: labels of the caller, and vLLM's switches at the only value here."""
+    """Accepted and unused: labels of the client, and vLLM's switches with their only value here."""
 
     user: str | None = None
     store: bool | None = None
@@ -55,7 +55,7 @@ class Harmless(Strict):
 
 
 class StreamOptions(Strict):
-    """What a stream says beside the text."""
+    """Additional content of a stream."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -72,13 +72,13 @@ class JsonSchema(Strict):
 
 
 class ResponseFormat(Strict):
-    """OpenAI's way to ask for JSON."""
+    """OpenAI's constraint to JSON."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
     @model_validator(mode="after")
-    def _hold_what_is_said(self) -> "ResponseFormat":
+    def _require_schema(self) -> "ResponseFormat":
         has_schema = self.json_schema is not None and self.json_schema.schema_ is not None
         if (self.type == "json_schema") != has_schema:
             raise ValueError("type 'json_schema' and json_schema.schema come together")
@@ -86,7 +86,7 @@ class ResponseFormat(Strict):
 
 
 class StructuredOutputs(Strict):
-    """vLLM's way to constrain the text. One of the fields."""
+    """vLLM's constraint of the text; exactly one of the fields."""
 
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = None
@@ -96,7 +96,7 @@ class StructuredOutputs(Strict):
 
 
 class Sampling(Harmless):
-    """How to sample; ranges are checked where `SamplingParams` is made."""
+    """Sampling parameters; `SamplingParams` checks their ranges."""
 
     model: str | None = None
     n: int = Field(default=1, ge=1)
@@ -128,7 +128,7 @@ class Sampling(Harmless):
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
-    def _stream_what_has_options(self) -> "Sampling":
+    def _require_stream(self) -> "Sampling":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options are for stream = true")
         return self
@@ -144,14 +144,14 @@ class FunctionDefinition(Strict):
 
 
 class Tool(Strict):
-    """A tool: always a function."""
+    """A tool; functions are the only type."""
 
     type: Literal["function"]
     function: FunctionDefinition
 
 
 class FunctionName(Strict):
-    """The function that must be called."""
+    """The name of a forced function."""
 
     name: str
 
@@ -164,7 +164,7 @@ class NamedChoice(Strict):
 
 
 class Conversation(Strict):
-    """What the chat template renders."""
+    """Input of the chat template."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
     tools: list[Tool] | None = None
@@ -173,7 +173,7 @@ class Conversation(Strict):
     chat_template: str | None = None
 
     @model_validator(mode="after")
-    def _open_or_continue(self) -> "Conversation":
+    def _forbid_prompt_after_open_message(self) -> "Conversation":
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError("continue_final_message needs add_generation_prompt = false")
         return self
@@ -192,7 +192,7 @@ class ChatRequest(Conversation, Sampling):
     reasoning_effort: Literal["none"] | None = None
 
     @model_validator(mode="after")
-    def _ask_for_what_is_there(self) -> "ChatRequest":
+    def _check_logprobs_and_tools(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs = true")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
@@ -216,7 +216,7 @@ class CompletionRequest(Sampling):
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
-    def _complete_at_the_end_only(self) -> "CompletionRequest":
+    def _refuse_unsupported(self) -> "CompletionRequest":
         if self.suffix:
             raise ValueError("suffix is not supported: Llama 4 was not trained to fill gaps")
         if self.best_of not in (None, self.n):
@@ -227,7 +227,7 @@ class CompletionRequest(Sampling):
 
 
 class TokenizePrompt(Strict):
-    """`POST /tokenize` of a text."""
+    """`POST /tokenize` with a text."""
 
     model: str | None = None
     prompt: str
@@ -236,7 +236,7 @@ class TokenizePrompt(Strict):
 
 
 class TokenizeChat(Conversation):
-    """`POST /tokenize` of a conversation."""
+    """`POST /tokenize` with a conversation."""
 
     model: str | None = None
     add_special_tokens: Never = False
@@ -251,7 +251,7 @@ class DetokenizeRequest(Strict):
 
 
 class Description(BaseModel):
-    """What went wrong, and in which field."""
+    """An error, with the field at fault."""
 
     message: str
     type: str
@@ -260,7 +260,7 @@ class Description(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is not a success."""
+    """The body of every error response."""
 
     error: Description
 
@@ -285,13 +285,13 @@ class ModelList(BaseModel):
 
 
 class PromptDetails(BaseModel):
-    """Of a prompt's tokens."""
+    """Details of prompt tokens."""
 
     cached_tokens: int
 
 
 class Usage(BaseModel):
-    """Tokens that were read and written."""
+    """Token counts."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -300,7 +300,7 @@ class Usage(BaseModel):
 
 
 class TokenizeResponse(BaseModel):
-    """Answer of `/tokenize`."""
+    """Response of `/tokenize`."""
 
     count: int
     max_model_len: int
@@ -319,13 +319,13 @@ class TokenizerInfo(BaseModel):
 
 
 class DetokenizeResponse(BaseModel):
-    """Answer of `/detokenize`."""
+    """Response of `/detokenize`."""
 
     prompt: str
 
 
 class TopLogprob(BaseModel):
-    """A token that was likely, with its bytes: a token may be half a character."""
+    """A likely token with its bytes: a token may be half a character."""
 
     token: str
     logprob: float
@@ -333,13 +333,13 @@ class TopLogprob(BaseModel):
 
 
 class TokenLogprob(TopLogprob):
-    """A chosen token and the likeliest ones in its place."""
+    """A chosen token, and the likeliest tokens at its position."""
 
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    """Log-probabilities of a chat answer."""
+    """Log-probabilities of a chat completion."""
 
     content: list[TokenLogprob]
 
@@ -352,7 +352,7 @@ class FunctionCall(BaseModel):
 
 
 class ToolCall(BaseModel):
-    """A call with the id that the tool's message refers to."""
+    """A call with the id that the tool's message repeats."""
 
     id: str
     type: Literal["function"] = "function"
@@ -360,7 +360,7 @@ class ToolCall(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """The answer of a chat."""
+    """The message of a chat completion."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None
@@ -369,7 +369,7 @@ class ChatMessage(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """One answer."""
+    """One chat completion."""
 
     index: int
     message: ChatMessage
@@ -391,7 +391,7 @@ class ChatResponse(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """Log-probabilities as the older API gives them: four lists of one entry a token."""
+    """Log-probabilities in the completions format: four lists of one entry per token."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -400,7 +400,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One text."""
+    """One completion."""
 
     index: int
     text: str

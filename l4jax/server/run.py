@@ -1,4 +1,4 @@
-"""Serve until a signal says stop: then finish or cancel what is in flight, and return."""
+"""Serve until a signal; then finish or abort the requests in flight, and return."""
 
 import asyncio
 import logging
@@ -12,17 +12,17 @@ import uvicorn
 from l4jax.server.app import build_app
 from l4jax.server.service import Service
 
-# Between ending the requests that are left and hanging up on their callers, in seconds.
-FAREWELL_SECONDS = 3.0
-# How long a connection may idle: longer than clients and proxies keep theirs, since one that is
-# closed just as its client uses it again is a lost request.
-IDLE_SECONDS = 75
+# Seconds between aborting the remaining requests and closing their connections.
+ABORT_GRACE_SECONDS = 3.0
+# Keep-alive of idle connections, in seconds: longer than that of clients and proxies. A connection
+# that the server closes just as the client reuses it loses a request.
+KEEP_ALIVE_SECONDS = 75
 
 logger = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
-    """uvicorn, whose shutdown tells the engine first."""
+    """uvicorn with a shutdown that drains the engine first."""
 
     def __init__(self, service: Service):
         options = service.options
@@ -37,33 +37,34 @@ class Server(uvicorn.Server):
                 lifespan="on",
                 ssl_keyfile=options.ssl_keyfile,
                 ssl_certfile=options.ssl_certfile,
-                timeout_keep_alive=IDLE_SECONDS,
-                timeout_graceful_shutdown=int(options.shutdown_timeout + FAREWELL_SECONDS) + 1,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=int(options.shutdown_timeout + ABORT_GRACE_SECONDS) + 1,
             )
         )
         self._service = service
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
+        """Listen, and log it."""
         await super().startup(sockets)
         options = self._service.options
-        facts = {"host": options.host, "port": options.port, "pid": os.getpid()}
-        logger.info("listening", extra=facts | {"models": options.served_model_names})
+        fields = {"host": options.host, "port": options.port, "pid": os.getpid()}
+        logger.info("listening", extra=fields | {"models": options.served_model_names})
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take nothing new, wait for what is in flight as long as allowed, then end it."""
+        """Drain: wait for requests in flight up to `shutdown_timeout`, then abort them."""
         loop, seconds = self._service.loop, self._service.options.shutdown_timeout
         loop.drain()
-        logger.info("shutting down", extra={"in_flight": loop.count_flying(), "seconds": seconds})
+        in_flight = loop.count_in_flight()
+        logger.info("shutting down", extra={"in_flight": in_flight, "seconds": seconds})
         timer = asyncio.get_running_loop().call_later(seconds, loop.abort_all)
         await super().shutdown(sockets)
         timer.cancel()
 
 
 def serve(service: Service) -> int:
-    """Serve until SIGTERM or Ctrl-C, both of which are an orderly end: 0. 1 if it cannot start."""
+    """Serve until SIGTERM or Ctrl-C; return 0, or 1 if the server cannot start."""
     server = Server(service)
-    # uvicorn raises the signals that ended it once more, for whom it may concern: nobody, here.
+    # After its shutdown uvicorn raises the signals again, which would change the exit code.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     try:
@@ -72,7 +73,7 @@ def serve(service: Service) -> int:
         return 1
     logger.info("stopped")
     if service.loop.is_running or service.loop.is_compiling:
-        # It compiles, perhaps for minutes, and Python cannot end while it does.
+        # XLA compiles, perhaps for minutes, and Python cannot exit before it has finished.
         sys.stderr.flush()
         os._exit(0)
     return 0

@@ -111,4 +111,4 @@ def wait_until(is_so: Any, seconds: float = 20.0) -> None:
 
 
 def is_idle(loop: EngineLoop) -> bool:
-    return not loop.count_flying() and not loop.stats.running
+    return not loop.count_in_flight() and not loop.stats.running

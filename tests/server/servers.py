@@ -69,7 +69,7 @@ class Running:
         """Until nothing runs or waits; fails if that does not come."""
         until = time.monotonic() + LONG_SECONDS
         loop = self.service.loop
-        while loop.count_flying() or loop.stats.running or loop.stats.waiting:
+        while loop.count_in_flight() or loop.stats.running or loop.stats.waiting:
             assert time.monotonic() < until, f"still in flight: {loop.stats}"
             time.sleep(0.01)
 

@@ -121,7 +121,7 @@ def test_a_full_server_says_when_to_ask_again_and_takes_more_once_it_has_room(se
     fake_engine.engine.pace.clear()
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(server.post, CHAT, ask()) for _ in range(3)]
-        wait_until(lambda: server.service.loop.count_flying() == 3)
+        wait_until(lambda: server.service.loop.count_in_flight() == 3)
         refused = server.post(CHAT, ask())
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
         assert read_error(refused)["type"] == "rate_limit_error"
@@ -275,7 +275,7 @@ def test_the_log_holds_prompts_only_where_that_is_asked_for(fake_engine, is_logg
             server.post(CHAT, ask(messages=talk))
             server.post(CHAT, ask(messages=[*talk, {"role": SECRET}]))
             server.post(CHAT, ask(messages=talk, stream=True))
-            server.service.find_model = fail_with_secret
+            server.service.get_model = fail_with_secret
             assert server.post(CHAT, ask(messages=talk)).status_code == 500
     finally:
         for logger in loggers:

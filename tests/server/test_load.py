@@ -141,7 +141,7 @@ def test_the_memory_is_flat_over_hundreds_of_requests(server):
 
         def run_all(count: int) -> int:
             list(pool.map(run, range(count)))
-            wait_until(lambda: not server.service.loop.count_flying())
+            wait_until(lambda: not server.service.loop.count_in_flight())
             return read_memory()
 
         sizes = [run_all(REQUESTS)]  # as many threads and connections as there will ever be
