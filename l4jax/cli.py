@@ -1,6 +1,6 @@
-"""The console command: ``l4jax generate ...`` opens the door ``python -m l4jax.generate ...``.
+"""The console command: ``l4jax generate ...`` runs ``python -m l4jax.generate ...``.
 
-Nothing is imported before it is known which door is meant, so ``l4jax --help`` answers at once.
+Only the module of the named command is imported, so ``l4jax --help`` is fast.
 """
 
 import importlib
@@ -8,49 +8,48 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "generate": ("l4jax.generate", "answer a prompt, with or without pictures"),
-    "serve": ("l4jax.serve", "answer over HTTP as OpenAI's API does"),
-    "convert": ("l4jax.convert", "turn a checkpoint into another format"),
+    "generate": ("l4jax.generate", "complete a prompt, with or without images"),
+    "serve": ("l4jax.serve", "serve OpenAI's API over HTTP"),
+    "convert": ("l4jax.convert", "convert a checkpoint to another format"),
     "bench": ("l4jax.bench", "measure a model of random weights"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Opens the door that the first word names and hands it the rest.
+    """Run the command that the first word names, with the other words.
 
     Args:
-      argv: the words after the command; those of the process if None.
+      argv: the words after `l4jax`; None is the process's.
 
     Returns:
-      The exit code: the door's own (0 if it returns none), 2 for a door that does not exist or
-      none at all.
+      The command's exit code (0 if it returns None); 2 for an unknown command or none.
     """
     words = sys.argv[1:] if argv is None else argv
-    door, *rest = words or [""]
-    if door in ("-h", "--help"):
-        print(_help())
+    command, *rest = words or [""]
+    if command in ("-h", "--help"):
+        print(_format_help())
         return 0
-    if door not in COMMANDS:
-        problem = f"there is no door {door!r}" if door else "no door named"
-        print(f"l4jax: {problem}; the doors are: {', '.join(COMMANDS)}", file=sys.stderr)
+    if command not in COMMANDS:
+        problem = f"there is no command {command!r}" if command else "no command given"
+        print(f"l4jax: {problem}; the commands are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    module, _ = COMMANDS[door]
-    sys.argv = [f"l4jax {door}", *rest]  # the name that the door's own --help shows
+    module, _ = COMMANDS[command]
+    sys.argv = [f"l4jax {command}", *rest]  # the program's name in error messages
     return importlib.import_module(module).main() or 0
 
 
-def _help() -> str:
+def _format_help() -> str:
     width = max(map(len, COMMANDS))
-    doors = [f"  {door:{width}}  {purpose}" for door, (_, purpose) in COMMANDS.items()]
+    lines = [f"  {command:{width}}  {purpose}" for command, (_, purpose) in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: l4jax DOOR ...",
+            "usage: l4jax COMMAND ...",
             "",
-            "Llama 4 in JAX. `l4jax DOOR ...` is `python -m l4jax.DOOR ...`.",
+            "Llama 4 in JAX. `l4jax COMMAND ...` is `python -m l4jax.COMMAND ...`.",
             "",
-            *doors,
+            *lines,
             "",
-            "`l4jax DOOR --help` says more.",
+            "`l4jax COMMAND --help` lists the flags of a command.",
         ]
     )
 

@@ -1,7 +1,7 @@
-"""The door `python -m l4jax.convert SRC DST`: a checkpoint that loads faster, and onto any mesh.
+"""The command `python -m l4jax.convert SRC DST`: write a checkpoint in another format.
 
-Or, with `--quantization`, one of half (fp8) or a third (int4) of the size, which other servers
-read, too.
+Orbax loads faster, on any mesh. With `--quantization` it writes compressed-tensors of half (fp8) or
+a third (int4) of the size, which other servers read, too.
 """
 
 import argparse
@@ -18,44 +18,44 @@ EXAMPLES = """examples:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="l4jax.convert",
         description="Write a published Llama 4 checkpoint as Orbax, or quantized "
         "as compressed-tensors, with config and tokenizer. "
-        "Nothing appears at DST before all of it is written.",
+        "DST appears only after everything is written.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("source", metavar="SRC", help="folder or Hugging Face name of a checkpoint in safetensors")
-    add("folder", metavar="DST", help="folder to make; a --model for the other doors")
+    add("folder", metavar="DST", help="folder to create; a --model for the other commands")
     add("--revision", help="branch, tag or commit of SRC on the hub")
     add("--dtype", choices=["bfloat16", "float32"], help="(default: that of the checkpoint)")
     add(
         "--quantization",
         choices=["fp8", "int4"],
-        help="write safetensors instead, with feed-forward weights in these",
+        help="write safetensors instead, with feed-forward weights in this format",
     )
-    add("--overwrite", action="store_true", help="replace DST, once all is written")
+    add("--overwrite", action="store_true", help="replace DST after everything is written")
     add("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, convert, print; 0 when DST is there, 1 for what was asked wrongly, 130 for Ctrl-C."""
+    """Parse, convert, print; return 0, 1 for an invalid argument, 130 for Ctrl-C."""
     args = parse(argv)
     started = time.perf_counter()
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # leaves the accelerators to others
+    jax.config.update("jax_platforms", "cpu")  # leaves accelerators to other processes
     from l4jax.checkpoint import compressed_tensors_writer, find_folder, orbax_writer
 
     try:
         if args.quantization and args.dtype:
             raise ValueError(
-                f"--dtype {args.dtype} is for Orbax: with --quantization, what is not quantized "
-                "stays as it is; leave one of the two out."
+                f"--dtype {args.dtype} is for Orbax: with --quantization, unquantized weights "
+                "keep their dtype; leave one of the two out."
             )
         source = find_folder(args.source, revision=args.revision)
         how = {"overwrite": args.overwrite, "progress": not args.quiet}
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"l4jax.convert: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nl4jax.convert: interrupted; DST is as it was", file=sys.stderr)
+        print("\nl4jax.convert: interrupted; DST is unchanged", file=sys.stderr)
         return 130
     print(f"{args.folder}: {nbytes} bytes of parameters in {time.perf_counter() - started:.1f} s")
     return 0

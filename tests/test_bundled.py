@@ -1,6 +1,6 @@
-"""What the bundled model answers, on one device, on eight, and with fewer bits.
+"""Answers of the bundled model, on one device, on eight, and quantized.
 
-Nothing here hangs on its exact weights: whatever is trained well enough to be bundled says this.
+They do not depend on its exact weights: every model that is good enough to be bundled gives them.
 """
 
 import json
@@ -40,9 +40,9 @@ def make_llm(**options) -> LLM:
     return LLM(quiet=True, **small, **options)
 
 
-def ask(llm: LLM, *questions: str, tools=None, picture=None) -> list[str]:
-    """The answers, one a question."""
-    before = [] if picture is None else [{"type": "image", "image": picture}]
+def ask(llm: LLM, *questions: str, tools=None, image=None) -> list[str]:
+    """Return one answer per question."""
+    before = [] if image is None else [{"type": "image", "image": image}]
     contents = [[*before, {"type": "text", "text": question}] for question in questions]
     conversations = [[{"role": "user", "content": content}] for content in contents]
     outputs = llm.chat(conversations, GREEDY, tools=tools)
@@ -78,7 +78,7 @@ def test_it_adds_and_subtracts_numbers_of_two_digits(llm):
 
 @pytest.mark.slow
 def test_it_finds_a_code_five_chunks_back(llm, needles):
-    """One of two at least: chance would find one in 900, and a good model may miss one in 50."""
+    """At least one of two: chance finds one in 900, and a good model may miss one in 50."""
     prompts = [needle.turns[0][0] for needle in needles]
     chunk = llm.config.text.chunk
     assert all(len(llm.tokenizer.encode(p)) > (BOUNDARIES - 1) * chunk for p in prompts)
@@ -87,7 +87,7 @@ def test_it_finds_a_code_five_chunks_back(llm, needles):
     assert any(hits)
 
 
-def test_it_calls_the_function_that_is_meant_with_what_was_said(llm):
+def test_it_calls_the_right_function_with_the_arguments_of_the_question(llm):
     said = ask(llm, "What is the weather in Rome in May?", "Add 12 and 34.", tools=TOOLS)
     calls = [parse_tool_calls(text, ["get_weather", "add"]).calls for text in said]
     assert [call.name for (call,) in calls] == ["get_weather", "add"]
@@ -95,25 +95,25 @@ def test_it_calls_the_function_that_is_meant_with_what_was_said(llm):
     assert told == [{"city": "Rome", "month": "May"}, {"a": 12, "b": 34}]
 
 
-def test_it_reads_the_chart_that_comes_with_it(llm):
+def test_it_reads_the_bundled_chart(llm):
     sample = bundle.make_sample()
     values = dict(zip(sample.labels, sample.values, strict=True))
     largest = max(values, key=values.__getitem__)
     questions = ("Which bar is the largest?", f"What is the value of {largest}?")
-    said = ask(llm, *questions, picture=checkpoint.SAMPLE)
+    said = ask(llm, *questions, image=checkpoint.SAMPLE)
     assert said == [largest, str(values[largest])]
 
 
 @pytest.mark.slow
-def test_eight_devices_answer_as_one_does(llm, sharded, needles):
+def test_eight_devices_give_the_outputs_of_one(llm, sharded, needles):
     questions = ("What is 12 + 34?", needles[0].turns[0][0])
     assert ask(sharded, *questions) == ask(llm, *questions)
     asked, chart = "List all values.", checkpoint.SAMPLE
-    assert ask(sharded, asked, picture=chart) == ask(llm, asked, picture=chart)
+    assert ask(sharded, asked, image=chart) == ask(llm, asked, image=chart)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"kv_cache_dtype": "fp8"}, {"quantization": "fp8"}], ids=str)
-def test_fewer_bits_know_what_is_easy(options):
+def test_fp8_keeps_an_easy_fact(options):
     (said,) = ask(make_llm(**options), "What is the capital of France?")
     assert "Paris" in said

@@ -1,4 +1,4 @@
-"""The offline API on the tiny random model, from disk to text."""
+"""`LLM` with the tiny random model, from disk to text."""
 
 import base64
 import dataclasses
@@ -37,7 +37,7 @@ def llm(folder):
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(request):
+def no_request_is_left(request):
     yield
     if "llm" in request.fixturenames:
         llm = request.getfixturevalue("llm")
@@ -50,13 +50,13 @@ def make_image(width: int = 400, height: int = 300, seed: int = 0) -> Image.Imag
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
 
 
-def spell_data_uri(image: Image.Image) -> str:
+def format_data_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def test_generate_answers_each_prompt_in_order_and_each_as_if_alone(llm):
+def test_generate_returns_outputs_in_order_equal_to_batch_size_1(llm):
     prompts = ["The sky", "Light in the air is", "a", "one two three four five six"] * 2
     outputs = llm.generate(prompts, GREEDY)
     assert [output.prompt for output in outputs] == prompts
@@ -69,7 +69,7 @@ def test_generate_answers_each_prompt_in_order_and_each_as_if_alone(llm):
         assert alone.token_ids == answer.token_ids
 
 
-def test_one_set_of_params_for_each_prompt(llm):
+def test_each_prompt_may_have_its_own_sampling_params(llm):
     each = [GREEDY.replace(max_tokens=n) for n in (1, 5, 9)]
     outputs = llm.generate(["a", "b", "c"], each)
     assert [len(output.outputs[0].token_ids) for output in outputs] == [1, 5, 9]
@@ -77,7 +77,7 @@ def test_one_set_of_params_for_each_prompt(llm):
         llm.generate("a", each[:2])
 
 
-def test_chat_is_generate_on_the_rendered_template(llm):
+def test_chat_equals_generate_on_the_rendered_template(llm):
     output = llm.chat(ASK, GREEDY)[0]
     text = llm.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
     assert text.endswith(
@@ -90,7 +90,7 @@ def test_chat_is_generate_on_the_rendered_template(llm):
     assert [m.outputs[0].token_ids for m in many] == [output.outputs[0].token_ids] * 2
 
 
-def test_stream_brings_the_same_answer_in_pieces(llm):
+def test_stream_deltas_concatenate_to_the_output(llm):
     whole = llm.chat(ASK, GREEDY.replace(logprobs=2))[0].outputs[0]
     pieces = list(llm.stream(ASK, GREEDY.replace(logprobs=2)))
     assert len(pieces) > 2
@@ -102,26 +102,26 @@ def test_stream_brings_the_same_answer_in_pieces(llm):
     assert whole.cumulative_logprob == pytest.approx(sum(x.chosen for x in whole.logprobs or []))
 
 
-def test_streams_may_run_side_by_side_and_be_left(llm):
+def test_streams_run_concurrently_and_closing_one_aborts_it(llm):
     wanted = llm.chat(ASK, GREEDY)[0].outputs[0].text
     first, second, third = (llm.stream(ASK, GREEDY) for _ in range(3))
     found = [next(first).text, next(second).text]
     next(third)
-    third.close()  # cancels
+    third.close()  # aborts
     found[1] += "".join(piece.text for piece in second)
     found[0] += "".join(piece.text for piece in first)
     assert found == [wanted, wanted]
     never_begun = llm.stream(ASK, GREEDY)
-    assert never_begun is not None  # and nothing waits for it: the fixture looks
+    assert never_begun is not None  # the fixture finds no request of it
 
 
-def test_an_image_changes_the_answer_whichever_way_it_comes(llm, tmp_path):
+def test_all_image_sources_give_the_same_output_and_images_change_it(llm, tmp_path):
     image = make_image()
     image.save(tmp_path / "image.png")
     ways = [
         {"type": "image", "image": tmp_path / "image.png"},
         {"type": "image", "image": image},
-        {"type": "image_url", "image_url": {"url": spell_data_uri(image)}},
+        {"type": "image_url", "image_url": {"url": format_data_uri(image)}},
     ]
     text = {"type": "text", "text": "What is it?"}
     answers = [
@@ -137,7 +137,7 @@ def test_an_image_changes_the_answer_whichever_way_it_comes(llm, tmp_path):
 
 
 @pytest.mark.slow
-def test_ten_images_fit_and_eleven_are_refused(folder):
+def test_ten_images_are_accepted_and_eleven_are_refused(folder):
     llm = LLM(folder, max_model_len=4096, max_num_seqs=1, quiet=True)
     images = [{"type": "image", "image": make_image(200, 200, seed)} for seed in range(11)]
     ask = {"type": "text", "text": "Compare."}
@@ -148,7 +148,7 @@ def test_ten_images_fit_and_eleven_are_refused(folder):
     assert_all_free(llm.engine)
 
 
-def test_a_bad_prompt_among_good_ones_leaves_nothing_behind(llm):
+def test_an_invalid_prompt_leaves_no_request_in_the_engine(llm):
     with pytest.raises(PromptError, match="fit: shorten it"):
         llm.generate(["a", {"prompt_token_ids": [5] * 9000}], GREEDY)
     with pytest.raises(PromptError, match="give 'prompt' or 'prompt_token_ids'"):
@@ -172,19 +172,19 @@ def test_a_stop_string_ends_the_text_before_it(llm):
     assert kept.text == output.text + stop
 
 
-def test_a_stop_string_may_come_in_parts_and_half_of_one_is_held_back(llm):
+def test_a_possible_beginning_of_a_stop_string_is_held_back(llm):
     tokens = [llm.tokenizer.encode(char, add_special_tokens=False)[0] for char in "abcXYZd"]
     answer = CompletionBuilder(llm.tokenizer, SamplingParams(stop=["XYZ", "cQ"]))
     texts = [answer.add(RequestUpdate(0, [token], [], None)).text for token in tokens[:5]]
     assert texts == ["a", "b", "", "c", ""]  # "c" may begin "cQ", and "XY" may begin "XYZ"
     last = answer.add(RequestUpdate(0, tokens[5:], [], None))
     assert (last.text, last.finish_reason, last.stop_reason) == ("", "stop", "XYZ")
-    assert last.token_ids == tokens[5:6]  # what comes behind the stop string is not counted
+    assert last.token_ids == tokens[5:6]  # tokens after the stop string are not counted
     short = CompletionBuilder(llm.tokenizer, SamplingParams(stop="XYZ"))
     assert short.add(RequestUpdate(0, tokens[3:5], [], "length")).text == "XY"
 
 
-def test_a_stop_token_ends_the_answer_and_is_named(llm):
+def test_a_stop_token_ends_the_output_and_is_the_stop_reason(llm):
     whole = llm.generate("The sky", GREEDY)[0].outputs[0]
     token = whole.token_ids[6]
     output = llm.generate("The sky", GREEDY.replace(stop_token_ids=[token]))[0].outputs[0]
@@ -192,7 +192,7 @@ def test_a_stop_token_ends_the_answer_and_is_named(llm):
     assert (output.finish_reason, output.stop_reason) == ("stop", token)
 
 
-def test_the_same_seed_gives_the_same_answer_in_any_company(llm):
+def test_the_same_seed_gives_the_same_output_in_any_batch(llm):
     params = SamplingParams(temperature=1.0, seed=7, max_tokens=16, ignore_eos=True)
     alone = llm.generate("The sky", params)[0].outputs[0].token_ids
     among = llm.generate(["a", "The sky", "b c"], [GREEDY, params, params.replace(seed=8)])
@@ -202,7 +202,7 @@ def test_the_same_seed_gives_the_same_answer_in_any_company(llm):
     assert first != second
 
 
-def test_n_answers_are_drawn_as_if_asked_for_one_by_one(llm):
+def test_n_completions_equal_n_requests_with_consecutive_seeds(llm):
     params = SamplingParams(n=3, temperature=1.0, seed=7, max_tokens=8, ignore_eos=True)
     outputs = llm.generate(["The sky", "a"], [params, GREEDY])
     assert [len(output.outputs) for output in outputs] == [3, 1]
@@ -213,7 +213,7 @@ def test_n_answers_are_drawn_as_if_asked_for_one_by_one(llm):
     assert len({tuple(answer.token_ids) for answer in outputs[0].outputs}) == 3
 
 
-def test_a_prompt_asked_twice_is_found_and_answered_alike(llm):
+def test_a_repeated_prompt_is_cached_and_gives_the_same_output(llm):
     prompt = "Nobody has asked this before, and it is long enough for a page of " + "words " * 64
     first, second = (llm.generate(prompt, GREEDY)[0] for _ in range(2))
     assert first.num_cached_tokens == 0
@@ -221,7 +221,7 @@ def test_a_prompt_asked_twice_is_found_and_answered_alike(llm):
     assert second.outputs[0].token_ids == first.outputs[0].token_ids
 
 
-def test_prompt_logprobs_come_with_the_answer(llm):
+def test_prompt_logprobs_are_part_of_the_output(llm):
     output = llm.generate("The sky", GREEDY.replace(prompt_logprobs=2, max_tokens=2))[0]
     assert output.prompt_logprobs is not None
     assert len(output.prompt_logprobs) == len(output.prompt_token_ids)
@@ -240,7 +240,7 @@ def test_prompt_logprobs_come_with_the_answer(llm):
     ],
     ids=str,
 )  # fmt: skip
-def test_an_answer_has_the_form_that_was_asked_for(llm, wanted, pattern):
+def test_structured_outputs_match_their_constraint(llm, wanted, pattern):
     form = StructuredOutputsParams(**wanted)
     params = SamplingParams(temperature=1.0, max_tokens=200, structured_outputs=form)
     for output in llm.generate(["The sky"] * 3, [params.replace(seed=n) for n in range(3)]):
@@ -248,20 +248,20 @@ def test_an_answer_has_the_form_that_was_asked_for(llm, wanted, pattern):
         assert answer.finish_reason == "stop" and re.fullmatch(pattern, answer.text)
 
 
-def test_a_form_that_cannot_be_had_is_refused_by_its_field(llm):
+def test_an_invalid_constraint_is_refused_with_its_field(llm):
     params = GREEDY.replace(structured_outputs=StructuredOutputsParams(regex="(a"))
     with pytest.raises(ValueError, match=r"structured_outputs\.regex: "):
         llm.generate("The sky", params)
 
 
-def test_a_bad_word_is_not_said(llm):
+def test_a_bad_word_is_not_generated(llm):
     said = llm.generate("The sky", GREEDY)[0].outputs[0].text
     word = said.split()[0][:4]
     other = llm.generate("The sky", GREEDY.replace(bad_words=[word]))[0].outputs[0].text
     assert word in said and other != said
 
 
-def test_guessing_changes_no_answer(folder, llm):
+def test_speculative_decoding_changes_no_output(folder, llm):
     fast = LLM(
         folder,
         dtype="float32",
@@ -282,7 +282,7 @@ def test_defaults_come_from_generation_config(folder, llm):
 
 
 @pytest.mark.parametrize("mesh", [pytest.param("8", marks=pytest.mark.slow), "2x4"])
-def test_a_mesh_gives_the_same_answers(folder, llm, mesh):
+def test_a_mesh_gives_the_same_outputs(folder, llm, mesh):
     content = [{"type": "image", "image": make_image()}, {"type": "text", "text": "What is it?"}]
     conversations = [ASK, [{"role": "user", "content": content}], ASK]
     wanted = [output.outputs[0].token_ids for output in llm.chat(conversations, GREEDY)]
@@ -295,7 +295,7 @@ def test_a_mesh_gives_the_same_answers(folder, llm, mesh):
 
 
 @pytest.mark.slow
-def test_a_converted_checkpoint_answers_the_same_on_another_mesh(folder, llm, tmp_path):
+def test_a_converted_checkpoint_gives_the_same_outputs_on_another_mesh(folder, llm, tmp_path):
     convert_folder(folder, tmp_path / "converted", progress=False)
     converted = LLM(
         tmp_path / "converted", mesh="2x4", dtype="float32", max_model_len=8192, quiet=True
@@ -304,7 +304,7 @@ def test_a_converted_checkpoint_answers_the_same_on_another_mesh(folder, llm, tm
 
 
 @pytest.mark.slow
-def test_bfloat16_is_what_auto_finds_and_it_runs(folder):
+def test_dtype_auto_is_the_checkpoints_bfloat16(folder):
     llm = LLM(folder, max_model_len=256, quiet=True)
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(llm.engine.runner.params)}
     assert dtypes == {"bfloat16"} == {llm.engine.runner.pool.k[0].dtype.name}
@@ -312,8 +312,8 @@ def test_bfloat16_is_what_auto_finds_and_it_runs(folder):
 
 
 @pytest.mark.slow
-def test_temperature_tuning_has_a_switch(folder, llm):
-    """Beyond the first 32 positions it changes the answer of this model."""
+def test_attn_temperature_tuning_overrides_the_config(folder, llm):
+    """Beyond the first 32 positions it changes the output of this model."""
     off = LLM(
         folder, dtype="float32", max_model_len=8192, attn_temperature_tuning=False, quiet=True
     )
@@ -324,7 +324,7 @@ def test_temperature_tuning_has_a_switch(folder, llm):
     assert isinstance(tuned[0], TokenLogprobs) and abs(tuned[0].chosen - plain[0].chosen) > 1e-4
 
 
-def test_a_text_only_model_answers_and_refuses_pictures(tmp_path):
+def test_a_text_only_model_generates_and_refuses_images(tmp_path):
     config = write_model(tmp_path / "text", dataclasses.replace(TINY, vision=None), dtype="float32")
     assert checkpoint.load_config(tmp_path / "text") == config
     llm = LLM(tmp_path / "text", max_model_len=256, quiet=True)
@@ -356,19 +356,24 @@ def test_a_text_only_model_answers_and_refuses_pictures(tmp_path):
         ({"limit_mm_per_prompt": {"video": 1}}, "limit_mm_per_prompt"),
     ],
 )
-def test_what_cannot_be_had_is_refused_in_words(folder, arguments, says):
+def test_invalid_engine_arguments_are_refused_with_a_message(folder, arguments, says):
     with pytest.raises(ValueError, match=says):
         LLM(folder, quiet=True, **arguments)
 
 
-def test_devices_that_cannot_share_the_heads_are_refused_with_a_way_out(tmp_path):
+def test_an_unknown_argument_is_a_type_error_with_its_name(folder):
+    with pytest.raises(TypeError, match="'max_model_length'"):
+        LLM(folder, quiet=True, max_model_length=64)
+
+
+def test_a_mesh_that_does_not_divide_the_kv_heads_is_refused_with_a_valid_one(tmp_path):
     three = dataclasses.replace(TINY, text=dataclasses.replace(TINY.text, kv_heads=4))
     write_model(tmp_path / "tiny", three)
     with pytest.raises(ValueError, match=r"--mesh 8: 8 devices cannot share 4 kv heads; .*model=4"):
         LLM(tmp_path / "tiny", mesh=8, quiet=True)
 
 
-def test_dummy_weights_need_no_weights(folder, tmp_path):
+def test_dummy_weights_need_no_weight_files(folder, tmp_path):
     for file in folder.iterdir():
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())

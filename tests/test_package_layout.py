@@ -1,4 +1,4 @@
-"""Laws of the house: what must hold of the repository, whatever the code computes."""
+"""Rules of the repository: levels, sizes, commands and names."""
 
 import argparse
 import importlib
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 LINES_OF_MODEL = 700
 LINES_OF_SCRIPT = 100
 
-# Importable without jax: whoever counts tokens or asks for --help does not wait for it.
+# Importable without jax, so that --help and tokenizing are fast.
 JAX_FREE = [
     "l4jax",
     "l4jax.cli",
@@ -34,13 +34,13 @@ JAX_FREE = [
     "l4jax.text",
 ]
 
-# Folders of one person's machine, and names of hosts in private networks.
+# Folders of a personal machine, and host names of private networks.
 FORBIDDEN = re.compile(
     r"(?<![\w.])/(?:root|work|home/\w+|Users/\w+|tmp/v)\b|\b[\w-]+\.(?:internal|corp)\b"
 )
 
 
-def test_floors_hold() -> None:
+def test_imports_respect_levels() -> None:
     lint = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports())"
     result = _run(sys.executable, "-c", lint)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -54,7 +54,7 @@ def test_imports_no_jax(module: str) -> None:
     assert result.stdout.split() == []
 
 
-def test_model_is_read_in_one_sitting() -> None:
+def test_model_has_at_most_700_lines() -> None:
     lines = {path.name: _count_lines(path) for path in (ROOT / "l4jax/model").rglob("*.py")}
     assert sum(lines.values()) <= LINES_OF_MODEL, lines
 
@@ -67,24 +67,24 @@ def test_scripts_are_short_and_end_in_main() -> None:
         assert text.count("\n", main) <= LINES_OF_SCRIPT, path.name
 
 
-def test_console_command_opens_exactly_the_doors() -> None:
-    doors = {
+def test_console_command_has_exactly_the_modules_with_a_main() -> None:
+    commands = {
         path.stem
         for path in (ROOT / "l4jax").glob("*.py")
         if 'if __name__ == "__main__":' in path.read_text()
     }
-    assert set(cli.COMMANDS) == doors - {"cli", "__main__"}
-    assert all(module == f"l4jax.{door}" for door, (module, _) in cli.COMMANDS.items())
+    assert set(cli.COMMANDS) == commands - {"cli", "__main__"}
+    assert all(module == f"l4jax.{name}" for name, (module, _) in cli.COMMANDS.items())
 
 
-def test_console_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+def test_console_help_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(door in out for door in cli.COMMANDS)
+    assert all(name in out for name in cli.COMMANDS)
 
 
-@pytest.mark.parametrize(("words", "named"), [(["genrate"], "'genrate'"), ([], "no door")])
-def test_console_command_refuses_in_words(
+@pytest.mark.parametrize(("words", "named"), [(["genrate"], "'genrate'"), ([], "no command")])
+def test_console_command_refuses_unknown_commands_with_a_message(
     words: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(words) == 2
@@ -94,7 +94,7 @@ def test_console_command_refuses_in_words(
 
 
 def _readme_commands() -> list[str]:
-    """Lines of the README's bash blocks that open a door, continuation lines joined."""
+    """List the commands in the README's bash blocks, with continuation lines joined."""
     readme = ROOT / "README.md"
     text = readme.read_text() if readme.exists() else ""
     blocks = re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", text, flags=re.M | re.S)
@@ -105,7 +105,7 @@ def _readme_commands() -> list[str]:
 
 @pytest.mark.parametrize("command", _readme_commands())
 def test_readme_command_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the door as far as the end of its argument parsing, and not a line further."""
+    """Run the command up to the end of its argument parsing."""
     words = shlex.split(command, comments=True)
     stops = [i for i, word in enumerate(words) if word in ("|", ">", "&&", "&", ";")]
     words = words[: stops[0]] if stops else words
@@ -146,7 +146,7 @@ def test_no_file_names_a_machine() -> None:
 
 
 def _text_files() -> list[Path]:
-    """What a clone holds: all but binary files and what the tools leave behind."""
+    """List the text files of a clone, without those that tools leave."""
     binary = {".npz", ".png", ".jpg", ".safetensors", ".pyc"}
     made = {"__pycache__", "build", "dist", "node_modules", "venv"}
     files = []

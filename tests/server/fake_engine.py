@@ -1,4 +1,4 @@
-"""A model without weights, for what goes wrong around one: it writes "a", when it is told to."""
+"""A fake engine without weights, for tests of failures: it generates "a"."""
 
 import itertools
 import threading
@@ -15,17 +15,17 @@ from l4jax.testing import write_tokenizer
 from l4jax.text.chat import PromptError
 from l4jax.text.tokenizer import Tokenizer
 
-LETTER = ord("a")  # its token's id in the tiny tokenizer
+LETTER = ord("a")  # its token id in the tiny tokenizer
 
 
-class TypistEngine:
-    """What `EngineLoop` calls, with one token a step for each request.
+class FakeEngine:
+    """The methods that `EngineLoop` calls; each step gives one token to each request.
 
     Attributes:
         pace: steps wait while it is cleared.
-        failure: raised by the next step that has work.
-        cancelled: ids that were cancelled before they ended.
-        threads: names of the threads that called.
+        failure: raised by the next step with work.
+        cancelled: ids of requests that were cancelled before their end.
+        threads: names of the calling threads.
     """
 
     is_compiling = False
@@ -90,23 +90,23 @@ class TypistEngine:
         self.threads.add(threading.current_thread().name)
 
 
-def make_typist(folder: Path, requests: int = 2) -> Any:
-    """What `Service` needs of an `LLM`."""
+def make_fake_llm(folder: Path, requests: int = 2) -> Any:
+    """Make the attributes of an `LLM` that `Service` uses."""
     write_tokenizer(folder)
     tokenizer = Tokenizer.from_folder(folder)
     return SimpleNamespace(
         tokenizer=tokenizer,
         inputs=InputProcessor(tokenizer),
-        engine=TypistEngine(requests),
+        engine=FakeEngine(requests),
         get_default_sampling_params=SamplingParams,
     )
 
 
-def wait_until(is_so: Any, seconds: float = 20.0) -> None:
-    """Until a condition holds; fails if it does not come to."""
+def wait_until(condition: Any, seconds: float = 20.0) -> None:
+    """Wait until a condition holds; fail after `seconds`."""
     until = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < until, "it did not come to pass"
+    while not condition():
+        assert time.monotonic() < until, "the condition did not hold in time"
         time.sleep(0.005)
 
 

@@ -1,4 +1,4 @@
-"""A real server on a loopback port, in a thread, with the tiny model; and ways to ask it."""
+"""A real server with the tiny model, on a loopback port, in a thread or a process."""
 
 import base64
 import contextlib
@@ -29,11 +29,11 @@ from l4jax.testing import write_model
 
 MODEL = "tiny"
 ASK = [{"role": "user", "content": "Why is the sky blue?"}]
-LONG_SECONDS = 120.0  # for anything that may compile
+LONG_SECONDS = 120.0  # for calls that may compile
 
 
 def make_llm(folder: Path, **options: Any) -> LLM:
-    """The tiny model with little room, so that little is compiled."""
+    """Make the tiny model with small sizes, so that few programs are compiled."""
     if not (folder / "config.json").exists():
         write_model(folder, TINY)
     small = {"max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 64}
@@ -41,18 +41,18 @@ def make_llm(folder: Path, **options: Any) -> LLM:
 
 
 class Running:
-    """A server that runs."""
+    """A running server, with methods to send requests."""
 
     def __init__(self, service: Service, port: int):
         self.service, self.url = service, f"http://127.0.0.1:{port}"
 
     def client(self, **options: Any) -> openai.OpenAI:
-        """The official client."""
+        """Make the official client."""
         given = {"api_key": "none", "max_retries": 0, "timeout": LONG_SECONDS, **options}
         return openai.OpenAI(base_url=f"{self.url}/v1", **given)
 
     def post(self, path: str, body: Any = None, **options: Any) -> httpx2.Response:
-        """A POST of JSON, or of what `content` holds."""
+        """Send a POST with JSON, or with `content`."""
         if body is not None:
             options["json"] = body
         return httpx2.post(self.url + path, timeout=LONG_SECONDS, **options)
@@ -61,12 +61,12 @@ class Running:
         return httpx2.get(self.url + path, timeout=LONG_SECONDS)
 
     def read_metric(self, name: str) -> float:
-        """The value of a metric without other labels than the model's."""
+        """Read a metric that has no labels but the model's."""
         lines = self.get("/metrics").text.splitlines()
         return float(next(line.split()[-1] for line in lines if line.startswith(f"{name}{{")))
 
     def wait_idle(self) -> None:
-        """Until nothing runs or waits; fails if that does not come."""
+        """Wait until no request runs or waits; fail after `LONG_SECONDS`."""
         until = time.monotonic() + LONG_SECONDS
         loop = self.service.loop
         while loop.count_in_flight() or loop.stats.running or loop.stats.waiting:
@@ -76,7 +76,7 @@ class Running:
 
 @contextlib.contextmanager
 def run_server(llm: LLM, media: MediaReader | None = None, **options: Any) -> Iterator[Running]:
-    """A server for as long as the context lasts; then everything of it has ended."""
+    """Run a server in a thread until the context ends; then its threads have ended, too."""
     given = {"host": "127.0.0.1", "port": 0, "served_model_names": (MODEL,), **options}
     defaults = llm.get_default_sampling_params()
     service = Service(llm, Options(**given), defaults, media)
@@ -96,12 +96,12 @@ def run_server(llm: LLM, media: MediaReader | None = None, **options: Any) -> It
 
 
 class Process:
-    """A server in a process of its own, by the door.
+    """A server in its own process, started by the command.
 
     Args:
-        folder: for its log and what it caches.
+        folder: for its log and caches.
         words: flags.
-        drops: names of variables that it does not get.
+        drops: names of environment variables that it does not inherit.
     """
 
     def __init__(self, folder: Path, *words: str, drops: tuple[str, ...] = ()):
@@ -111,16 +111,16 @@ class Process:
         kept = {key: value for key, value in os.environ.items() if key not in drops}
         self.url = f"http://127.0.0.1:{port}"
         self._log = folder / "log"
-        door = (sys.executable, "-m", "l4jax.serve", "--host", "127.0.0.1", "--port", str(port))
+        command = (sys.executable, "-m", "l4jax.serve", "--host", "127.0.0.1", "--port", str(port))
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                [*door, *words],
+                [*command, *words],
                 stderr=log,
                 env={**kept, "L4JAX_CACHE": str(folder / "cache"), "JAX_PLATFORMS": "cpu"},
             )
 
     def wait_for(self, path: str) -> None:
-        """Until a path is answered with 200; fails with the log if that does not come."""
+        """Wait until a path returns 200; fail with the log."""
         until = time.monotonic() + 2 * LONG_SECONDS
         while True:
             assert self.process.poll() is None and time.monotonic() < until, self._log.read_text()
@@ -132,7 +132,7 @@ class Process:
             time.sleep(0.05)
 
     def read_log(self) -> list[dict[str, Any]]:
-        """Its log so far, every line of which is JSON."""
+        """Parse its log so far, in which each line is JSON."""
         return [json.loads(line) for line in self._log.read_text().splitlines()]
 
     def kill(self) -> None:
@@ -140,19 +140,19 @@ class Process:
         self.process.wait()
 
 
-def make_picture(width: int = 40, height: int = 30, seed: int = 0) -> bytes:
-    """A small PNG."""
+def make_image(width: int = 40, height: int = 30, seed: int = 0) -> bytes:
+    """Make a small PNG."""
     rng = np.random.default_rng(seed)
     buffer = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def spell_data_uri(picture: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(picture).decode()
+def format_data_uri(image: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
 def ask_about(*urls: str, text: str = "What is it?") -> list[dict[str, Any]]:
-    """A conversation of pictures and a question."""
+    """Make a conversation of images and a question."""
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]

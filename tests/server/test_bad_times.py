@@ -1,4 +1,4 @@
-"""What goes wrong is said in words, costs nobody else anything, and leaves nothing behind."""
+"""Failures get an error message, affect no other request, and leave no request behind."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ import httpx2
 import pytest
 
 from l4jax.server.logs import JsonLines
-from tests.server.fake_engine import is_idle, make_typist, wait_until
+from tests.server.fake_engine import is_idle, make_fake_llm, wait_until
 from tests.server.servers import ASK, MODEL, run_server
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -22,7 +22,7 @@ SECRET = "the secret of the prompt"
 
 @pytest.fixture
 def fake_engine(tmp_path):
-    return make_typist(tmp_path)
+    return make_fake_llm(tmp_path)
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def server(fake_engine):
         yield running
         fake_engine.engine.pace.set()
         wait_until(lambda: is_idle(running.service.loop))
-        assert fake_engine.engine.threads == {"engine"}  # nobody else ever called it
+        assert fake_engine.engine.threads == {"engine"}  # no other thread called it
 
 
 def ask(**options):
@@ -39,7 +39,7 @@ def ask(**options):
 
 
 def read_error(response: httpx2.Response) -> dict:
-    """The error of a response, whose shape is OpenAI's."""
+    """Return the error of a response in OpenAI's format."""
     body = response.json()
     assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
     assert len(body["error"]["message"]) > 10
@@ -69,7 +69,7 @@ def read_error(response: httpx2.Response) -> dict:
         ),
     ],
 )
-def test_a_body_that_is_none_is_refused_with_its_field(server, body, param, says):
+def test_an_invalid_body_is_refused_with_its_field(server, body, param, says):
     headers = {"Content-Type": "application/json"}
     response = server.post(CHAT, content=body, headers=headers)
     assert response.status_code == 400
@@ -77,15 +77,15 @@ def test_a_body_that_is_none_is_refused_with_its_field(server, body, param, says
     assert says in error["message"] and error["param"] == param, error
 
 
-def test_the_first_requests_may_come_together(tmp_path):
-    """In a process of its own: what renders conversations is imported once."""
+def test_the_first_requests_may_be_concurrent(tmp_path):
+    """In its own process: the template renderer is imported once per process."""
     code = f"""
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tests.server.test_bad_times import CHAT, ask
 from tests.server.servers import run_server
-from tests.server.fake_engine import make_typist
-with run_server(make_typist(Path({str(tmp_path)!r}), 8)) as server, ThreadPoolExecutor(8) as pool:
+from tests.server.fake_engine import make_fake_llm
+with run_server(make_fake_llm(Path({str(tmp_path)!r}), 8)) as server, ThreadPoolExecutor(8) as pool:
     asked = [pool.submit(server.post, CHAT, ask()) for _ in range(8)]
     print({{future.result().status_code for future in asked}})
 """
@@ -93,12 +93,12 @@ with run_server(make_typist(Path({str(tmp_path)!r}), 8)) as server, ThreadPoolEx
     assert done.stdout.split() == ["{200}"], done.stdout + done.stderr
 
 
-def test_an_empty_prompt_and_an_overlong_one_are_refused(server):
+def test_overlong_prompts_are_refused(server):
     response = server.post(COMPLETIONS, {"model": MODEL, "prompt": [5] * 501})
     assert response.status_code == 400 and "too long" in read_error(response)["message"]
     assert read_error(response)["param"] == "prompt"
     several = server.post(COMPLETIONS, {"model": MODEL, "prompt": [[5], [5] * 501]})
-    assert several.status_code == 400  # and the first does not stay: see the fixture
+    assert several.status_code == 400  # and the first prompt is not run: see the fixture
 
 
 @pytest.mark.parametrize(
@@ -110,14 +110,14 @@ def test_an_empty_prompt_and_an_overlong_one_are_refused(server):
         ("GET", "/docs", 404),
     ],
 )
-def test_a_wrong_path_or_method_is_answered_in_the_same_shape(server, method, path, status):
+def test_unknown_paths_and_methods_get_openais_error_format(server, method, path, status):
     response = httpx2.request(method, server.url + path)
     assert response.status_code == status
     assert path in read_error(response)["message"]
     assert response.headers["x-request-id"]
 
 
-def test_a_full_server_says_when_to_ask_again_and_takes_more_once_it_has_room(server, fake_engine):
+def test_a_full_server_refuses_with_retry_after_and_recovers(server, fake_engine):
     fake_engine.engine.pace.clear()
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(server.post, CHAT, ask()) for _ in range(3)]
@@ -133,7 +133,7 @@ def test_a_full_server_says_when_to_ask_again_and_takes_more_once_it_has_room(se
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_cancels_its_request(server, fake_engine, stream):
+def test_a_disconnect_aborts_the_request(server, fake_engine, stream):
     fake_engine.engine.pace.clear()
     body = json.dumps(ask(stream=stream, n=2)).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n"
@@ -147,7 +147,7 @@ def test_a_client_that_goes_away_cancels_its_request(server, fake_engine, stream
     wait_until(lambda: is_idle(server.service.loop))
 
 
-def test_a_step_that_raises_fails_its_requests_and_the_next_ones_are_served(server, fake_engine):
+def test_a_failed_step_fails_its_requests_only(server, fake_engine):
     fake_engine.engine.failure = RuntimeError("out of memory")
     response = server.post(CHAT, ask())
     assert response.status_code == 500 and read_error(response)["type"] == "server_error"
@@ -159,7 +159,7 @@ def test_a_step_that_raises_fails_its_requests_and_the_next_ones_are_served(serv
     assert server.post(CHAT, ask()).json()["choices"][0]["message"]["content"] == "aaaaa"
 
 
-def test_an_engine_that_breaks_for_good_shows_in_the_health(server, fake_engine):
+def test_a_dead_engine_fails_the_health_check(server, fake_engine):
     def fail(*_):
         raise RuntimeError("broken")
 
@@ -170,7 +170,7 @@ def test_an_engine_that_breaks_for_good_shows_in_the_health(server, fake_engine)
     assert server.post(CHAT, ask()).status_code == 503
 
 
-def test_an_answer_that_takes_too_long_is_a_timeout(fake_engine):
+def test_a_request_beyond_the_timeout_gets_504(fake_engine):
     fake_engine.engine.pace.clear()
     with run_server(fake_engine, request_timeout=0.1) as server:
         response = server.post(CHAT, ask())
@@ -180,7 +180,7 @@ def test_an_answer_that_takes_too_long_is_a_timeout(fake_engine):
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
-def test_a_body_beyond_the_limit_is_refused_before_it_is_read(fake_engine, is_chunked):
+def test_a_body_beyond_the_limit_is_refused_before_parsing(fake_engine, is_chunked):
     with run_server(fake_engine, max_request_bytes=10_000) as server:
         body = json.dumps(ask(user="a" * 10_000)).encode()
         content = iter([body[:9000], body[9000:]]) if is_chunked else body
@@ -191,7 +191,7 @@ def test_a_body_beyond_the_limit_is_refused_before_it_is_read(fake_engine, is_ch
         assert server.post(CHAT, ask(user="a" * 5000)).status_code == 200
 
 
-def test_a_key_is_asked_for_where_answers_are_and_not_of_probes(fake_engine):
+def test_api_keys_protect_the_api_and_not_the_probes(fake_engine):
     with run_server(fake_engine, api_keys=("first", "sécond")) as server:
         for key in ("Bearer wrong", "Bearer", "Basic first", "first", ""):
             headers = {"Authorization": key} if key else {}
@@ -208,7 +208,7 @@ def test_a_key_is_asked_for_where_answers_are_and_not_of_probes(fake_engine):
             assert client.chat.completions.create(**ask()).choices[0].message.content == "aaaaa"
 
 
-def test_a_server_that_stops_finishes_what_it_began_and_takes_nothing_new(fake_engine):
+def test_shutdown_finishes_running_requests_and_refuses_new_ones(fake_engine):
     fake_engine.engine.pace.clear()
     with ThreadPoolExecutor(2) as pool:
         with run_server(fake_engine, shutdown_timeout=30) as server:
@@ -222,7 +222,7 @@ def test_a_server_that_stops_finishes_what_it_began_and_takes_nothing_new(fake_e
         assert asked.result().json()["choices"][0]["message"]["content"] == "aaaaa"
 
 
-def test_a_server_that_stops_ends_what_does_not_finish_in_time(fake_engine):
+def test_shutdown_aborts_requests_after_its_timeout(fake_engine):
     fake_engine.engine.pace.clear()
     with ThreadPoolExecutor(2) as pool:
         with run_server(fake_engine, shutdown_timeout=0.2) as server:
@@ -235,7 +235,7 @@ def test_a_server_that_stops_ends_what_does_not_finish_in_time(fake_engine):
         assert asked[1].result().text.endswith("data: [DONE]\n\n")
 
 
-def test_metrics_have_vllms_names_and_count_what_was_served(server):
+def test_metrics_have_vllms_names_and_count_requests(server):
     server.post(CHAT, ask())
     assert server.read_metric("l4jax:inter_token_latency_seconds_count") == 4
     server.post(CHAT, ask(stop="aa"))
@@ -260,7 +260,7 @@ def test_metrics_have_vllms_names_and_count_what_was_served(server):
 
 
 @pytest.mark.parametrize("is_logged", [False, True])
-def test_the_log_holds_prompts_only_where_that_is_asked_for(fake_engine, is_logged):
+def test_the_log_contains_prompts_only_with_logs_requests(fake_engine, is_logged):
     lines: list[str] = []
     handler = logging.Handler()
     handler.setFormatter(JsonLines())
@@ -291,10 +291,10 @@ def test_the_log_holds_prompts_only_where_that_is_asked_for(fake_engine, is_logg
 
 
 def fail_with_secret(_name):
-    raise RuntimeError(f"I tell {SECRET}")
+    raise RuntimeError(f"a message with {SECRET}")
 
 
-def test_other_sites_may_call_only_where_they_are_allowed(fake_engine):
+def test_cors_allows_only_the_given_origins(fake_engine):
     asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
     with run_server(fake_engine) as server:
         response = httpx2.options(server.url + CHAT, headers=asked)

@@ -1,6 +1,4 @@
-"""Programs of others against a real server, as their users run them: lm-eval, schemathesis and a
-browser.
-"""
+"""External programs against a real server: lm-eval, schemathesis and a browser."""
 
 import json
 import os
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.servers import MODEL, make_llm, make_picture, run_server
+from tests.server.servers import MODEL, make_image, make_llm, run_server
 
 HERE = Path(__file__).parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -56,7 +54,7 @@ def server(tmp_path_factory):
 
 
 def run(*words: str | Path, seconds: int = 300, **environment: str) -> subprocess.CompletedProcess:
-    """A command in a process of its own, whose warnings are its own."""
+    """Run a command in its own process; its warnings are not the tests'."""
     return subprocess.run(
         list(map(str, words)),
         capture_output=True,
@@ -67,7 +65,7 @@ def run(*words: str | Path, seconds: int = 300, **environment: str) -> subproces
 
 
 def evaluate(server, folder: Path, model: str, path: str, *words: str) -> dict:
-    """Run lm-eval on all tasks of a folder; the results and the samples by task."""
+    """Run lm-eval on all tasks of a folder; return results and samples by task."""
     given = f"model={MODEL},base_url={server.url}{path},num_concurrent=2,max_retries=1"
     command = [sys.executable, "-m", "lm_eval", "run", "--model", model, "--model_args", given]
     tasks = ",".join(sorted(file.stem for file in folder.glob("*.yaml")))
@@ -93,7 +91,7 @@ def write_tasks(folder: Path, **kinds: str) -> None:
 
 
 @pytest.mark.slow
-def test_lm_eval_scores_choices_and_writes_through_local_completions(server, tmp_path):
+def test_lm_eval_scores_and_generates_through_local_completions(server, tmp_path):
     write_tasks(tmp_path, choice=CHOICE, write=WRITE)
     found = evaluate(server, tmp_path, "local-completions", "/v1/completions")
     assert found["results"]["choice"]["acc,none"] in (0, 1 / 3, 2 / 3, 1)
@@ -101,7 +99,7 @@ def test_lm_eval_scores_choices_and_writes_through_local_completions(server, tmp
     for sample in found["samples"]["choice"]:
         doc = sample["doc"]
         for choice, (response,) in zip(doc["choices"], sample["resps"], strict=True):
-            # What lm-eval read out of the server's answer, against the answer itself.
+            # lm-eval's reading of the response equals the response.
             context, whole = (
                 server.post("/tokenize", {"prompt": text, "add_special_tokens": False}).json()
                 for text in (doc["question"], f"{doc['question']} {choice}")
@@ -113,7 +111,7 @@ def test_lm_eval_scores_choices_and_writes_through_local_completions(server, tmp
 
 
 @pytest.mark.slow
-def test_lm_eval_writes_through_local_chat_completions(server, tmp_path):
+def test_lm_eval_generates_through_local_chat_completions(server, tmp_path):
     write_tasks(tmp_path, write=WRITE)
     chat = ("local-chat-completions", "/v1/chat/completions", "--apply_chat_template")
     found = evaluate(server, tmp_path, *chat)
@@ -125,7 +123,7 @@ def test_lm_eval_writes_through_local_chat_completions(server, tmp_path):
 
 
 @pytest.mark.slow
-def test_schemathesis_finds_no_answer_that_the_schema_does_not_foresee(server, tmp_path):
+def test_schemathesis_finds_no_response_outside_the_schema(server, tmp_path):
     done = run(
         *(sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"),
         *("--checks", "all", "--exclude-checks", "positive_data_acceptance"),
@@ -139,22 +137,22 @@ def test_schemathesis_finds_no_answer_that_the_schema_does_not_foresee(server, t
 
 
 @pytest.mark.slow
-def test_a_person_chats_on_the_page(server, tmp_path):
+def test_the_chat_page_works_in_a_browser(server, tmp_path):
     assert shutil.which("node"), "node is missing: apt-get install nodejs npm"
     assert CHROMIUM, "Chromium is missing: apt-get install chromium"
     assert (HERE / "page" / "node_modules" / "playwright-core").is_dir(), (
         "playwright-core is missing: npm ci --prefix tests/server/page"
     )
-    picture = tmp_path / "picture.png"
-    picture.write_bytes(make_picture())
-    words = ("node", HERE / "page" / "chat.js", f"{server.url}/", CHROMIUM, picture)
+    image = tmp_path / "image.png"
+    image.write_bytes(make_image())
+    words = ("node", HERE / "page" / "chat.js", f"{server.url}/", CHROMIUM, image)
     done = run(*words, tmp_path / "shot", HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert seen["errors"] == []
     assert all(url.startswith((server.url, "data:", "blob:")) for url in seen["requests"])
     assert seen["model"] == MODEL
-    # The answer grew as it came, and what it says about itself is there.
+    # The text grew with the stream, and the note shows its speed.
     assert len(seen["lengths"]) > 3 and seen["lengths"] == sorted(seen["lengths"])
     assert seen["lengths"][-1] == len(seen["answer"].encode("utf-16-le")) // 2
     assert "tokens/s" in seen["note"] and "first after" in seen["note"]

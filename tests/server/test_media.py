@@ -1,4 +1,4 @@
-"""Where pictures may come from: what is allowed is read, and everything else is refused."""
+"""Allowed sources of images are read, and all others are refused."""
 
 import asyncio
 import contextlib
@@ -14,12 +14,12 @@ from l4jax.server.errors import ApiError
 from l4jax.server.media import MAX_REDIRECTS, MediaReader, Network, is_public
 from l4jax.server.options import MediaRules
 
-PICTURE = b"a picture, as far as anybody here knows"
-PUBLIC = "93.184.215.14"  # the rule sees it; the connection goes to the loopback
+IMAGE = b"an image, which this module does not decode"
+PUBLIC = "93.184.215.14"  # resolved in tests; connections go to the loopback
 
 
-class Hall(BaseHTTPRequestHandler):
-    """A host that has a picture, and traps."""
+class ImageHost(BaseHTTPRequestHandler):
+    """A host with an image, redirects, and slow, missing and large files."""
 
     def do_GET(self) -> None:
         self.server.seen.append((self.path, self.headers["Host"]))
@@ -33,12 +33,12 @@ class Hall(BaseHTTPRequestHandler):
         elif name == "missing":
             self.send_error(404)
         else:
-            data = PICTURE if name != "large" else b"x" * 100_000
+            data = IMAGE if name != "large" else b"x" * 100_000
             self.send_response(200)
             if name != "large":
                 self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            with contextlib.suppress(OSError):  # the reader hangs up at its limit
+            with contextlib.suppress(OSError):  # the reader disconnects at its limit
                 self.wfile.write(data)
 
     def log_message(self, *_) -> None:
@@ -46,8 +46,8 @@ class Hall(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hall() -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hall)
+def host() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ImageHost)
     server.daemon_threads = True
     server.seen, server.targets, server.stop = [], {}, threading.Event()
     thread = threading.Thread(target=server.serve_forever)
@@ -59,12 +59,12 @@ def hall() -> Iterator[ThreadingHTTPServer]:
     server.server_close()
 
 
-class Map(Network):
-    """Says where hosts are, and takes every connection to the hall: the rules stay as they are."""
+class FakeNetwork(Network):
+    """Resolves hosts to given addresses, and connects to the test's host only."""
 
-    def __init__(self, hall: ThreadingHTTPServer, addresses: dict[str, list[str]]):
+    def __init__(self, host: ThreadingHTTPServer, addresses: dict[str, list[str]]):
         self.addresses, self.resolved, self.connected = addresses, [], []
-        self._port = hall.server_address[1]
+        self._port = host.server_address[1]
 
     async def resolve(self, host: str, port: int) -> list[str]:
         self.resolved.append(host)
@@ -76,28 +76,32 @@ class Map(Network):
 
 
 RULES = MediaRules(domains=("pictures.example", "other.example"), bytes=10_000, seconds=5)
-PLACES = {"pictures.example": [PUBLIC], "other.example": [PUBLIC]}
+ADDRESSES = {"pictures.example": [PUBLIC], "other.example": [PUBLIC]}
 
 
-def fetch(hall, url: str, places=PLACES, rules: MediaRules = RULES) -> tuple[bytes, Map]:
-    network = Map(hall, places)
+def fetch(
+    host, url: str, addresses=ADDRESSES, rules: MediaRules = RULES
+) -> tuple[bytes, FakeNetwork]:
+    network = FakeNetwork(host, addresses)
     return asyncio.run(MediaReader(rules, network).fetch(url, "here")), network
 
 
-def refuse(hall, url: str, says: str, places=PLACES, rules: MediaRules = RULES) -> Map:
-    """A URL is refused in words, under the name of its field."""
-    network = Map(hall, places)
+def refuse(
+    host, url: str, says: str, addresses=ADDRESSES, rules: MediaRules = RULES
+) -> FakeNetwork:
+    """Require that a URL is refused with a message and its field."""
+    network = FakeNetwork(host, addresses)
     with pytest.raises(ApiError, match=says) as caught:
         asyncio.run(MediaReader(rules, network).fetch(url, "here"))
     assert caught.value.param == "here" and caught.value.status_code in (400, 413)
     return network
 
 
-def test_a_picture_is_fetched_from_the_one_address_that_was_checked(hall):
-    data, network = fetch(hall, "http://Pictures.Example:81/a%20b/c.png?size=1&x=ü")
-    assert data == PICTURE
+def test_an_image_is_fetched_from_the_checked_address(host):
+    data, network = fetch(host, "http://Pictures.Example:81/a%20b/c.png?size=1&x=ü")
+    assert data == IMAGE
     assert network.resolved == ["pictures.example"] and network.connected == [(PUBLIC, 81)]
-    assert hall.seen == [("/a%20b/c.png?size=1&x=%C3%BC", "pictures.example:81")]
+    assert host.seen == [("/a%20b/c.png?size=1&x=%C3%BC", "pictures.example:81")]
 
 
 @pytest.mark.parametrize(
@@ -111,13 +115,13 @@ def test_a_picture_is_fetched_from_the_one_address_that_was_checked(hall):
         "http:///a.png",
     ],
 )
-def test_a_host_that_is_not_named_is_not_even_looked_up(hall, url):
-    network = refuse(hall, url, "--allowed-media-domains")
+def test_a_host_that_is_not_allowed_is_not_resolved(host, url):
+    network = refuse(host, url, "--allowed-media-domains")
     assert network.resolved == [] and network.connected == []
 
 
-def test_without_any_allowed_host_nothing_is_fetched(hall):
-    network = refuse(hall, "http://pictures.example/", "allowed-media", rules=MediaRules())
+def test_without_any_allowed_host_nothing_is_fetched(host):
+    network = refuse(host, "http://pictures.example/", "allowed-media", rules=MediaRules())
     assert network.resolved == []
 
 
@@ -147,10 +151,10 @@ def test_without_any_allowed_host_nothing_is_fetched(hall):
         "nonsense",
     ],
 )
-def test_an_allowed_name_that_leads_to_a_private_address_is_refused(hall, address):
+def test_an_allowed_name_with_a_private_address_is_refused(host, address):
     assert not is_public(address)
-    places = {"pictures.example": [PUBLIC, address]}  # one bad address among good ones is enough
-    network = refuse(hall, "http://pictures.example/", "public network", places)
+    addresses = {"pictures.example": [PUBLIC, address]}  # one private address is enough
+    network = refuse(host, "http://pictures.example/", "public network", addresses)
     assert network.connected == []
 
 
@@ -159,8 +163,8 @@ def test_public_addresses_are_public(address):
     assert is_public(address)
 
 
-def test_a_redirect_passes_the_same_checks(hall):
-    hall.targets.update(
+def test_a_redirect_passes_the_same_checks(host):
+    host.targets.update(
         good="http://other.example/c.png",
         near="/c.png",
         stranger="http://stranger.example/c.png",
@@ -168,38 +172,38 @@ def test_a_redirect_passes_the_same_checks(hall):
         file="file:///etc/passwd",
         loop="/redirect/loop",
     )
-    assert fetch(hall, "http://pictures.example/redirect/good")[0] == PICTURE
-    assert fetch(hall, "http://pictures.example/redirect/near")[0] == PICTURE
+    assert fetch(host, "http://pictures.example/redirect/good")[0] == IMAGE
+    assert fetch(host, "http://pictures.example/redirect/near")[0] == IMAGE
     base = "http://pictures.example/redirect/"
-    refuse(hall, base + "stranger", "--allowed-media-domains")
-    refuse(hall, base + "file", "only http and https")
-    inside = {**PLACES, "other.example": ["10.0.0.1"]}
-    network = refuse(hall, base + "private", "public network", inside)
+    refuse(host, base + "stranger", "--allowed-media-domains")
+    refuse(host, base + "file", "only http and https")
+    inside = {**ADDRESSES, "other.example": ["10.0.0.1"]}
+    network = refuse(host, base + "private", "public network", inside)
     assert len(network.connected) == 1
-    network = refuse(hall, base + "loop", "redirects")
+    network = refuse(host, base + "loop", "redirects")
     assert len(network.connected) == MAX_REDIRECTS + 1
 
 
-def test_a_picture_that_is_too_large_or_too_slow_or_not_there_is_refused(hall):
-    refuse(hall, "http://pictures.example/large", "more than 10000 bytes")
-    refuse(hall, "http://pictures.example/missing", "answers with 404")
+def test_a_large_slow_or_missing_image_is_refused(host):
+    refuse(host, "http://pictures.example/large", "more than 10000 bytes")
+    refuse(host, "http://pictures.example/missing", "answers with 404")
     slow = MediaRules(domains=RULES.domains, seconds=0.2)
-    refuse(hall, "http://pictures.example/slow", "within 0.2 seconds", rules=slow)
-    refuse(hall, "http://pictures.example:99999/", "not a URL")
+    refuse(host, "http://pictures.example/slow", "within 0.2 seconds", rules=slow)
+    refuse(host, "http://pictures.example:99999/", "not a URL")
 
 
-def test_a_host_that_speaks_no_tls_cannot_be_fetched_by_https(hall):
-    network = refuse(hall, "https://pictures.example/a.png", "cannot be fetched")
+def test_https_needs_a_host_with_tls(host):
+    network = refuse(host, "https://pictures.example/a.png", "cannot be fetched")
     assert network.connected == [(PUBLIC, 443)]
 
 
-def test_a_name_that_is_not_found_tells_nothing_of_the_network(hall):
-    class Lost(Map):
+def test_the_error_of_an_unresolved_name_hides_the_private_network(host):
+    class Lost(FakeNetwork):
         async def resolve(self, host: str, port: int) -> list[str]:
             raise OSError("the name server at 10.0.0.2 does not answer")
 
     with pytest.raises(ApiError) as caught:
-        asyncio.run(MediaReader(RULES, Lost(hall, {})).fetch("http://other.example/", "here"))
+        asyncio.run(MediaReader(RULES, Lost(host, {})).fetch("http://other.example/", "here"))
     assert "10.0.0.2" not in caught.value.detail
 
 
@@ -207,7 +211,7 @@ def test_a_name_that_is_not_found_tells_nothing_of_the_network(hall):
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "open"
     (folder / "sub").mkdir(parents=True)
-    (folder / "sub" / "a b.png").write_bytes(PICTURE)
+    (folder / "sub" / "a b.png").write_bytes(IMAGE)
     (tmp_path / "secret.png").write_bytes(b"secret")
     (tmp_path / "open-too").mkdir()
     (tmp_path / "open-too" / "c.png").write_bytes(b"secret")
@@ -216,10 +220,10 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_file_in_the_folder_is_read_and_links_are_followed_first(folder):
+def test_files_in_the_folder_are_read_after_links_are_resolved(folder):
     reader = MediaReader(MediaRules(folder=folder))
     for url in (f"file://{folder}/sub/a%20b.png", f"file://localhost{folder}/good.png"):
-        assert reader.read_file(url, "here") == PICTURE
+        assert reader.read_file(url, "here") == IMAGE
 
 
 @pytest.mark.parametrize(
@@ -235,21 +239,21 @@ def test_a_file_in_the_folder_is_read_and_links_are_followed_first(folder):
         "/a%00.png",
     ],
 )
-def test_a_file_outside_of_the_folder_is_refused_however_it_is_spelled(folder, path):
+def test_files_outside_the_folder_are_refused_in_every_spelling(folder, path):
     reader = MediaReader(MediaRules(folder=folder))
     with pytest.raises(ApiError, match="not in the folder") as caught:
         reader.read_file(f"file://{folder}{path}", "here")
     assert str(folder) not in caught.value.detail
 
 
-def test_files_of_other_machines_and_without_a_folder_are_refused(folder):
+def test_files_of_other_hosts_or_without_a_folder_are_refused(folder):
     with pytest.raises(ApiError, match="not in the folder"):
         MediaReader(MediaRules(folder=folder)).read_file(f"file://host{folder}/good.png", "here")
     with pytest.raises(ApiError, match="no local files"):
         MediaReader(MediaRules()).read_file(f"file://{folder}/good.png", "here")
 
 
-def test_messages_keep_everything_but_where_their_pictures_were(hall, folder):
+def test_only_the_images_of_messages_are_replaced(host, folder):
     rules = MediaRules(domains=RULES.domains, folder=folder)
     parts = [
         {"type": "text", "text": "a"},
@@ -258,13 +262,13 @@ def test_messages_keep_everything_but_where_their_pictures_were(hall, folder):
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}},
     ]
     messages = [{"role": "system", "content": "b"}, {"role": "user", "content": parts}]
-    read = asyncio.run(MediaReader(rules, Map(hall, PLACES)).read_messages(messages))
+    read = asyncio.run(MediaReader(rules, FakeNetwork(host, ADDRESSES)).read_messages(messages))
     assert read[0] == messages[0]
-    picture = {"type": "image", "image": PICTURE}
-    assert read[1]["content"] == [parts[0], picture, picture, parts[3]]
+    image = {"type": "image", "image": IMAGE}
+    assert read[1]["content"] == [parts[0], image, image, parts[3]]
 
 
-def test_a_bad_picture_is_named_by_its_place_in_the_messages():
+def test_an_error_names_the_location_of_the_image():
     parts = [{"type": "image_url", "image_url": {"url": "http://pictures.example/a.png"}}]
     with pytest.raises(ApiError) as caught:
         messages = [{"role": "user", "content": parts}]

@@ -1,4 +1,4 @@
-"""The official client against a real server: what it asks for is what comes back."""
+"""The official client against a real server."""
 
 import dataclasses
 import json
@@ -11,10 +11,10 @@ from tests.server.servers import (
     ASK,
     MODEL,
     ask_about,
+    format_data_uri,
+    make_image,
     make_llm,
-    make_picture,
     run_server,
-    spell_data_uri,
 )
 
 GREEDY = {"temperature": 0.0, "max_tokens": 24}
@@ -45,11 +45,11 @@ def server(llm):
     with run_server(llm, max_waiting=64, served_model_names=(MODEL, "other")) as running:
         before = count_programs(llm)
         yield running
-        assert count_programs(llm) == before  # the warm-up compiled all that these tests asked for
+        assert count_programs(llm) == before  # the warm-up compiled all programs of these tests
 
 
 def count_programs(llm) -> list[int]:
-    """How many shapes each of the engine's programs has been compiled for."""
+    """Count the compiled shapes of each of the engine's programs."""
     programs = llm.engine.runner.programs
     return [getattr(programs, x.name)._cache_size() for x in dataclasses.fields(programs)]
 
@@ -61,7 +61,7 @@ def client(server):
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(server):
+def no_request_is_left(server):
     yield
     server.wait_idle()
 
@@ -72,7 +72,7 @@ def chat(client: openai.OpenAI, messages=ASK, **options) -> ChatCompletion:
     return client.chat.completions.create(**given, extra_body=extra)
 
 
-def test_a_chat_answers_what_the_prompt_of_its_template_continues_with(client):
+def test_chat_equals_completion_of_the_rendered_template(client):
     answer = chat(client)
     assert answer.object == "chat.completion" and answer.model == MODEL
     choice = answer.choices[0]
@@ -88,7 +88,7 @@ def test_a_chat_answers_what_the_prompt_of_its_template_continues_with(client):
     assert len(rendered["tokens"]) == answer.usage.prompt_tokens
 
 
-def test_a_stream_brings_the_whole_answer_its_end_and_its_usage(client):
+def test_a_stream_has_the_text_one_finish_reason_and_the_usage(client):
     whole = chat(client)
     chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
     assert chunks[0].choices[0].delta.role == "assistant"
@@ -101,14 +101,14 @@ def test_a_stream_brings_the_whole_answer_its_end_and_its_usage(client):
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_a_stream_counts_as_it_goes_where_that_is_asked_for(client):
+def test_continuous_usage_stats_count_up(client):
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = list(chat(client, stream=True, extra_body={"stream_options": options}))
     counts = [chunk.usage.completion_tokens for chunk in chunks]
     assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 24
 
 
-def test_the_same_seed_gives_the_same_answer_and_answers_of_one_request_differ(client):
+def test_the_same_seed_repeats_and_n_choices_have_consecutive_seeds(client):
     one = [chat(client, temperature=1.0, seed=7).choices[0].message.content for _ in range(2)]
     assert one[0] == one[1]
     many = chat(client, temperature=1.0, seed=7, n=3)
@@ -120,7 +120,7 @@ def test_the_same_seed_gives_the_same_answer_and_answers_of_one_request_differ(c
     assert texts[1] == eighth  # seeds count up
 
 
-def test_streams_of_several_answers_are_told_apart_by_their_index(client):
+def test_chunks_of_n_choices_carry_their_index(client):
     whole = chat(client, temperature=1.0, seed=7, n=3)
     texts = ["", "", ""]
     for chunk in chat(client, temperature=1.0, seed=7, n=3, stream=True):
@@ -128,7 +128,7 @@ def test_streams_of_several_answers_are_told_apart_by_their_index(client):
     assert texts == [choice.message.content for choice in whole.choices]
 
 
-def test_a_stop_string_ends_the_text_before_it_or_with_it(client):
+def test_a_stop_string_ends_the_text_before_or_after_it(client):
     text = chat(client).choices[0].message.content
     stop = text[6:9]
     before = text[: text.index(stop)]
@@ -141,7 +141,7 @@ def test_a_stop_string_ends_the_text_before_it_or_with_it(client):
     assert "".join(c.choices[0].delta.content or "" for c in streamed) == before
 
 
-def test_a_stop_token_ends_the_text_and_is_named(client):
+def test_a_stop_token_ends_the_text_and_is_the_stop_reason(client):
     tokens = chat(client, logprobs=True, extra_body={"return_tokens_as_token_ids": True})
     ids = [int(x.token.removeprefix("token_id:")) for x in tokens.choices[0].logprobs.content]
     stopped = chat(client, extra_body={"stop_token_ids": [ids[5]]})
@@ -150,7 +150,7 @@ def test_a_stop_token_ends_the_text_and_is_named(client):
     assert stopped.usage.completion_tokens == ids.index(ids[5]) + 1
 
 
-def test_logprobs_are_of_the_tokens_and_their_bytes_are_the_text(client):
+def test_the_bytes_of_logprobs_concatenate_to_the_text(client):
     choice = chat(client, logprobs=True, top_logprobs=3).choices[0]
     content = choice.logprobs.content
     assert len(content) == 24
@@ -170,8 +170,8 @@ def test_logprobs_are_of_the_tokens_and_their_bytes_are_the_text(client):
     assert streamed == content
 
 
-def test_pictures_change_the_answer_and_cost_tokens(client):
-    first, second = (spell_data_uri(make_picture(seed=seed)) for seed in (0, 1))
+def test_images_change_the_output_and_add_prompt_tokens(client):
+    first, second = (format_data_uri(make_image(seed=seed)) for seed in (0, 1))
     answers = [chat(client, ask_about(url)) for url in (first, second, first)]
     texts = [answer.choices[0].message.content for answer in answers]
     assert texts[0] == texts[2] != texts[1]
@@ -181,7 +181,7 @@ def test_pictures_change_the_answer_and_cost_tokens(client):
     assert both.usage.prompt_tokens > answers[0].usage.prompt_tokens
 
 
-def test_declared_tools_are_in_the_prompt_unless_they_may_not_be_called(client):
+def test_tools_are_in_the_prompt_unless_tool_choice_is_none(client):
     plain = chat(client).usage.prompt_tokens
     assert chat(client, tools=TOOLS).usage.prompt_tokens > plain
     assert chat(client, tools=TOOLS, tool_choice="none").usage.prompt_tokens == plain
@@ -191,7 +191,7 @@ def test_declared_tools_are_in_the_prompt_unless_they_may_not_be_called(client):
 @pytest.mark.parametrize(
     "choice", ["required", {"type": "function", "function": {"name": "get_weather"}}]
 )
-def test_a_forced_call_comes_and_its_arguments_obey_the_schema(client, choice):
+def test_a_forced_call_has_arguments_of_its_schema(client, choice):
     answer = chat(
         client,
         tools=TOOLS,
@@ -223,7 +223,7 @@ def test_a_forced_call_comes_and_its_arguments_obey_the_schema(client, choice):
     assert deltas[0].function.name == "get_weather" and deltas[0].index == 0 and deltas[0].id
 
 
-def test_a_call_and_its_result_go_back_into_the_conversation(client):
+def test_a_call_and_its_result_are_rendered_in_the_next_prompt(client):
     call = {
         "id": "call_1",
         "type": "function",
@@ -253,7 +253,7 @@ FORMATS = [
 
 
 @pytest.mark.parametrize("asked", FORMATS)
-def test_an_answer_obeys_its_schema(client, asked):
+def test_a_response_format_is_obeyed(client, asked):
     extra = {"ignore_eos": False, **asked.get("extra_body", {})}
     rest = {key: value for key, value in asked.items() if key != "extra_body"}
     answer = chat(client, temperature=1.0, seed=1, max_tokens=200, extra_body=extra, **rest)
@@ -261,7 +261,7 @@ def test_an_answer_obeys_its_schema(client, asked):
     assert set(value) == {"city"} and answer.choices[0].finish_reason == "stop"
 
 
-def test_an_answer_is_one_of_the_choices_or_matches_the_expression(client):
+def test_choices_and_regular_expressions_are_obeyed(client):
     extra = {"ignore_eos": False, "structured_outputs": {"choice": ["red", "blue sky"]}}
     answer = chat(client, temperature=1.0, extra_body=extra)
     assert answer.choices[0].message.content in ("red", "blue sky")
@@ -270,7 +270,7 @@ def test_an_answer_is_one_of_the_choices_or_matches_the_expression(client):
     assert len(text) == 6 and text[3] == "-"
 
 
-def test_an_answer_can_go_on_with_what_the_assistant_began(client):
+def test_continue_final_message_leaves_the_last_turn_open(client):
     begun = [*ASK, {"role": "assistant", "content": "Because of"}]
     extra = {"add_generation_prompt": False, "continue_final_message": True}
     tokens = client.post("/../tokenize", body={"messages": begun, **extra}, cast_to=object)
@@ -279,7 +279,7 @@ def test_an_answer_can_go_on_with_what_the_assistant_began(client):
     assert chat(client, begun, extra_body=extra).usage.prompt_tokens == tokens["count"]
 
 
-def test_completions_take_texts_and_ids_alone_and_in_lists(client, llm):
+def test_completions_accept_texts_and_ids_alone_and_in_lists(client, llm):
     ids = llm.tokenizer.encode("The sky")
     more = {"model": MODEL, **GREEDY, "extra_body": {"ignore_eos": True}}
     found = [
@@ -299,7 +299,7 @@ def test_completions_take_texts_and_ids_alone_and_in_lists(client, llm):
     assert [choice.index for choice in many.choices] == [0, 1, 2, 3]
 
 
-def test_an_echo_scores_the_prompt_as_its_own_continuation_is_scored(client, llm):
+def test_echo_gives_the_prompt_the_logprobs_of_its_generation(client, llm):
     more = {"model": MODEL, "logprobs": 2, "extra_body": {"ignore_eos": True}}
     first = client.completions.create(prompt="The sky", **GREEDY, **more).choices[0]
     ids = llm.tokenizer.encode("The sky")
@@ -352,7 +352,7 @@ def test_penalties_biases_and_bad_words_reach_the_sampler(client):
     assert "A" not in banned.choices[0].message.content
 
 
-def test_what_a_prompt_begins_with_is_read_once_and_the_usage_says_so(client, server):
+def test_a_repeated_prompt_is_cached_and_usage_counts_it(client, server):
     prompt = [11, *range(100, 180)]
     hits = server.read_metric("l4jax:prefix_cache_hits_total")
     answers = [client.completions.create(model=MODEL, prompt=prompt, **GREEDY) for _ in range(2)]
@@ -362,14 +362,12 @@ def test_what_a_prompt_begins_with_is_read_once_and_the_usage_says_so(client, se
     assert answers[0].choices[0].text == answers[1].choices[0].text
 
 
-def test_a_step_that_fails_fails_its_requests_and_the_next_ones_are_served(
-    client, llm, monkeypatch
-):
+def test_a_failed_step_fails_its_requests_only(client, llm, monkeypatch):
     before = chat(client).choices[0].message.content
 
     def fail(_plan):
         monkeypatch.undo()
-        raise RuntimeError("the device is on fire")
+        raise RuntimeError("the device failed")
 
     monkeypatch.setattr(llm.engine.runner, "dispatch", fail)
     with pytest.raises(openai.InternalServerError, match="ask again"):
@@ -380,7 +378,7 @@ def test_a_step_that_fails_fails_its_requests_and_the_next_ones_are_served(
     assert chat(client).choices[0].message.content == before
 
 
-def test_models_are_listed_and_found_by_every_served_name(client):
+def test_models_are_listed_and_retrieved_by_every_served_name(client):
     assert [model.id for model in client.models.list()] == [MODEL, "other"]
     assert client.models.retrieve("other").max_model_len == 512
     with pytest.raises(openai.NotFoundError, match="'nobody' is not served here") as caught:
@@ -423,9 +421,7 @@ def test_models_are_listed_and_found_by_every_served_name(client):
         ),
     ],
 )
-def test_what_is_asked_wrongly_is_refused_with_the_field_and_the_way_out(
-    client, options, param, says
-):
+def test_invalid_fields_are_refused_with_their_name_and_the_way_out(client, options, param, says):
     with pytest.raises(openai.APIStatusError) as caught:
         chat(client, **options)
     assert caught.value.status_code == (404 if param == "model" else 400)
@@ -433,7 +429,7 @@ def test_what_is_asked_wrongly_is_refused_with_the_field_and_the_way_out(
     assert caught.value.param == param
 
 
-def test_suffix_and_best_of_are_refused_in_words(client):
+def test_suffix_and_best_of_are_refused_with_a_message(client):
     for option in ({"suffix": "b"}, {"best_of": 3}):
         with pytest.raises(openai.BadRequestError, match="is not supported"):
             client.completions.create(model=MODEL, prompt="a", **option)

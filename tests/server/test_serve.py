@@ -1,4 +1,4 @@
-"""The door: what its flags mean, and a server in a process of its own, from start to SIGTERM."""
+"""The command: its flags, and a server in its own process, from start to SIGTERM."""
 
 import argparse
 import logging
@@ -17,7 +17,7 @@ from tests.server.servers import Process
 
 
 @pytest.fixture(autouse=True)
-def loggers_stay_as_they_were() -> Iterator[None]:
+def loggers_are_restored() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("l4jax", "uvicorn")]
     kept = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
     yield
@@ -26,7 +26,7 @@ def loggers_stay_as_they_were() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def test_the_flags_of_vllm_mean_here_what_they_mean_there(tmp_path):
+def test_flags_of_vllm_have_the_same_meaning(tmp_path):
     template = tmp_path / "chat.jinja"
     template.write_text("{{ messages }}")
     args = parse(
@@ -60,7 +60,7 @@ def test_the_flags_of_vllm_mean_here_what_they_mean_there(tmp_path):
     assert make_generation_changes(args) == {"temperature": 0.1}
 
 
-def test_what_is_not_said_is_vllms_default_and_the_bundled_model():
+def test_defaults_are_vllms_and_the_bundled_model():
     args = parse([])
     options, engine = make_options(args), make_engine_config(args)
     assert (options.host, options.port) == ("0.0.0.0", 8000)
@@ -73,7 +73,7 @@ def test_what_is_not_said_is_vllms_default_and_the_bundled_model():
     assert make_engine_config(parse(["--limit-mm-per-prompt", "image=3"])).max_images == 3
 
 
-def test_a_key_may_come_from_the_environment(monkeypatch):
+def test_an_api_key_may_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("L4JAX_API_KEY", "secret")
     assert make_options(parse([])).api_keys == ("secret",)
     assert make_options(parse(["--api-key", "other"])).api_keys == ("other",)
@@ -83,12 +83,12 @@ def test_a_key_may_come_from_the_environment(monkeypatch):
     ("text", "size"),
     [("4096", 4096), ("1k", 1000), ("1K", 1024), ("25.6k", 25_600), ("1M", 2**20), ("10m", 10**7)],
 )
-def test_sizes_are_read_as_vllm_reads_them(text, size):
+def test_counts_are_parsed_as_in_vllm(text, size):
     assert parse_count(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "k", "-1", "1.5", "1.0001k", "1 k", "1T", "many"])
-def test_what_is_no_size_is_refused(text):
+def test_an_invalid_count_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="is not a count"):
         parse_count(text)
 
@@ -107,7 +107,7 @@ def test_what_is_no_size_is_refused(text):
         (["--model", "./nowhere"], "nowhere"),
     ],
 )
-def test_what_cannot_be_served_is_said_in_one_line(words, says, capsys):
+def test_invalid_options_give_one_line_and_exit_code_1(words, says, capsys):
     assert serve.main(words) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("l4jax.serve: ") and says in lines[0]
@@ -123,13 +123,13 @@ def test_what_cannot_be_served_is_said_in_one_line(words, says, capsys):
         (["--limit-mm-per-prompt", "image"], "is not JSON"),
     ],
 )
-def test_flags_that_contradict_are_refused_by_the_parser(words, says, capsys):
+def test_contradicting_flags_are_refused_by_the_parser(words, says, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse(words)
     assert says in capsys.readouterr().err
 
 
-def test_every_flag_says_what_it_is_for(capsys):
+def test_help_states_defaults(capsys):
     with pytest.raises(SystemExit, match="0"):
         parse(["--help"])
     text = capsys.readouterr().out
@@ -151,7 +151,7 @@ def start(tmp_path) -> Iterator:
 
 
 @pytest.mark.slow
-def test_sigterm_ends_the_process_with_0_and_what_runs_is_finished_or_ended(start):
+def test_sigterm_finishes_or_aborts_requests_and_exits_with_0(start):
     server = start("--shutdown-timeout", "1")
     server.wait_for("/ready")
     body = {"prompt": "The sky", "max_tokens": 100, "ignore_eos": True, "stream": True, "n": 2}
@@ -169,7 +169,7 @@ def test_sigterm_ends_the_process_with_0_and_what_runs_is_finished_or_ended(star
     assert server.process.wait(30) == 0
     reader.join(30)
     assert chunks[-1] == "data: [DONE]"
-    events = [record["event"] for record in server.read_log()]  # every line of it is JSON
+    events = [record["event"] for record in server.read_log()]  # each line is JSON
     assert events[-1] == "stopped" and "listening" in events and "ready" in events
     assert any("the tiny Llama 4 that comes with l4jax" in event for event in events)
     with pytest.raises(httpx2.ConnectError):
@@ -177,8 +177,8 @@ def test_sigterm_ends_the_process_with_0_and_what_runs_is_finished_or_ended(star
 
 
 @pytest.mark.slow
-def test_sigterm_while_it_compiles_ends_the_process_with_0_too(start):
+def test_sigterm_during_compilation_exits_with_0(start):
     server = start("--shutdown-timeout", "0")
-    server.wait_for("/health")  # it lives before it is ready
+    server.wait_for("/health")  # alive before it is ready
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(60) == 0
