@@ -58,8 +58,28 @@ def tiny_config(kind: Kind, *, style: Style = "published", **overrides: Any) -> 
     ``original_max_position_embeddings`` 16 and ``rope_theta`` 500, RoPE scaling changes all but
     the highest frequencies.
     """
+    text, vision = _tiny_text(kind), _tiny_vision()
+    for changes, section in ((overrides.pop("vision_config", {}), vision), (overrides, text)):
+        if unknown := sorted(set(changes) - set(section)):
+            raise KeyError(f"no such key in the tiny config: {', '.join(unknown)}")
+        section.update(changes)
+    config: dict[str, Any] = {
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "boi_token_index": BEGIN_OF_IMAGE_ID,
+        "eoi_token_index": END_OF_IMAGE_ID,
+        "image_token_index": PATCH_ID,
+        "model_type": "llama4",
+        "text_config": text,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0.dev0",
+        "vision_config": vision,
+    }
+    return config if style == "published" else _as_transformers5(config)
+
+
+def _tiny_text(kind: Kind) -> dict[str, Any]:
     is_scout = kind == "scout"
-    text: dict[str, Any] = {
+    return {
         "attention_bias": False,
         "attention_chunk_size": 8,
         "attention_dropout": 0.0,
@@ -103,7 +123,10 @@ def tiny_config(kind: Kind, *, style: Style = "published", **overrides: Any) -> 
         "use_qk_norm": is_scout,
         "vocab_size": 320,
     }
-    vision: dict[str, Any] = {
+
+
+def _tiny_vision() -> dict[str, Any]:
+    return {
         "attention_dropout": 0.0,
         "hidden_act": "gelu",
         "hidden_size": 64,
@@ -126,22 +149,6 @@ def tiny_config(kind: Kind, *, style: Style = "published", **overrides: Any) -> 
         "vision_feature_select_strategy": "default",
         "vision_output_dim": 48,
     }
-    for changes, section in ((overrides.pop("vision_config", {}), vision), (overrides, text)):
-        if unknown := sorted(set(changes) - set(section)):
-            raise KeyError(f"no such key in the tiny config: {', '.join(unknown)}")
-        section.update(changes)
-    config: dict[str, Any] = {
-        "architectures": ["Llama4ForConditionalGeneration"],
-        "boi_token_index": BEGIN_OF_IMAGE_ID,
-        "eoi_token_index": END_OF_IMAGE_ID,
-        "image_token_index": PATCH_ID,
-        "model_type": "llama4",
-        "text_config": text,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.51.0.dev0",
-        "vision_config": vision,
-    }
-    return config if style == "published" else _as_transformers5(config)
 
 
 def text_only(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def load_config(folder: str | Path) -> Config:
 
 
 def parse_config(raw: Any) -> Config:
-    """Parse the content of a `config.json`, of a whole model or of a text model alone.
+    """Parse the content of a `config.json`, of a multimodal or a text-only model.
 
     Raises:
         ConfigError: naming the key and the value that l4jax does not compute.

@@ -94,9 +94,9 @@ def quantize_tensors(
             quantized[name] = _round_fp8(values, scale)
             keeps_axis = scale_shape in ("column", "single")
             quantized[base + ".weight_scale"] = scale if keeps_axis else scale[..., 0].copy()
-    plain = {name: ("BF16", x.shape) for name, x in quantized.items() if name in tensors}
+    unquantized = {name: ("BF16", x.shape) for name, x in quantized.items() if name in tensors}
     ignored = [
-        name for name in names.list_linears(plain) if quantized[f"{name}.weight"].itemsize > 1
+        name for name in names.list_linears(unquantized) if quantized[f"{name}.weight"].itemsize > 1
     ]
     return quantized, _format_quantization_config(
         scheme, ignored, group_size, scale_shape, input_scales

@@ -53,26 +53,26 @@ def arrange(tensors: Mapping[str, np.ndarray], config: Config) -> dict[str, np.n
         "text/norm/scale": tensors["model.norm.weight"],
     }
     for i in range(c.layers):
-        ours, theirs = f"text/layer_{i}/", f"model.layers.{i}."
-        q, k, v, o = (tensors[f"{theirs}self_attn.{x}_proj.weight"] for x in "qkvo")
+        path, prefix = f"text/layer_{i}/", f"model.layers.{i}."
+        q, k, v, o = (tensors[f"{prefix}self_attn.{x}_proj.weight"] for x in "qkvo")
         q = q.reshape(c.kv_heads, c.queries, c.head_dim, c.width)
         k, v = (x.reshape(c.kv_heads, c.head_dim, c.width) for x in (k, v))
         rows = [np.stack([*q[j], k[j], v[j]]) for j in range(c.kv_heads)]
-        found[ours + "attention/qkv"] = np.stack(rows)
-        found[ours + "attention/out"] = o.reshape(c.width, c.kv_heads, c.queries, c.head_dim)
+        found[path + "attention/qkv"] = np.stack(rows)
+        found[path + "attention/out"] = o.reshape(c.width, c.kv_heads, c.queries, c.head_dim)
         for norm, name in (("attention", "input"), ("feed_forward", "post_attention")):
-            found[f"{ours}{norm}_norm/scale"] = tensors[f"{theirs}{name}_layernorm.weight"]
-        feed, mlp = theirs + "feed_forward.", "feed_forward/"
+            found[f"{path}{norm}_norm/scale"] = tensors[f"{prefix}{name}_layernorm.weight"]
+        feed, mlp = prefix + "feed_forward.", "feed_forward/"
         if c.is_moe(i):
-            found[ours + "feed_forward/router"] = tensors[feed + "router.weight"]
+            found[path + "feed_forward/router"] = tensors[feed + "router.weight"]
             gates, ups, downs = _find_experts(tensors, feed + "experts.", c.experts)
             pairs = [np.stack(pair) for pair in zip(gates, ups, strict=True)]
-            found[ours + "feed_forward/gate_up"] = np.stack(pairs)
-            found[ours + "feed_forward/down"] = np.stack(downs)
+            found[path + "feed_forward/gate_up"] = np.stack(pairs)
+            found[path + "feed_forward/down"] = np.stack(downs)
             feed, mlp = feed + "shared_expert.", "feed_forward/shared/"
         gate, up = tensors[feed + "gate_proj.weight"], tensors[feed + "up_proj.weight"]
-        found[ours + mlp + "gate_up"] = np.stack([gate, up])
-        found[ours + mlp + "down"] = tensors[feed + "down_proj.weight"]
+        found[path + mlp + "gate_up"] = np.stack([gate, up])
+        found[path + mlp + "down"] = tensors[feed + "down_proj.weight"]
     return found | (_arrange_vision(tensors, config) if config.vision else {})
 
 
@@ -92,33 +92,33 @@ def _arrange_vision(tensors: Mapping[str, np.ndarray], config: Config) -> dict[s
     assert config.vision is not None
     width, heads = config.vision.width, config.vision.heads
     start = "vision_model."
-    eye = {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
+    stored = {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
     found = {
-        "patch": eye["patch_embedding.linear.weight"],
-        "class_embedding": eye["class_embedding"],
-        "position_embedding": eye["positional_embedding_vlm"],
-        "adapter/first": eye["vision_adapter.mlp.fc1.weight"],
-        "adapter/second": eye["vision_adapter.mlp.fc2.weight"],
+        "patch": stored["patch_embedding.linear.weight"],
+        "class_embedding": stored["class_embedding"],
+        "position_embedding": stored["positional_embedding_vlm"],
+        "adapter/first": stored["vision_adapter.mlp.fc1.weight"],
+        "adapter/second": stored["vision_adapter.mlp.fc2.weight"],
         "projector": tensors["multi_modal_projector.linear_1.weight"],
     }
     norms = {"norm_before": "layernorm_pre", "norm_after": "layernorm_post"}
     for i in range(config.vision.layers):
-        ours, theirs = f"layer_{i}/", f"model.layers.{i}."
-        norms[ours + "attention_norm"] = theirs + "input_layernorm"
-        norms[ours + "mlp_norm"] = theirs + "post_attention_layernorm"
+        path, prefix = f"layer_{i}/", f"model.layers.{i}."
+        norms[path + "attention_norm"] = prefix + "input_layernorm"
+        norms[path + "mlp_norm"] = prefix + "post_attention_layernorm"
         for end, bias in (("weight", ""), ("bias", "_bias")):
-            qkv = [eye[f"{theirs}self_attn.{x}_proj.{end}"] for x in "qkv"]
-            heads_of = [x.reshape(heads, width // heads, *x.shape[1:]) for x in qkv]
-            found[f"{ours}qkv{bias}"] = np.stack(heads_of)
-            found[f"{ours}up{bias}"] = eye[f"{theirs}mlp.fc1.{end}"]
-            found[f"{ours}down{bias}"] = eye[f"{theirs}mlp.fc2.{end}"]
-        out = eye[theirs + "self_attn.o_proj.weight"]
-        found[ours + "out"] = out.reshape(width, heads, width // heads)
-        found[ours + "out_bias"] = eye[theirs + "self_attn.o_proj.bias"]
-    for ours, theirs in norms.items():
-        found[ours + "/scale"], found[ours + "/bias"] = (
-            eye[f"{theirs}.weight"],
-            eye[f"{theirs}.bias"],
+            qkv = [stored[f"{prefix}self_attn.{x}_proj.{end}"] for x in "qkv"]
+            split = [x.reshape(heads, width // heads, *x.shape[1:]) for x in qkv]
+            found[f"{path}qkv{bias}"] = np.stack(split)
+            found[f"{path}up{bias}"] = stored[f"{prefix}mlp.fc1.{end}"]
+            found[f"{path}down{bias}"] = stored[f"{prefix}mlp.fc2.{end}"]
+        out = stored[prefix + "self_attn.o_proj.weight"]
+        found[path + "out"] = out.reshape(width, heads, width // heads)
+        found[path + "out_bias"] = stored[prefix + "self_attn.o_proj.bias"]
+    for path, module in norms.items():
+        found[path + "/scale"], found[path + "/bias"] = (
+            stored[f"{module}.weight"],
+            stored[f"{module}.bias"],
         )
     return {f"vision/{path}": x for path, x in found.items()}
 

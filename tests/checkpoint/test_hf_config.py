@@ -57,8 +57,8 @@ def test_published_configs_are_parsed(config, rope_layers):
 def test_formatted_config_parses_to_the_same_config(config):
     config = dataclasses.replace(config, patch_id=7)
     assert parse_config(json.loads(json.dumps(format_config(config)))) == config
-    alone = dataclasses.replace(config, vision=None, patch_id=None)
-    assert parse_config(json.loads(json.dumps(format_config(alone)))) == alone
+    text_only = dataclasses.replace(config, vision=None, patch_id=None)
+    assert parse_config(json.loads(json.dumps(format_config(text_only)))) == text_only
 
 
 @pytest.mark.parametrize("kind", ["scout", "maverick"])
@@ -69,9 +69,13 @@ def test_published_and_transformers_5_styles_parse_to_the_same_config(kind):
 
 def test_text_only_config_is_parsed():
     raw = weights.tiny_config("scout")
-    whole, alone = parse_config(raw), parse_config(weights.text_only(raw))
-    assert alone.text == whole.text and alone.vision is None and alone.patch_id is None
-    assert alone.eos_ids == whole.eos_ids == (2, 3)
+    multimodal, text_only = parse_config(raw), parse_config(weights.text_only(raw))
+    assert (
+        text_only.text == multimodal.text
+        and text_only.vision is None
+        and text_only.patch_id is None
+    )
+    assert text_only.eos_ids == multimodal.eos_ids == (2, 3)
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def test_wrong_tensors_are_named(stored, tmp_path):
     def shorten(tensors):
         return {**tensors, weight: tensors[weight][..., :-1].copy()}
 
-    def widen(tensors):
+    def store_as_float32(tensors):
         rest = {name: x for name, x in tensors.items() if not name.startswith(base)}
         out, width = config.text.expert_width, config.text.width
         return {**rest, base: np.ones((out, width), np.float32)}
@@ -250,7 +250,7 @@ def test_wrong_tensors_are_named(stored, tmp_path):
     if scheme == "modelopt-nvfp4":
         cases.append((double, re.escape(f"has {scale}_2 [2] instead of one number")))
     if not is_fused:
-        cases.append((widen, "quantized in different formats: .*unquantized"))
+        cases.append((store_as_float32, "quantized in different formats: .*unquantized"))
     if scheme == "w4a16":
         cases.append((reorder, f"{base}_g_idx puts columns into groups out of order"))
     for number, (change, says) in enumerate(cases):

@@ -146,11 +146,11 @@ def greedy(model: Model, ids: np.ndarray, steps: int, pixels: np.ndarray | None 
         if step < steps - 1:
             out = _forward(model, tokens[-1:], use_cache=True, past_key_values=out.past_key_values)
     chosen_from = torch.stack(rows)
-    whole = _continued_logits(model, ids, tokens[:-1], pixels)
-    assert whole.argmax(-1).tolist() == tokens, (
+    expected = _continued_logits(model, ids, tokens[:-1], pixels)
+    assert expected.argmax(-1).tolist() == tokens, (
         "decoding with the cache differs from the forward without it"
     )
-    np.testing.assert_allclose(chosen_from.numpy(), whole, atol=1e-3, rtol=0)
+    np.testing.assert_allclose(chosen_from.numpy(), expected, atol=1e-3, rtol=0)
     best = chosen_from.topk(2, dim=-1).values
     margins = (best[:, 0] - best[:, 1]).numpy()
     return Greedy(np.array(tokens, np.int32), margins, chosen_from.numpy())
@@ -168,10 +168,10 @@ def submodule_cases(
       ``moe``               the last MoE layer's feed-forward, shared expert included, ``[T, D]``
       ``router``            its router: ``[T, D]`` -> raw scores ``[T, E]``
       ``dense``             the first dense MLP (maverick), ``[T, D]``
-      ``layer``             layer 0 whole, with residuals, ``[T, D]``
+      ``layer``             layer 0, with residuals, ``[T, D]``
       ``vision_patches``    pixels ``[I, C, Y, X]`` -> ``[I, patches, W]``
       ``vision_attention``  layer 0: ``[I, patches + 1, W]``, class token last
-      ``vision_layer``      layer 0 whole
+      ``vision_layer``      layer 0
       ``vision_adapter``    pixel shuffle and MLP: ``[I, patches, W]`` -> ``[I, patches / 4, ...]``
       ``vision``            pixels -> the adapter's output
       ``projector``         ``[I * patches / 4, ...]`` -> ``[I * patches / 4, D]``
