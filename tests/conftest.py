@@ -1,11 +1,10 @@
-"""The ground that all tests stand on: eight CPU devices, no network, and no program that an earlier
-run has compiled.
-"""
+"""The environment of all tests: eight CPU devices, no network, no programs of an earlier run."""
 
 import gc
 import importlib.metadata
 import importlib.util
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -13,15 +12,19 @@ from collections.abc import Iterator
 import pytest
 
 # Set before jax starts, and in the environment so that the processes that tests start have it too.
-os.environ.setdefault("NPROC", "16")  # XLA's threads: with as few as cores, collectives deadlock
+os.environ.setdefault("NPROC", "16")  # XLA's threads: with as few as two, collectives deadlock
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# What an earlier run left behind must not decide: processes keep no programs, and this one keeps
-# them, for as long as it lasts, in a folder of its own. (One module's are another's: a fifth less.)
+# Programs of an earlier run must not decide: subprocesses cache none, and the workers of this run
+# share a folder that ends with it. (`.ci/run` names one folder for its two runs on Python 3.11.)
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-PROGRAMS = tempfile.TemporaryDirectory(prefix="l4jax-programs-")
+if "L4JAX_TEST_PROGRAMS" not in os.environ:
+    PROGRAMS = tempfile.TemporaryDirectory(prefix="l4jax-programs-")
+    os.environ["L4JAX_TEST_PROGRAMS"] = PROGRAMS.name
 
 DEVICES = 8
-GPU_PROCESSES = 4  # side by side: what their tests wait for is a thread that compiles
+MOST_WORKERS = 8  # each takes up to 3 GiB
+GPU_WORKERS = 4  # on one GPU: each spends most of its time in one thread that compiles
+MAPPINGS = 20_000  # of compiled programs; a process crashes beyond 65,530
 ORACLES = ("compressed_tensors", "peft", "torch", "transformers")
 MISSING = [name for name in ORACLES if importlib.util.find_spec(name) is None]
 
@@ -32,11 +35,20 @@ collect_ignore = ["reference"] if IS_LEFT_OUT else []
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Tests on a GPU run in several processes, unless `-n` says in how many."""
-    is_open = getattr(config.option, "numprocesses", 0) is None  # of xdist, which may be missing
+    """Distribute the whole suite over the cores, and GPU tests over four processes.
+
+    Tests of files that are named run in one process, unless `-n` says in how many.
+    """
+    option = config.option
+    is_open = getattr(option, "numprocesses", 0) is None  # of xdist, which may be missing
     is_worker = "PYTEST_XDIST_WORKER" in os.environ
-    if is_open and not is_worker and _wants_gpu(config) and not config.option.collectonly:
-        config.option.numprocesses = GPU_PROCESSES
+    if is_open and not (is_worker or option.collectonly or option.usepdb):
+        if _wants_gpu(config):
+            option.numprocesses = GPU_WORKERS
+        elif config.args_source is not pytest.Config.ArgsSource.ARGS:
+            option.numprocesses = min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+    if getattr(option, "numprocesses", 0) and option.dist == "no":
+        option.dist = "worksteal"  # keeps tests of a module together, with its fixtures
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,19 +72,36 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_num_cpu_devices", DEVICES)
     # (On a GPU the engine would keep its own beside them.)
     jax.config.update("jax_enable_compilation_cache", not _wants_gpu(config))
-    jax.config.update("jax_compilation_cache_dir", PROGRAMS.name)
+    jax.config.update("jax_compilation_cache_dir", os.environ["L4JAX_TEST_PROGRAMS"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _forget_programs() -> Iterator[None]:
-    """Each program takes mappings of memory; a process may have 65,530, and crashes beyond."""
+def _drop_programs() -> Iterator[None]:
+    """Drop compiled programs before their mappings of memory reach the limit of a process."""
     yield
-    import jax
+    with open("/proc/self/maps") as maps:
+        mappings = sum(1 for _ in maps)
+    if mappings > MAPPINGS:
+        import jax
 
-    jax.clear_caches()
-    gc.collect()
+        jax.clear_caches()
+        gc.collect()
+
+
+@pytest.fixture
+def hang_guard() -> Iterator[None]:
+    """Fail a test that has not ended after a minute, a hundred times as long as it takes."""
+
+    def fail(*_: object) -> None:
+        raise TimeoutError("not done after a minute: its time grows faster than its input")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

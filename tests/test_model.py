@@ -1,5 +1,7 @@
 """The model equals the reference, however a prompt is cut: against goldens, on every Python."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from l4jax.kernels.reference import rotate
 from l4jax.model import declare_parameters
 from l4jax.model.attention import Attention, Positions, find_temperature
 from l4jax.model.rope import find_angles, scale_frequencies
-from tests import models, weights
+from tests import models, tiers, weights
 
 TOLERANCE = 1e-4  # of the logits' scale
 
@@ -23,36 +25,43 @@ def assert_close(found: np.ndarray, wanted: np.ndarray) -> None:
     assert error <= TOLERANCE, f"off by {error:.2e} of the largest value"
 
 
-def find_features(tiny: models.Tiny, golden: weights.Golden) -> np.ndarray | None:
+@functools.cache
+def find_features(name: str) -> np.ndarray | None:
+    tiny, golden = models.load_golden(name)
     return None if golden.pixels is None else tiny.encode(golden.pixels)
 
 
-@pytest.mark.parametrize("kernels", [REFERENCE, PORTABLE], ids=["reference", "portable"])
-@pytest.mark.parametrize("name", weights.GOLDENS)
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [
+        *(pytest.param(name, PORTABLE, id=f"{name}-portable") for name in weights.GOLDENS),
+        pytest.param("scout-8-image", REFERENCE, id="scout-8-image-reference"),
+        pytest.param("maverick-32-image", REFERENCE, id="maverick-32-image-reference"),
+    ],
+)
 def test_prefill_at_once_equals_the_reference(name, kernels):
     tiny, golden = models.load_golden(name)
-    features = find_features(tiny, golden)
+    features = find_features(name)
     logits = models.run_in_pieces(tiny, golden.ids, [], kernels, features)
     assert_close(logits[golden.rows], golden.logits)
 
 
-@pytest.mark.parametrize("cut", [-2, -1, 0, 1], ids="{:+d}".format)
-@pytest.mark.parametrize("name", weights.GOLDENS)
+@pytest.mark.parametrize(("name", "cut"), tiers.pairs(weights.GOLDENS, [-2, -1, 0, 1]))
 def test_prefill_split_around_every_boundary_equals_the_reference(name, cut):
     tiny, golden = models.load_golden(name)
     chunk = tiny.config.text.chunk
     cuts = [boundary + cut for boundary in range(chunk, len(golden.ids), chunk)]
-    features = find_features(tiny, golden)
+    features = find_features(name)
     logits = models.run_in_pieces(tiny, golden.ids, cuts, features_MD=features)
     assert_close(logits[golden.rows], golden.logits)
 
 
-@pytest.mark.parametrize("name", weights.GOLDENS)
+@pytest.mark.parametrize("name", tiers.every(2, weights.GOLDENS[::-1]))
 def test_prefill_then_decode_equals_one_forward(name):
     """One token at a time from the first token of the second chunk on, across the boundaries."""
     tiny, golden = models.load_golden(name)
     start = tiny.config.text.chunk - 1
-    features = find_features(tiny, golden)
+    features = find_features(name)
     cuts = list(range(start, len(golden.ids)))
     logits = models.run_in_pieces(tiny, golden.ids, cuts, features_MD=features)
     assert_close(logits[golden.rows], golden.logits)

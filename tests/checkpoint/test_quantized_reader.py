@@ -21,13 +21,14 @@ from l4jax.engine.engine import Engine
 from l4jax.engine.runner import Runner
 from l4jax.kernels import formats
 from l4jax.kernels.formats import Quantized, dequantize
-from tests import models, quantized, weights
+from tests import models, quantized, tiers, weights
 from tests.checkpoint.published import arrange
 from tests.engine.engines import GREEDY, run_all
 
 # Widths of which eight devices cut no group of 16 columns.
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "intermediate_size_mlp": 128}
 SCHEMES = get_args(quantized.Scheme)
+DISTINCT = ("fp8-dynamic", "w4a16", "nvfp4")  # one scheme for each format on the device
 # Schemes that are dequantized to the model's dtype on loading; and the dtypes of loaded data.
 DEQUANTIZED = ("nvfp4", "modelopt-nvfp4")
 DATA_DTYPES = {scheme: {"float8_e4m3fn"} for scheme in SCHEMES} | {"w4a16": {"int4"}}
@@ -96,7 +97,9 @@ def test_host_memory_holds_two_slices_and_one_decoded_block(scheme, tmp_path, mo
     assert min(peaks) < 4.5 * largest + 40 * 2**14
 
 
-@pytest.mark.parametrize("mesh", ["8", "2x4"])
+@pytest.mark.parametrize(
+    ("stored", "mesh"), tiers.pairs(SCHEMES, ["8", "2x4"]), indirect=["stored"]
+)
 def test_each_device_has_its_slices_of_data_and_scales(stored, mesh):
     _, folder, config, wanted = stored
     runner = Runner(config, mesh, "float32")
@@ -130,6 +133,7 @@ def test_scales_are_upcast_for_hopper_kernels_with_equal_values(stored):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stored", DISTINCT, indirect=True)
 def test_logits_equal_those_of_the_dequantized_weights(stored, monkeypatch):
     """Activations are not rounded here, so that float32's accuracy is expected.
 
@@ -152,6 +156,7 @@ def test_logits_equal_those_of_the_dequantized_weights(stored, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stored", DISTINCT, indirect=True)
 def test_engine_gives_the_same_tokens_on_one_and_eight_devices(stored):
     """int4 gives the same tokens. fp8 experts are sharded along the hidden axis: each device scales
     its own slice of a token's activations, so rounding differs, and one token is compared."""

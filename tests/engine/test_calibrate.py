@@ -43,19 +43,21 @@ def choose_scales(largest: np.ndarray) -> np.ndarray:
 def test_scales_are_those_of_the_keys_and_values_that_are_stored(name):
     """As they are handed to the kernel that stores them, whatever the pool makes of them."""
     tiny, _ = models.load_golden(name)
+    text = tiny.config.text
+    batch = jax.tree.map(jnp.asarray, calibrate.make_batch(tiny.config, 4, 1))
+    pool = cache.make_pool(text, 4 * batch.tables.global_RB.size, 4, jnp.float32)
+
     largest = []
 
     def attend(*projected_and_pool):
         _, *stored = reference.project_heads(*projected_and_pool[:4])
-        largest.append([np.abs(np.asarray(x)).max() for x in stored])
+        found = [jnp.abs(x).max() for x in stored]
+        jax.debug.callback(lambda *kv: largest.append(kv), *found, ordered=True)
         return PORTABLE.attend(*projected_and_pool)
 
-    text = tiny.config.text
-    batch = jax.tree.map(jnp.asarray, calibrate.make_batch(tiny.config, 4, 1))
-    pool = cache.make_pool(text, 4 * batch.tables.global_RB.size, 4, jnp.float32)
     model = Llama4(text, Kernels(attend=attend))
-    with jax.disable_jit():
-        model.apply({"params": tiny.params["text"]}, batch, pool)
+    jax.jit(model.apply)({"params": tiny.params["text"]}, batch, pool)
+    jax.effects_barrier()
     assert len(largest) == text.layers
     found = find_scales(load_runner(name, "1"))
     np.testing.assert_array_equal(found, choose_scales(np.array(largest).T))
@@ -157,7 +159,7 @@ def test_a_cache_that_is_not_fp8_has_no_scales_to_calculate():
 
 
 @pytest.mark.parametrize(
-    ("is_calculated", "says"), [(False, "takes 1: .*--calculate-kv-scales"), (True, "512 random")]
+    ("is_calculated", "says"), [(False, "uses 1: .*--calculate-kv-scales"), (True, "512 random")]
 )
 def test_where_scales_come_from_is_said(is_calculated, says, tmp_path, capfd):
     write_model(tmp_path / "tiny", TINY)

@@ -12,7 +12,7 @@ from l4jax.engine.request import Request, SamplingParams
 from l4jax.engine.scheduler import ScheduledChunk, SchedulerOutput
 from l4jax.strategies import activate
 from l4jax.text.chat import PromptError
-from tests import weights
+from tests import tiers, weights
 from tests.engine.engines import (
     GREEDY,
     assert_all_free,
@@ -23,7 +23,7 @@ from tests.engine.engines import (
 )
 
 
-@pytest.mark.parametrize("name", weights.GOLDENS)
+@pytest.mark.parametrize("name", tiers.every(2, weights.GOLDENS))
 def test_greedy_tokens_equal_the_reference_over_64_steps(name):
     golden = weights.read_golden(name)
     engine = make_engine(name)
@@ -44,13 +44,15 @@ def test_sharded_equals_unsharded(name, mesh):
     assert_all_free(engine)
 
 
-@pytest.mark.parametrize("mesh", ["1", "2x4"])
 @pytest.mark.parametrize(
-    "tokens",
-    [pytest.param(4, marks=pytest.mark.slow), 16, pytest.param(2048, marks=pytest.mark.slow)],
-    ids="{} a step".format,
+    ("tokens", "mesh"),
+    [
+        (16, "2x4"),
+        pytest.param(4, "1", marks=pytest.mark.slow),
+        pytest.param(2048, "1", marks=pytest.mark.slow),
+    ],
 )
-def test_a_row_alone_equals_the_row_in_a_batch(mesh, tokens):
+def test_a_row_alone_equals_the_row_in_a_batch(tokens, mesh):
     """Prompts of all lengths around the chunk, more of them than run at once, greedy and drawn."""
     name, rng = "scout-8-text", np.random.default_rng(0)
     prompts = [rng.integers(4, 300, n).tolist() for n in (1, 7, 8, 9, 16, 29, 50, 2)]
@@ -97,7 +99,7 @@ def find_addresses(pool: cache.PagePool) -> set[int]:
     return {part.unsafe_buffer_pointer() for part in parts}
 
 
-@pytest.mark.parametrize("mesh", ["1", "8"])
+@pytest.mark.parametrize("mesh", tiers.every(2, ["8", "1"]))
 def test_the_pool_is_donated_and_updated_in_place(mesh):
     """Read off the compiled executables: every byte of the pool, and of what the device remembers
     of requests, is aliased to an output."""
@@ -126,7 +128,7 @@ def test_the_pool_is_donated_and_updated_in_place(mesh):
     assert find_addresses(engine.runner.pool) == addresses
 
 
-@pytest.mark.parametrize("mesh", ["8", "2x4"])
+@pytest.mark.parametrize("mesh", tiers.every(2, ["2x4", "8"]))
 def test_what_a_step_returns_lives_where_the_table_says(mesh):
     engine = make_engine("scout-8-image", mesh)
     golden = weights.read_golden("scout-8-image")

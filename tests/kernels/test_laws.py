@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from l4jax.kernels import PORTABLE
+from tests import tiers
 from tests.kernels import laws
 
 SIZES = laws.Sizes(width=256, hidden=128)
@@ -36,43 +37,44 @@ def test_routes_equal_their_definition(kernels, tokens):
     laws.check_route(kernels, tokens, SIZES)
 
 
-@pytest.mark.parametrize("choice", laws.CHOICES)
-@pytest.mark.parametrize("form", laws.FORMATS)
+@pytest.mark.parametrize(("choice", "form"), tiers.pairs(list(laws.CHOICES), laws.FORMATS))
 def test_experts_equal_their_definition(kernels, form, choice):
     laws.check_experts(kernels, form, laws.CHOICES[choice], SIZES)
 
 
+@pytest.mark.slow
 def test_experts_of_as_many_tokens_as_are_held_equal_their_definition(kernels):
     laws.check_experts(kernels, "fp8", laws.HELD["as many as are held"], SIZES)
 
 
+@pytest.mark.slow
 def test_experts_of_more_tokens_than_run_beside_the_shared_one_equal_their_definition(kernels):
     laws.check_experts(kernels, "fp8", [1] * 3 + [0, 3, 3, 0] * 9, SIZES)
 
 
-@pytest.mark.parametrize("tokens", [3, 8])
+@pytest.mark.parametrize("tokens", tiers.every(2, [3, 8]))
 def test_products_of_tokens_that_are_held_equal_their_definition(kernels, tokens):
     laws.check_products(kernels, "fp8", tokens, SIZES)
 
 
-@pytest.mark.parametrize("tokens", [1, 13])
-@pytest.mark.parametrize("form", laws.FORMATS)
+@pytest.mark.parametrize(("form", "tokens"), tiers.pairs(laws.FORMATS, [1, 13]))
 def test_products_equal_their_definition(kernels, form, tokens):
     laws.check_products(kernels, form, tokens, SIZES)
 
 
-@pytest.mark.parametrize("tokens", [1, 13])
+@pytest.mark.parametrize("tokens", tiers.every(2, [13, 1]))
 def test_logits_equal_their_definition(kernels, tokens):
     laws.check_head(kernels, tokens, SIZES)
 
 
-@pytest.mark.parametrize("context", laws.make_contexts(SIZES.page))
-@pytest.mark.parametrize("form", laws.PAGES)
+@pytest.mark.parametrize(
+    ("context", "form"), tiers.pairs(list(laws.make_contexts(SIZES.page)), list(laws.PAGES))
+)
 def test_attention_equals_its_definition(kernels, form, context):
     laws.check_attention(kernels, form, laws.make_contexts(SIZES.page)[context], SIZES)
 
 
-@pytest.mark.parametrize("context", ["decode", "mixed"])
+@pytest.mark.parametrize("context", tiers.every(2, ["decode", "mixed"]))
 @pytest.mark.parametrize("form", laws.PAGES)
 def test_attention_to_halves_of_long_pages_equals_its_definition(kernels, form, context):
     sizes = dataclasses.replace(SIZES, page=128)
@@ -90,6 +92,7 @@ def test_heads_of_a_prompt_equal_their_definition(kernels):
     laws.check_turn(kernels, "fp8", "all", 130, sizes, is_prompt=True)
 
 
+@pytest.mark.slow
 def test_heads_on_pages_of_another_size_equal_their_definition(kernels):
     sizes = dataclasses.replace(SIZES, page=32)  # which attention on Hopper leaves to plain XLA
     laws.check_turn(kernels, "fp8", "all", 3, sizes, is_prompt=False)

@@ -7,6 +7,7 @@ import pytest
 
 from l4jax.kernels import formats, reference, rows
 from l4jax.kernels.slots import assign_at_once
+from tests import tiers
 from tests.kernels import laws
 
 if jax.__version_info__ < (0, 12):
@@ -50,8 +51,7 @@ def test_a_norm_of_a_wide_row_equals_its_definition(size):
     laws.assert_close(found, reference.normalize(x_TU, norm), laws.BOUND["bfloat16"])
 
 
-@pytest.mark.parametrize("has_leading", [False, True])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "has_leading"), tiers.pairs(SIZES, [False, True]))
 def test_tokens_are_rounded_in_their_slots_as_their_definition(size, has_leading):
     x_TU, tokens = make_rows(*size), size[0]
     leading = tokens + 1 if has_leading else 0
@@ -74,8 +74,7 @@ def test_no_reciprocal_of_a_scale_is_infinite(largest):
     np.testing.assert_allclose(data.astype(jnp.float32) * scale, x_TU[0], rtol=0.07)
 
 
-@pytest.mark.parametrize("is_rounded", [False, True])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "is_rounded"), tiers.pairs(SIZES, [False, True]))
 def test_wide_rows_are_activated_as_their_definition(size, is_rounded):
     slots, width = size
     parts_PSO, scale_O = make_rows(2, slots, 2 * width), jnp.linspace(0.1, 2.0, 2 * width)
@@ -103,9 +102,8 @@ def test_wide_rows_are_activated_as_their_definition(size, is_rounded):
     check([0, 2], [scale_T[1], gated], **alone, slot_T=one, has_leading=True)
 
 
-@pytest.mark.parametrize("leading", [0, 3])
-@pytest.mark.parametrize("experts", [5, 16])
-@pytest.mark.parametrize("tokens", [4, 20, 136])
+@pytest.mark.parametrize(("experts", "leading"), [(5, 3), (16, 0)])
+@pytest.mark.parametrize("tokens", [4, 20, pytest.param(136, marks=pytest.mark.slow)])
 def test_in_one_launch_tokens_go_where_the_definition_puts_them(tokens, experts, leading):
     case = {"experts": experts, "leading": leading, "interpret": INTERPRET}
     laws.check_slots(assign_at_once, tokens, **case)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from l4jax import checkpoint
 from l4jax.checkpoint import peft as ours
-from tests import models, weights
+from tests import models, tiers, weights
 from tests.adapters import make_adapter
 from tests.checkpoint.published import place_on_one
 from tests.reference import oracle
@@ -30,7 +30,10 @@ ATTENTION = [
 SIZES: dict[str, Any] = {"num_hidden_layers": 4, "intermediate_size": 48}
 
 
-@pytest.fixture(scope="module", params=["scout", "maverick"])
+KINDS = ["scout", "maverick"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     weights.write_checkpoint(folder, weights.tiny_config(request.param, **SIZES), SEED)
@@ -84,11 +87,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("targets", CASES.values(), ids=CASES.keys())
-def test_adapter_saved_by_peft_is_merged(
-    base: Path, targets: dict[str, Any], tmp_path: Path
-) -> None:
-    model = adapt(base, **targets)
+@pytest.mark.parametrize(("case", "base"), tiers.pairs(list(CASES), KINDS), indirect=["base"])
+def test_adapter_saved_by_peft_is_merged(case: str, base: Path, tmp_path: Path) -> None:
+    model = adapt(base, **CASES[case])
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     ids = np.concatenate(
         [weights.random_ids(30, 1), weights.image_ids(1, 1), weights.random_ids(5, 2)]
@@ -113,10 +114,10 @@ PATTERNS = {
 }
 
 
-@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS.keys())
-def test_written_adapter_is_applied_by_peft(base: Path, pattern: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("case", "base"), tiers.pairs(list(PATTERNS), KINDS), indirect=["base"])
+def test_written_adapter_is_applied_by_peft(case: str, base: Path, tmp_path: Path) -> None:
     config = checkpoint.load_config(base)
-    adapter = make_adapter(config, pattern)
+    adapter = make_adapter(config, PATTERNS[case])
     ours.write_adapter(tmp_path, adapter, config, str(base))
     model = peft.PeftModel.from_pretrained(oracle.load(base), tmp_path).eval()
     adapted = {name for name, _ in model.named_parameters() if "lora_" in name}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scripts import write_goldens
-from tests import weights
+from tests import tiers, weights
 from tests.reference import oracle
 
 TOLERANCE = 2e-4  # of logits whose standard deviation is 4; measured: 4e-5
@@ -42,8 +42,7 @@ def test_tensor_shapes_equal_the_references(kind: weights.Kind, is_text_only: bo
     assert weights.tensor_shapes(config) == expected
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("chunk", [8, 32])
+@pytest.mark.parametrize(("kind", "chunk"), tiers.pairs(KINDS, [8, 32]))
 def test_prefill_equals_decode_over_three_chunks(kind: weights.Kind, chunk: int) -> None:
     config = weights.tiny_config(kind, attention_chunk_size=chunk, num_hidden_layers=8)
     model = oracle.build(config, seed=1)
@@ -187,7 +186,7 @@ def test_moe_scales_the_input_of_the_chosen_expert(
         np.testing.assert_allclose(y_D, shared_D + routed_D, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", weights.GOLDENS)
+@pytest.mark.parametrize("name", tiers.every(3, weights.GOLDENS))
 def test_golden_equals_the_reference(name: str) -> None:
     golden = weights.read_golden(name)
     computed = write_goldens.compute(name, write_goldens.PROMPT_SEEDS[name])
