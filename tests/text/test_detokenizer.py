@@ -1,7 +1,5 @@
 """Laws of the detokenizer: characters are complete, and all pieces join to the decoded text."""
 
-import time
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -81,20 +79,13 @@ def test_special_tokens_are_skipped_by_default(tiny: Tokenizer) -> None:
     assert shown == "<|begin_of_text|>sky<|eot|>"
 
 
+@pytest.mark.usefixtures("hang_guard")
 @pytest.mark.parametrize("byte", [ord("a"), 0xF0])
-def test_the_millionth_token_costs_as_much_as_the_first(tiny: Tokenizer, byte: int) -> None:
+def test_the_cost_of_a_token_does_not_grow_with_the_text(tiny: Tokenizer, byte: int) -> None:
+    """A detokenizer that decoded all ids again would take hours."""
     detokenizer = Detokenizer(tiny)
-
-    def measure() -> float:
-        start = time.perf_counter()
-        for _ in range(2_000):
-            detokenizer.push([byte])
-        return time.perf_counter() - start
-
-    first = min(measure() for _ in range(3))
-    detokenizer.push([byte] * 1_000_000)
-    # A detokenizer that decoded all ids again would be hundreds of times slower by now.
-    assert min(measure() for _ in range(3)) < 20 * first
+    for _ in range(100_000):
+        detokenizer.push([byte])
 
 
 def test_the_real_tokenizer_streams_split_characters(real: Tokenizer) -> None:

@@ -5,7 +5,6 @@ import random
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -257,16 +256,15 @@ BOMBS = {
 }
 
 
+@pytest.mark.usefixtures("hang_guard")
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_grammar_above_the_limits_is_refused_quickly(tiny: Tokenizer, name: str) -> None:
-    Grammar.compile(tiny, "json_object")  # reads the vocabulary, once per process
+def test_a_grammar_above_the_limits_is_refused(tiny: Tokenizer, name: str) -> None:
     kind, value = BOMBS[name]
-    began = time.process_time()
     with pytest.raises(GrammarError):
         Grammar.compile(tiny, kind, value)
-    assert time.process_time() - began < 2
 
 
+@pytest.mark.usefixtures("hang_guard")
 @pytest.mark.parametrize(
     ("kind", "value"),
     [
@@ -289,18 +287,15 @@ def test_a_grammar_above_the_limits_is_refused_quickly(tiny: Tokenizer, name: st
         ("json", {"allOf": [{"properties": {f"a{n}": {"type": "string"}}} for n in range(300)]}),
     ],
 )
-def test_no_grammar_makes_a_token_slow(tiny: Tokenizer, kind: str, value: Any) -> None:
+def test_no_grammar_makes_a_token_hang(tiny: Tokenizer, kind: str, value: Any) -> None:
     """A grammar may be enforced or refused with an error; it may not hang."""
-    Grammar.compile(tiny, "json_object")
     draw = random.Random(0)
-    began = time.process_time()
     try:
         matcher = Grammar.compile(tiny, kind, value).start(VOCAB, [])
         for _ in range(100):
             matcher.accept(draw.choice(unpack(matcher.mask()) or [-1]))
     except GrammarError as error:
         assert "\n" not in str(error)
-    assert time.process_time() - began < 5
 
 
 LARK_PIECES = [
@@ -428,20 +423,3 @@ def test_answers_of_the_real_vocabulary_are_valid(real: Tokenizer, real_grammar:
             assert matcher.accept(token), real.token_bytes(token)
         assert matcher.is_done
         assert unpack(matcher.mask()) == sorted(stops)
-
-
-def test_a_bitmask_of_the_real_vocabulary_is_cheap(real: Tokenizer, real_grammar: Grammar) -> None:
-    text = json.dumps({"name": "Ada", "age": 36, "height": 1.65, "tags": ["a", "b c"]})
-    milliseconds = []
-    for _ in range(5):
-        matcher = real_grammar.start(202_048, find_stops(real))
-        for token in real.encode(text, add_special_tokens=False):
-            began = time.perf_counter()
-            matcher.mask()
-            milliseconds.append(1e3 * (time.perf_counter() - began))
-            assert matcher.accept(token)
-    print(
-        f"mask of 202,048 tokens: median {np.median(milliseconds):.2f} ms, "
-        f"mean {np.mean(milliseconds):.2f} ms, worst {max(milliseconds):.2f} ms"
-    )
-    assert np.median(milliseconds) < 10

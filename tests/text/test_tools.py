@@ -2,7 +2,6 @@
 
 import ast
 import json
-import time
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -411,7 +410,7 @@ def test_a_call_is_emitted_with_its_last_character() -> None:
     assert reader.finish() == []
 
 
-# Time.
+# Cost.
 
 HARD = [
     *[
@@ -432,31 +431,13 @@ HARD = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("start", ["", '[a(x="', "[a(x=", '{"name": "a", "parameters": {"x": '])
-def test_ten_times_the_text_takes_about_ten_times_as_long(start: str) -> None:
-    def measure(size: int, piece: int) -> float:
-        """Measure all hard texts of one size: the fastest of three runs, in seconds."""
-        texts = [start + (part * size)[:size] for part in HARD]
-        seconds = []
-        for _ in range(3):
-            began = time.process_time()
-            for text in texts:
-                reader = ToolCallParser()
-                for at in range(0, len(text), piece):
-                    reader.push(text[at : at + piece])
-                reader.finish()
-            seconds.append(time.process_time() - began)
-        return min(seconds)
-
-    for piece in (3, 1 << 30):
-        # A factor of 10 is linear, a factor of 100 quadratic.
-        assert measure(10_000, piece) < 30 * measure(1_000, piece) + 0.05
-
-
+@pytest.mark.usefixtures("hang_guard")
+@pytest.mark.parametrize("piece", [3, 1 << 30])
 @pytest.mark.parametrize("part", HARD)
-def test_a_hundred_thousand_hard_characters_take_seconds_at_most(part: str) -> None:
-    text = (part * 100_000)[:100_000]
-    began = time.process_time()
-    parse_tool_calls(text)
-    assert time.process_time() - began < 5
+def test_hard_text_is_parsed_in_linear_time(part: str, piece: int) -> None:
+    """Thirty thousand characters take a second; in quadratic time they would take an hour."""
+    text = (part * 30_000)[:30_000]
+    reader = ToolCallParser()
+    for at in range(0, len(text), piece):
+        reader.push(text[at : at + piece])
+    reader.finish()
