@@ -1,8 +1,8 @@
-"""The step, and the device-side loop of many steps: what the engine jits (`make_programs`), and
-nothing else runs on a device.
+"""The jitted programs of the engine: a step, and an on-device loop of decode steps.
 
-Shapes come from a short list of buckets, so that each of these compiles a few times at the start
-and never again. The pool is donated: pass it in, use the one that comes out.
+Nothing else runs on the devices while the engine serves. Shapes come from a short list of buckets,
+so that each function compiles a few times at the start and never again. The KV cache and the decode
+state are donated: pass them in, and use what comes back.
 """
 
 import dataclasses
@@ -25,75 +25,74 @@ from l4jax.sampling import (
 )
 
 _COMPILER_OPTIONS = {
-    # Weights and pages fill a device by design. XLA takes that for a program that is too large, and
-    # to save a few bytes would compute many things of each layer twice.
+    # Weights and KV pages fill a device by design. XLA would take the program for too large, and
+    # compute much of each layer twice to save a few bytes.
     "xla_disable_hlo_passes": "rematerialization",
-    # Trying products on the device takes a minute for each program, one after the other, and beside
-    # the weights there may be no room to try them in. What matters most is in kernels of our own;
-    # of the rest the library's first choice is within 3 % of the best.
+    # Autotuning runs each matmul on the device: a minute a program, and there may be no memory for
+    # its inputs. Our own kernels do most of the work; for the rest cuBLAS's first choice is within
+    # 3 % of the best.
     "xla_gpu_autotune_level": 0,
-    "xla_gpu_enable_triton_gemm": False,  # of which the untried choice is the worst
-    # A kernel of ours that takes a slice would be wrapped together with that, and the wrapping
-    # forgets that the kernel writes in place: it asks for a whole array of pages beside it.
+    "xla_gpu_enable_triton_gemm": False,  # the worst choice without autotuning
+    # A dynamic-slice fusion around a kernel of ours forgets that the kernel writes in place, and
+    # allocates a whole array of KV pages.
     "xla_gpu_enable_dynamic_slice_fusion": False,
-    # What may be in a CUDA graph: loops and branches beside what is by default; and of any size,
-    # since a loop counts as one thing. A step, or all of a loop's, is one graph then, that a GPU
-    # runs by itself; on several, what lies between two collectives is. Else the host would look at
-    # each condition, and what comes next would begin when it had seen that this has ended.
+    # CUDA graphs may hold loops and branches, and have any size: a loop counts as one node. On one
+    # GPU a step, or a whole decode loop, is then one graph. Without it the host would evaluate each
+    # condition, and the GPU would wait for it. On several GPUs a graph ends at each collective.
     "xla_gpu_enable_command_buffer": (
         "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
     ),
     "xla_gpu_graph_min_graph_size": 1,
-    # Launches of a graph wait for what they read, not for all that come before them: a router
-    # scores tokens while the norm of its experts runs.
+    # A launch waits for its inputs, not for all earlier launches: a router scores tokens during the
+    # norm of its experts.
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
 }
 jit = functools.partial(jax.jit, compiler_options=_COMPILER_OPTIONS)
-_SCORED_TOGETHER = 64  # tokens of a step whose logits are in memory at once
+_SCORED_TOGETHER = 64  # tokens whose logits are in memory at once
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """What the device remembers of each request between two calls, by its slot. Donate it and use
-    what comes back.
+    """The state of each request on the devices, by its slot. Donated.
 
-    With it a step can be dispatched before the host knows what the last one drew.
+    It holds the last sampled token, so that the engine dispatches a step before it has read the
+    tokens of the last one.
     """
 
-    last_S: Leaf  # int32: the token drawn last
+    last_S: Leaf  # int32: token sampled last
     seen_SV: Leaf  # int32: token counts for penalties; see `sampling.LogitsProcessors`
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LogitIndices:
-    """The tokens of a step whose logits count."""
+    """The tokens of a step whose logits are computed."""
 
-    # int32 index over all tokens of the step: of each row the last one, and, where some are
-    # guesses, those before it; a row with fewer repeats its last.
+    # int32 indices over all tokens of the step: the last token of each row and, with speculation,
+    # the draft tokens before it. A row with fewer draft tokens repeats its last index.
     at_RW: Leaf
-    slot_R: Leaf  # int32: where what is drawn at the row's first is kept; beyond them is nowhere
-    target_T: Leaf = None  # int32: the token that follows each, where somebody asks; else -1
+    slot_R: Leaf  # int32: slot that keeps the row's first sampled token; out of range keeps none
+    target_T: Leaf = None  # int32: next prompt token, where prompt logprobs are asked for; else -1
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeRows:
-    """Where each row of a decode loop stands. The token has been chosen and not yet been run."""
+    """The rows of a decode loop. Each starts with a sampled token that has not run yet."""
 
-    token_R: Leaf  # int32; as in `Batch`, -1 - s is the token drawn last in slot s
-    position_R: Leaf  # int32, of that token; -1 is an unused row
-    row_R: Leaf  # int32, the row's own number within its data shard
-    slot_R: Leaf  # int32, where the last token is kept; beyond the slots is nowhere
-    limit_R: Leaf  # int32, tokens that the row may still choose in this call
-    stop_RL: Leaf  # int32 ids that end the row, filled up with -1
+    token_R: Leaf  # int32; as in `Batch`, -1 - s is the token sampled last in slot s
+    position_R: Leaf  # int32 position of that token; -1 is an unused row
+    row_R: Leaf  # int32: row index within its data shard
+    slot_R: Leaf  # int32: slot that keeps the last token; out of range keeps none
+    limit_R: Leaf  # int32: tokens that the row may still sample in this call
+    stop_RL: Leaf  # int32 ids that end the row, padded with -1
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodedTokens:
-    """The tokens that a decode loop chose, in order; -1 where a row had ended."""
+    """The tokens that a decode loop sampled, in order; -1 after a row's end."""
 
     token_SR: Leaf  # int32
     logprob_SR: Leaf = None
@@ -104,9 +103,9 @@ class DecodedTokens:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PromptLogprobs:
-    """Log-probabilities of the tokens that follow, at each token of a step."""
+    """Log-probabilities of the next prompt token at each token of a step."""
 
-    logprob_T: Array  # of the one that follows
+    logprob_T: Array  # of the next token
     top_token_TL: Array
     top_logprob_TL: Array
 
@@ -117,14 +116,18 @@ DECODE_ROWS_AXES = DecodeRows(_ROW, _ROW, _ROW, _ROW, _ROW, (axes.ROWS, axes.LIS
 
 
 def name_logit_indices_axes(*, has_targets: bool) -> LogitIndices:
-    """The logical names of the axes of a step's ends."""
+    """Return the logical axis names of a step's logit indices."""
     return LogitIndices((axes.ROWS, axes.LIST), _ROW, (axes.TOKENS,) if has_targets else None)
 
 
 def forward(
     model: Llama4, params: Parameters, pool: PagePool, batch: Batch, features: Array | None = None
 ) -> tuple[Array, PagePool]:
-    """Hidden states [T, D] of the tokens of a step, and the pool with them in it."""
+    """Run the tokens of a step.
+
+    Returns:
+        Hidden states [T, D], and the pool with the step's keys and values.
+    """
     if features is not None:
         features = features.reshape(-1, features.shape[-1])
     variables = {"params": params["text"]}
@@ -132,113 +135,116 @@ def forward(
 
 
 def compute_logits(model: Llama4, params: Parameters, x_RD: Array) -> Array:
-    """[R, V] float32 logits of hidden states."""
+    """Compute the [R, V] float32 logits of hidden states."""
     return model.apply({"params": params["text"]}, x_RD, method="compute_logits")  # type: ignore[return-value]
 
 
 def step(
     params: Parameters,
     pool: PagePool,
-    memory: DecodeState,
+    state: DecodeState,
     batch: Batch,
-    ends: LogitIndices,
-    controls: SamplingMetadata,
-    adjustments: LogitsProcessors | None = None,
+    logit_indices: LogitIndices,
+    sampling_metadata: SamplingMetadata,
+    logits_processors: LogitsProcessors | None = None,
     features: Array | None = None,
     *,
     model: Llama4,
     logprobs: int | None = None,
 ) -> tuple[PagePool, DecodeState, Sampled, PromptLogprobs | None]:
-    """Run the tokens of a step and draw a next token for each of its ends.
+    """Run the tokens of a step, and sample a token at each logit index.
 
     Args:
         params: the tree of `declare_parameters`.
-        pool, memory: donated.
-        batch: prompt chunks and single tokens, in any mix; a token -1 - s is the one drawn last in
-            slot s.
-        ends: whose logits count.
-        controls: how each row is sampled.
-        adjustments: what changes its logits before that.
-        features: [slots, features, D] of the images, where the batch points into them.
+        pool, state: donated.
+        batch: prompt chunks and single tokens, in any mix; a token -1 - s is the token sampled last
+            in slot s.
+        logit_indices: the tokens whose logits are computed.
+        sampling_metadata: sampling settings of each row.
+        logits_processors: changes to each row's logits before sampling.
+        features: [slots, features, D] image features, where the batch refers to them.
         model: static.
         logprobs: static; see `sampling.sample`.
 
     Returns:
-        Pool and memory; what was drawn, [R * W]; what `ends.target_T` asked for.
+        Pool and state; sampled tokens, [R * W]; prompt logprobs, if the batch has target tokens.
     """
-    token_T = resolve_tokens(batch.token_T, memory)
-    batch = dataclasses.replace(batch, token_T=token_T)
+    batch = dataclasses.replace(batch, token_T=resolve_tokens(batch.token_T, state))
     x_TD, pool = forward(model, params, pool, batch, features)
-    width = ends.at_RW.shape[1]
-    at_X = ends.at_RW.reshape(-1)
-    controls, adjustments = jax.tree.map(
-        lambda leaf: jnp.repeat(leaf, width, axis=0), (controls, adjustments)
+    width = logit_indices.at_RW.shape[1]
+    at_X = logit_indices.at_RW.reshape(-1)
+    sampling_metadata, logits_processors = jax.tree.map(
+        lambda leaf: jnp.repeat(leaf, width, axis=0), (sampling_metadata, logits_processors)
     )
     position_X = batch.position_T[at_X] + 1
     logits_XV = compute_logits(model, params, x_TD[at_X])
-    adjusted_XV = None
-    if adjustments is not None:
-        adjusted_XV = apply_logits_processors(logits_XV, memory.seen_SV, adjustments, position_X)
-    sampled = sample(logits_XV, controls, position_X, logprobs, adjusted_XV)
+    processed_XV = None
+    if logits_processors is not None:
+        processed_XV = apply_logits_processors(
+            logits_XV, state.seen_SV, logits_processors, position_X
+        )
+    sampled = sample(logits_XV, sampling_metadata, position_X, logprobs, processed_XV)
     first_R = sampled.token_R.reshape(-1, width)[:, 0]
-    memory = record_tokens(memory, ends.slot_R, first_R, counts=adjustments is not None)
-    scored = None
-    if ends.target_T is not None:
-        scored = compute_prompt_logprobs(model, params, x_TD, ends.target_T, logprobs or 0)
-    return pool, memory, sampled, scored
+    has_counts = logits_processors is not None
+    state = record_tokens(state, logit_indices.slot_R, first_R, has_counts=has_counts)
+    prompt_logprobs = None
+    if logit_indices.target_T is not None:
+        prompt_logprobs = compute_prompt_logprobs(
+            model, params, x_TD, logit_indices.target_T, logprobs or 0
+        )
+    return pool, state, sampled, prompt_logprobs
 
 
-def resolve_tokens(token_T: Array, memory: DecodeState) -> Array:
-    """Token ids, with what the memory holds where -1 - s stands for the token of slot s."""
-    return jnp.where(token_T >= 0, token_T, memory.last_S[jnp.maximum(-1 - token_T, 0)])
+def resolve_tokens(token_T: Array, state: DecodeState) -> Array:
+    """Replace each token -1 - s by the token sampled last in slot s."""
+    return jnp.where(token_T >= 0, token_T, state.last_S[jnp.maximum(-1 - token_T, 0)])
 
 
 def record_tokens(
-    memory: DecodeState, slot_R: Array, token_R: Array, *, counts: bool
+    state: DecodeState, slot_R: Array, token_R: Array, *, has_counts: bool
 ) -> DecodeState:
-    """The memory with the tokens that were drawn; a slot beyond it remembers nothing.
+    """Write sampled tokens into their slots; a slot out of range is dropped.
 
-    They are counted where rows are adjusted, and only there: nobody else has penalties.
+    Tokens are counted only for rows with logits processors: no other row has penalties.
     """
-    seen_SV = memory.seen_SV
-    if counts:
+    seen_SV = state.seen_SV
+    if has_counts:
         seen_SV = seen_SV.at[slot_R, token_R].add(1, mode="drop")
-    return DecodeState(memory.last_S.at[slot_R].set(token_R, mode="drop"), seen_SV)
+    return DecodeState(state.last_S.at[slot_R].set(token_R, mode="drop"), seen_SV)
 
 
 def make_decode_state(slots: int, vocab: int) -> DecodeState:
-    """A memory of nothing. Trace it under jit to place it."""
+    """Make a decode state of zeros. Trace it under jit to place it."""
     return DecodeState(jnp.zeros(slots, jnp.int32), jnp.zeros((slots, vocab), jnp.int32))
 
 
 def compute_prompt_logprobs(
     model: Llama4, params: Parameters, x_TD: Array, target_T: Array, count: int
 ) -> PromptLogprobs:
-    """Log-probabilities of the tokens that follow; zeros, and no work, where nobody asks.
+    """Compute log-probabilities of the target tokens; zeros, at no cost, without targets.
 
-    Logits are made for a few tokens at a time: those of a whole step would take gigabytes.
+    Logits are computed for a few tokens at a time: the logits of a whole step take gigabytes.
     """
 
-    def look(pair: tuple[Array, Array]) -> PromptLogprobs:
+    def score(pair: tuple[Array, Array]) -> PromptLogprobs:
         x_D, target = pair
         logprob_V = jax.nn.log_softmax(compute_logits(model, params, x_D[None])[0])
         top_L, top_token_L = lax.top_k(logprob_V, count)
-        return PromptLogprobs(
-            logprob_V[jnp.maximum(target, 0)], top_token_L.astype(jnp.int32), top_L
-        )
+        target_logprob = logprob_V[jnp.maximum(target, 0)]
+        return PromptLogprobs(target_logprob, top_token_L.astype(jnp.int32), top_L)
 
-    def find() -> PromptLogprobs:
-        return lax.map(look, (x_TD, target_T), batch_size=min(_SCORED_TOGETHER, len(target_T)))
+    def compute() -> PromptLogprobs:
+        return lax.map(score, (x_TD, target_T), batch_size=min(_SCORED_TOGETHER, len(target_T)))
 
     def skip() -> PromptLogprobs:
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(find))
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(compute))
 
-    return lax.cond((target_T >= 0).any(), find, skip)
+    return lax.cond((target_T >= 0).any(), compute, skip)
 
 
-def set_seen(memory: DecodeState, slot: Array, seen_V: Array) -> DecodeState:
-    """The memory with what the tokens of a slot hold."""
-    return DecodeState(memory.last_S, memory.seen_SV.at[slot].set(seen_V))
+def set_token_counts(state: DecodeState, slot: Array, seen_V: Array) -> DecodeState:
+    """Set the token counts of a slot."""
+    return DecodeState(state.last_S, state.seen_SV.at[slot].set(seen_V))
 
 
 @functools.partial(jit, static_argnames=("model",), donate_argnames="pool")
@@ -250,7 +256,7 @@ def score(
     *,
     model: Llama4,
 ) -> tuple[PagePool, Array]:
-    """Run the tokens of a step and return the logits of every one, [T, V] float32."""
+    """Run the tokens of a step, and return the [T, V] float32 logits of all tokens."""
     x_TD, pool = forward(model, params, pool, batch, features)
     return pool, compute_logits(model, params, x_TD)
 
@@ -258,41 +264,41 @@ def score(
 def decode_loop(
     params: Parameters,
     pool: PagePool,
-    memory: DecodeState,
+    state: DecodeState,
     rows: DecodeRows,
     tables: PageTables,
-    controls: SamplingMetadata,
-    adjustments: LogitsProcessors | None = None,
+    sampling_metadata: SamplingMetadata,
+    logits_processors: LogitsProcessors | None = None,
     *,
     model: Llama4,
     steps: int,
     logprobs: int | None = None,
 ) -> tuple[PagePool, DecodeState, DecodedTokens]:
-    """Decode up to `steps` tokens for each row on the device, and return them at once.
+    """Decode up to `steps` tokens of each row on the devices, in one call.
 
-    A row ends at a stop id or at its limit; the loop ends when all rows have. One whose token comes
-    from the memory and is a stop id does not run: it had ended, and the host did not know it yet.
-    The caller owns enough pages in `tables`, and sets limits that no row crosses a chunk boundary
-    with.
+    A row ends at a stop id or at its limit; the loop ends when all rows have ended. A row whose
+    first token comes from the decode state and is a stop id does not run: it had ended before the
+    host knew. The caller owns the pages in `tables`, and sets limits that keep each row within its
+    chunk.
     """
     rows_R = rows.token_R.shape
-    slots = memory.last_S.shape[0]
-    token_R = resolve_tokens(rows.token_R, memory)
+    slots = state.last_S.shape[0]
+    token_R = resolve_tokens(rows.token_R, state)
 
     def record(
         buffers: DecodedTokens, at: Array, sampled: Sampled, is_running_R: Array
     ) -> DecodedTokens:
-        def put(buffer: Array | None, value: Array | None, nothing: float) -> Array | None:
+        def write(buffer: Array | None, value: Array | None, padding: float) -> Array | None:
             if buffer is None or value is None:
                 return None
-            shown = jnp.where(is_running_R.reshape(-1, *[1] * (value.ndim - 1)), value, nothing)
+            shown = jnp.where(is_running_R.reshape(-1, *[1] * (value.ndim - 1)), value, padding)
             return buffer.at[at].set(shown.astype(buffer.dtype))
 
         return DecodedTokens(
-            put(buffers.token_SR, sampled.token_R, -1),
-            put(buffers.logprob_SR, sampled.logprob_R, 0),
-            put(buffers.top_token_SRL, sampled.top_token_RL, -1),
-            put(buffers.top_logprob_SRL, sampled.top_logprob_RL, 0),
+            write(buffers.token_SR, sampled.token_R, -1),
+            write(buffers.logprob_SR, sampled.logprob_R, 0),
+            write(buffers.top_token_SRL, sampled.top_token_RL, -1),
+            write(buffers.top_logprob_SRL, sampled.top_logprob_RL, 0),
         )
 
     def is_stop(token_R: Array) -> Array:
@@ -303,20 +309,21 @@ def decode_loop(
         return (at < steps) & is_running_R.any()
 
     def advance(carry: Any) -> Any:
-        at, token_R, position_R, is_running_R, pool, memory, buffers = carry
+        at, token_R, position_R, is_running_R, pool, state, buffers = carry
         batch = Batch(token_R, jnp.where(is_running_R, position_R, -1), rows.row_R, tables)
         x_RD, pool = forward(model, params, pool, batch)
-        logits_RV, adjusted_RV = compute_logits(model, params, x_RD), None
-        if adjustments is not None:
-            adjusted_RV = apply_logits_processors(
-                logits_RV, memory.seen_SV, adjustments, position_R + 1
+        logits_RV, processed_RV = compute_logits(model, params, x_RD), None
+        if logits_processors is not None:
+            processed_RV = apply_logits_processors(
+                logits_RV, state.seen_SV, logits_processors, position_R + 1
             )
-        sampled = sample(logits_RV, controls, position_R + 1, logprobs, adjusted_RV)
+        sampled = sample(logits_RV, sampling_metadata, position_R + 1, logprobs, processed_RV)
         buffers = record(buffers, at, sampled, is_running_R)
         slot_R = jnp.where(is_running_R, rows.slot_R, slots)
-        memory = record_tokens(memory, slot_R, sampled.token_R, counts=adjustments is not None)
+        has_counts = logits_processors is not None
+        state = record_tokens(state, slot_R, sampled.token_R, has_counts=has_counts)
         is_running_R &= ~is_stop(sampled.token_R) & (at + 1 < rows.limit_R)
-        return at + 1, sampled.token_R, position_R + 1, is_running_R, pool, memory, buffers
+        return at + 1, sampled.token_R, position_R + 1, is_running_R, pool, state, buffers
 
     def make(*shape: int, dtype: Any, fill: float) -> Array:
         return jnp.full((steps, *rows_R, *shape), fill, dtype)
@@ -330,65 +337,56 @@ def decode_loop(
     )
     has_ended_R = (rows.token_R < 0) & is_stop(token_R)
     is_running_R = (rows.position_R >= 0) & (rows.limit_R > 0) & ~has_ended_R
-    start = (jnp.int32(0), token_R, rows.position_R, is_running_R, pool, memory, buffers)
-    *_, pool, memory, buffers = lax.while_loop(is_going, advance, start)
-    return pool, memory, buffers
+    start = (jnp.int32(0), token_R, rows.position_R, is_running_R, pool, state, buffers)
+    *_, pool, state, buffers = lax.while_loop(is_going, advance, start)
+    return pool, state, buffers
 
 
 def encode_tiles(
     params: Parameters, features: Array, pixels_ICYX: Array, slot_I: Array, *, tower: VisionTower
 ) -> Array:
-    """Encode image tiles into their slots of the feature buffer [slots, features, D], which is
-    donated.
+    """Encode image tiles into their slots of the feature buffer.
 
     Args:
         params: the tree of `declare_parameters`.
-        features: the buffer.
+        features: the buffer [slots, features, D], donated.
         pixels_ICYX: normalized pixels.
-        slot_I: int32 slot of each tile; a slot beyond the buffer is padding and writes nothing.
+        slot_I: int32 slot of each tile; a slot out of range is padding and writes nothing.
         tower: static.
     """
-    found_IND = tower.apply({"params": params["vision"]}, pixels_ICYX.astype(features.dtype))
-    return features.at[slot_I].set(found_IND, mode="drop")  # type: ignore[union-attr]
-
-
-@dataclasses.dataclass(frozen=True)
-class Programs:
-    """The functions of this file, jitted: each compiles once for every shape that it is called
-    with.
-    """
-
-    step: Any
-    decode_loop: Any
-    set_seen: Any
-    encode_tiles: Any
+    encoded_IND = tower.apply({"params": params["vision"]}, pixels_ICYX.astype(features.dtype))
+    return features.at[slot_I].set(encoded_IND, mode="drop")  # type: ignore[union-attr]
 
 
 @functools.cache
-def make_programs(pool: PagePool, memory: DecodeState, features: Any) -> Programs:
-    """Jit for these placements, `jax.sharding.Sharding`s of each array.
+def jit_functions(pool: PagePool, state: DecodeState, features: Any) -> dict[str, Any]:
+    """Jit the functions of this file for these shardings of pool, decode state and features.
 
-    What is donated comes back placed as it went in. Left to the compiler it would come back as
-    something equivalent, and each program would be compiled for what each other program returns.
+    Donated arrays come back with the sharding that they went in with. The compiler's own choice
+    would be an equivalent sharding of another name, and each function would compile again for the
+    results of the others.
+
+    Returns:
+        The jitted functions by name: step, decode_loop, set_token_counts, encode_tiles.
     """
-    return Programs(
-        jit(
+    return {
+        "step": jit(
             step,
             static_argnames=("model", "logprobs"),
-            donate_argnames=("pool", "memory"),
-            out_shardings=(pool, memory, None, None),
+            donate_argnames=("pool", "state"),
+            out_shardings=(pool, state, None, None),
         ),
-        jit(
+        "decode_loop": jit(
             decode_loop,
             static_argnames=("model", "steps", "logprobs"),
-            donate_argnames=("pool", "memory"),
-            out_shardings=(pool, memory, None),
+            donate_argnames=("pool", "state"),
+            out_shardings=(pool, state, None),
         ),
-        jit(set_seen, donate_argnames="memory", out_shardings=memory),
-        jit(
+        "set_token_counts": jit(set_token_counts, donate_argnames="state", out_shardings=state),
+        "encode_tiles": jit(
             encode_tiles,
             static_argnames=("tower",),
             donate_argnames="features",
             out_shardings=features,
         ),
-    )
+    }

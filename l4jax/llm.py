@@ -11,8 +11,9 @@ from typing import Any
 from l4jax import checkpoint
 from l4jax.engine.config import DTYPES, EngineConfig
 from l4jax.engine.engine import Engine, RequestUpdate
+from l4jax.engine.program_cache import enable_compilation_cache
 from l4jax.engine.request import SamplingParams
-from l4jax.engine.runner import Runner, keep_compilations
+from l4jax.engine.runner import Runner
 from l4jax.inputs import InputProcessor, Messages, PromptLike, expand_params, get_prompt_text
 from l4jax.outputs import CompletionBuilder, CompletionDelta, RequestOutput
 from l4jax.text.chat import Prompt
@@ -52,7 +53,7 @@ class LLM:
         engine_config = EngineConfig(model=model, **engine_args)
         self._is_quiet = quiet
         self._updates: dict[int, collections.deque[RequestUpdate]] = {}
-        keep_compilations(find_cache_folder() / "compiled")
+        enable_compilation_cache(find_cache_folder() / "compiled")
         self.folder = self._find_folder(engine_config)
         self.config = checkpoint.load_config(self.folder)
         has_tuning = engine_config.attn_temperature_tuning

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from l4jax import checkpoint
-from l4jax.engine.runner import keep_compilations
+from l4jax.engine.program_cache import enable_compilation_cache
 from l4jax.llm import find_cache_folder
 from l4jax.text.tokenizer import Tokenizer
 from l4jax.train.batches import DataConfig
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    keep_compilations(find_cache_folder() / "compiled")
+    enable_compilation_cache(find_cache_folder() / "compiled")
     folder = checkpoint.find_folder(args.model)
     config = checkpoint.load_config(folder)
     processor = make_processor(config, folder)

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from l4jax import checkpoint
-from l4jax.engine.runner import keep_compilations
+from l4jax.engine.program_cache import enable_compilation_cache
 from l4jax.llm import find_cache_folder
 from l4jax.train.bundle import export, make_training_config
 from l4jax.train.tokenizer import train_tokenizer
@@ -65,7 +65,7 @@ def main() -> None:
         size = (args.export / "model.safetensors").stat().st_size
         print(f"{args.export}: step {int(state.step)}, {size / 1e6:.1f} MB, {config.text}")
         return
-    keep_compilations(find_cache_folder() / "compiled")
+    enable_compilation_cache(find_cache_folder() / "compiled")
     seconds = None if args.minutes is None else 60 * args.minutes
     train(training, args.folder, mesh=args.mesh, workers=args.workers, seconds=seconds)
 

@@ -13,8 +13,8 @@ import time
 
 import numpy as np
 
-from l4jax.engine.arrays import SampledTokens
 from l4jax.engine.config import EngineConfig
+from l4jax.engine.input_batch import SampledTokens
 from l4jax.engine.ngram_proposer import NgramProposer
 from l4jax.engine.request import (
     Constraints,
@@ -252,14 +252,14 @@ class Engine:
         if landing is None:
             return []
         try:
-            drawn = landing.land()
+            drawn = landing.result()
         except Exception as error:  # whatever it is, the other requests go on
-            return self._fail(landing.plan, error)
+            return self._fail(landing.output, error)
         return [update for each in drawn if (update := self._note(each))]
 
     def _note(self, drawn: SampledTokens) -> RequestUpdate | None:
         """What a request drew becomes part of it; nothing to tell of one that is gone."""
-        run, request = drawn.run, drawn.run.request
+        run, request = drawn.chunk, drawn.chunk.request
         request.pending -= run.draws
         if request.id not in self._requests:
             return None

@@ -1,12 +1,10 @@
-"""The only place that knows devices: weights, pool and features live here, and plans run."""
+"""The runner: the only module that knows devices. Weights, KV cache and features live here."""
 
 import contextlib
 import dataclasses
 import functools
-import itertools
-import os
 import zlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,17 +15,17 @@ import numpy as np
 
 from l4jax import axes, cache, checkpoint, decode, sampling
 from l4jax.config import Config
-from l4jax.engine import arrays, calibrate
+from l4jax.engine import calibrate, input_batch
+from l4jax.engine.buckets import Buckets, ProgramKey
 from l4jax.engine.capacity import (
-    Buckets,
     choose_page,
     count_program_bytes,
     find_free_bytes,
     plan_limits,
 )
 from l4jax.engine.config import EngineConfig
-from l4jax.engine.executables import Call, Executables
 from l4jax.engine.local_kernels import choose_kernels, make_kernels, name_kernels
+from l4jax.engine.program_cache import Call, Program, ProgramCache, find_program_folder
 from l4jax.engine.request import MAX_LOGPROBS
 from l4jax.engine.scheduler import Limits, ScheduledChunk, SchedulerOutput
 from l4jax.kernels.formats import FP8, upcast_scales
@@ -35,38 +33,28 @@ from l4jax.model import Llama4, VisionTower, declare_parameters
 from l4jax.strategies import STRATEGIES, activate, check_mesh
 from sharding import Layout, find_gpu_share, make_mesh, prepare_devices
 
-TILES = (1, 4)  # image tiles that are encoded in one call
-CPU_POOL_BYTES = 2**28  # where nobody says otherwise: what a laptop can spare
+TILES = (1, 4)  # image tiles of an encoder call
+CPU_POOL_BYTES = 2**28  # default size of the KV cache on a CPU: what a laptop can spare
 
 
 @dataclasses.dataclass(frozen=True)
 class PendingStep:
-    """A plan under way on the devices, and where its results will be."""
+    """A step that was dispatched, and its results to come."""
 
-    plan: SchedulerOutput
-    shape: tuple[int, int]  # tokens and rows, per data shard
-    found: Future[tuple[Any, Any]]  # what was drawn, and what was scored where somebody asks
+    output: SchedulerOutput
+    key: ProgramKey
+    results: Future[tuple[Any, Any]]  # sampled tokens; prompt logprobs, where asked for
 
-    def land(self) -> list[arrays.SampledTokens]:
-        """Wait for it, and read what each request drew; raises what went wrong."""
-        tokens, rows = self.shape
-        drawn, scored = jax.device_get(self.found.result())
-        if self.plan.is_loop:
-            return arrays.read_loop(self.plan, drawn, rows)
-        return arrays.read_step(self.plan, drawn, scored, tokens, rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What a plan runs: the key of a compiled program, and what gives its call once all that was
-    started before has given the pool back."""
-
-    key: Hashable
-    call: Callable[[], Call]
+    def result(self) -> list[input_batch.SampledTokens]:
+        """Wait for the step, and read each request's sampled tokens. Raises the step's error."""
+        sampled, prompt_logprobs = jax.device_get(self.results.result())
+        if self.output.is_loop:
+            return input_batch.read_loop(self.output, sampled, *self.key.shape)
+        return input_batch.read_step(self.output, sampled, prompt_logprobs, *self.key.shape)
 
 
 class Runner:
-    """A model on a mesh: `load` or `initialize`, `reserve`, then `dispatch` as often as wanted."""
+    """A model on a mesh: `load` or `initialize`, then `reserve`, then `dispatch` for each step."""
 
     def __init__(
         self,
@@ -76,8 +64,11 @@ class Runner:
         strategy: str = "tensor",
         kernels: str = "auto",
     ):
-        """Make the mesh; refuse one that the model cannot be cut for (`sharding.MeshError`), and
-        kernels that the devices cannot run (ValueError).
+        """Make the mesh and the model.
+
+        Raises:
+            sharding.MeshError: for a mesh that does not divide the model.
+            ValueError: for kernels that the devices cannot run.
         """
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.notice = prepare_devices(mesh)
@@ -88,12 +79,11 @@ class Runner:
         chosen = choose_kernels(self.kernels, device)
         self.model = Llama4(config.text, make_kernels(chosen, self.layout.local))
         self.tower = VisionTower(config.vision, config.text.width) if config.vision else None
-        self.kv_scales: tuple[np.ndarray, np.ndarray] | None = None  # of a checkpoint that has them
-        # A program that branches or loops on what it has found keeps the thread that calls it until
-        # then, where it is no CUDA graph; so this one calls them all, one after the other, while
-        # plans are made for the next.
+        self.kv_scales: tuple[np.ndarray, np.ndarray] | None = None  # the checkpoint's
+        # A program with loops or branches blocks its calling thread until they are decided, unless
+        # it is a CUDA graph. One thread launches all programs in order while the host schedules.
         self._launcher = ThreadPoolExecutor(1, "launching")
-        # On a GPU float32 would be multiplied as TF32, 13 bits shorter; bfloat16 stays as it is.
+        # By default a GPU multiplies float32 as TF32, which has 13 bits less; bfloat16 is the same.
         self._precision = "highest" if self.dtype == jnp.float32 else "default"
 
     def load(
@@ -105,10 +95,15 @@ class Runner:
         lora: Path | None = None,
         progress: bool = True,
     ) -> None:
-        """Read the weights, each device its own part; quantized on the way to "fp8" or "int4".
+        """Read the weights, each device its own shards.
 
-        Attention is quantized by default in fp8, and not in int4. An adapter, in a folder as PEFT
-        writes it, is merged before. For kernels that want float32 scales these are made so once.
+        Args:
+            folder: the checkpoint.
+            quantization: "fp8" or "int4" quantizes weights while they load.
+            quantize_attention: whether to quantize attention's projections; None is yes for fp8, no
+                for int4.
+            lora: the folder of a PEFT adapter, merged before quantization.
+            progress: show a progress bar.
         """
         self.params = checkpoint.load(
             folder,
@@ -121,7 +116,7 @@ class Runner:
             lora=checkpoint.read_adapter(lora, self.config) if lora else None,
             progress=progress,
         )
-        if self.kernels == "hopper":
+        if self.kernels == "hopper":  # its kernels read float32 scales
             self.params = upcast_scales(self.params)
         self.kv_scales = checkpoint.load_kv_scales(folder, self.config)
 
@@ -132,11 +127,11 @@ class Runner:
         quantization: str | None = None,
         quantize_attention: bool | None = None,
     ) -> None:
-        """Random weights instead, made on the devices: for measuring. Quantized as in `load`."""
+        """Make random weights on the devices, for benchmarks; quantized as in `load`."""
         online_quantization = checkpoint.OnlineQuantization.choose(quantization, quantize_attention)
         shapes, names = declare_parameters(self.config, self.dtype)
 
-        # One program a shape, not one for all: a hundred generators in one took minutes to compile.
+        # One program for each shape: one with all hundred generators took minutes to compile.
         @functools.partial(jax.jit, static_argnames=("shape", "place"))
         def draw(salt: Any, shape: tuple[int, ...], place: Any) -> jax.Array:
             key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), salt)
@@ -156,263 +151,212 @@ class Runner:
         self.params = jax.tree_util.tree_map_with_path(fill, shapes, names)
 
     def reserve(self, engine_config: EngineConfig) -> Limits:
-        """Allocate the page pool; how much there is of everything. Raises `CapacityError`."""
-        self._drop_pool()
+        """Allocate the KV cache, and return the limits of the scheduler. Raises `CapacityError`."""
+        self._free_cache()
         text, shards = self.config.text, self.layout.count(axes.ROWS)
         page = choose_page(self.config, engine_config)
         dtype = self.dtype if engine_config.kv_cache_dtype == "auto" else FP8
         page_bytes = cache.count_page_bytes(text, page, dtype)
         self._scales = self._find_kv_scales(engine_config, page) if dtype == FP8 else None
-        memory = self._find_memory(engine_config)
-        self.limits = plan_limits(self.config, engine_config, shards, page_bytes, memory)
+        pool_bytes = self._find_pool_bytes(engine_config)
+        self.limits = plan_limits(self.config, engine_config, shards, page_bytes, pool_bytes)
         self.buckets = Buckets.of(self.limits)
         self._pool_dtype = dtype
         about = (self.config, self.layout, self.kernels, self.dtype, self._precision)
         devices = list(self.layout.mesh.devices.flat)
-        folder = find_executables_folder(devices[0])
-        self._executables = Executables(repr(about), devices, self._ready, folder)
+        folder = find_program_folder(devices[0])
+        self.programs = ProgramCache(repr(about), devices, self._tracing, folder)
         self.start()
         return self.limits
 
     def start(self) -> None:
-        """Begin with an empty pool and an empty memory of requests, the first time or after a
-        failure.
-        """
-        self._drop_pool()  # there may be no room for two
+        """Allocate an empty KV cache and decode state, at the start or after a failed step."""
+        self._free_cache()  # there may be no room for two
         text, vision, limits = self.config.text, self.config.vision, self.limits
         place = self.layout.place_all
         make_pool = functools.partial(
             cache.make_pool, text, limits.shards * limits.pages, limits.page, self._pool_dtype
         )
-        pool_places = place(cache.name_pool_axes(jax.eval_shape(make_pool)))
-        self.pool = jax.jit(make_pool, out_shardings=pool_places)()
+        pool_shardings = place(cache.name_pool_axes(jax.eval_shape(make_pool)))
+        self.pool = jax.jit(make_pool, out_shardings=pool_shardings)()
         if self._scales is not None:
             k_scale, v_scale = self._put(self._scales, ((axes.LAYERS,), (axes.LAYERS,)))
             self.pool = dataclasses.replace(self.pool, k_scale=k_scale, v_scale=v_scale)
-        slots, memory_places = limits.shards * limits.requests, place(decode.DECODE_STATE_AXES)
-        make_decode_state = functools.partial(decode.make_decode_state, slots, text.vocab)
-        self.memory = jax.jit(make_decode_state, out_shardings=memory_places)()
-        features_place = place((axes.TILES, axes.FEATURES, axes.WIDTH))
+        slots, state_shardings = limits.shards * limits.requests, place(decode.DECODE_STATE_AXES)
+        make_state = functools.partial(decode.make_decode_state, slots, text.vocab)
+        self.state = jax.jit(make_state, out_shardings=state_shardings)()
+        features_sharding = place((axes.TILES, axes.FEATURES, axes.WIDTH))
         if limits.feature_slots and vision is not None:
             shape = (limits.feature_slots, vision.features, text.width)
             make_features = functools.partial(jnp.zeros, shape, self.dtype)
-            self.features = jax.jit(make_features, out_shardings=features_place)()
-        self.programs = decode.make_programs(pool_places, memory_places, features_place)
+            self.features = jax.jit(make_features, out_shardings=features_sharding)()
+        self.functions = decode.jit_functions(pool_shardings, state_shardings, features_sharding)
 
-    def dispatch(self, plan: SchedulerOutput) -> "PendingStep":
-        """Start a plan on the devices, behind what was started before it; does not wait."""
-        runs = [run for shard in plan.runs for run in shard]
-        has_logits_processors = any(run.request.has_logits_processors for run in runs)
-        work: list[Callable[[], Any]] = []  # in this order, when it is its turn
-        for run in (run for run in runs if run.is_first):
-            if run.feature_slots:
-                work.append(functools.partial(self._encode, run))
-            if run.request.params.has_penalties:
-                seen_V = arrays.count_seen(run.request, self.config.text.vocab)
-                work.append(functools.partial(self._set_seen, run.request.slot, seen_V))
-        with self._ready():
-            if plan.is_loop:
-                rows = self._find_loop(plan, has_logits_processors)
-                shape, program = (rows, rows), self._prepare_loop(plan, rows, has_logits_processors)
-                work.append(lambda: (self._run_loop(program), None))
-            else:
-                shape = self._find_step(plan, has_logits_processors)
-                program = self._prepare_step(plan, shape, has_logits_processors)
-                is_asked = any(run.request.params.prompt_logprobs is not None for run in runs)
-                work.append(lambda: self._run_step(program, is_scored=is_asked))
+    def dispatch(self, output: SchedulerOutput) -> PendingStep:
+        """Start a step after those dispatched before it; does not wait."""
+        chunks = [chunk for shard in output.runs for chunk in shard]
+        work: list[Callable[[], Any]] = []  # in launch order
+        for chunk in (chunk for chunk in chunks if chunk.is_first):
+            if chunk.feature_slots:
+                work.append(functools.partial(self._encode_images, chunk))
+            if chunk.request.params.has_penalties:
+                seen_V = input_batch.count_seen(chunk.request, self.config.text.vocab)
+                work.append(functools.partial(self._set_counts, chunk.request.slot, seen_V))
+        has_targets = any(chunk.request.params.prompt_logprobs is not None for chunk in chunks)
+        with self._tracing():
+            key = self.buckets.choose(output, self.programs)
+            work.append(functools.partial(self._run, key, self._make_inputs(key, output)))
 
         def launch() -> tuple[Any, Any]:
-            with self._ready():
-                return [do() for do in work][-1]
+            with self._tracing():
+                sampled, prompt_logprobs = [call() for call in work][-1]
+            return sampled, prompt_logprobs if has_targets else None
 
-        return PendingStep(plan, shape, self._launcher.submit(launch))
+        return PendingStep(output, key, self._launcher.submit(launch))
 
     def warm_up(self, *, progress: bool = False) -> None:
-        """Compile what is enough for every plan, several programs at a time, and run each on
-        padding. What wastes less, and what adjusted rows need, who are rarer, is compiled while
-        others are served.
+        """Compile the programs that hold every step, and run each on padding.
+
+        The other buckets, and the programs with logits processors, compile while the engine serves.
         """
-        empty: list[list[ScheduledChunk]] = [[] for _ in range(self.limits.shards)]
-        step, loop = SchedulerOutput(empty, False), SchedulerOutput(empty, True)
-        tiles = [] if self.features is None else [(self._blank(count), []) for count in TILES]
-
-        def prepare(
-            some: Buckets, has_logits_processors: bool = False
-        ) -> tuple[list[Program], list[Program]]:
-            loops = *some.loops, *some.between
-            return (
-                [self._prepare_step(step, shape, has_logits_processors) for shape in some.steps],
-                [self._prepare_loop(loop, rows, has_logits_processors) for rows in loops],
-            )
-
-        def call(*programs: Program) -> dict[Hashable, Call]:
-            return {program.key: program.call() for program in programs}
-
         first, coarse = self.buckets.first, self.buckets.coarse
-        with self._ready():
-            steps, loops = prepare(first)
-            parts = [self._prepare_tiles(*each) for each in tiles]
-            # Of most tokens first, and steps before loops: these compile in less time.
-            self._executables.compile(call(*steps[::-1], *parts, *loops), progress=progress)
-            self._set_seen(0, np.zeros(self.config.text.vocab, np.int32))
-            for program in parts:
-                self._run_tiles(program)
-            for program in steps:
-                self._run_step(program)
-            for program in loops:
-                self._run_loop(program)
-            behind = (
-                *prepare(coarse.without(first)),
-                *prepare(coarse, True),
-                *prepare(self.buckets.without(coarse)),
+        tiles = [] if self.features is None else [ProgramKey("encode_tiles", (n,)) for n in TILES]
+        steps = [key for key in first.list_keys() if key.kind == "step"]
+        loops = [key for key in first.list_keys() if key.kind == "decode_loop"]
+        later = (
+            *coarse.without(first).list_keys(),
+            *coarse.list_keys(has_logits_processors=True),
+            *self.buckets.without(coarse).list_keys(),
+        )
+        with self._tracing():
+            # Large steps take longest to compile, loops least: they are lowered in this order.
+            order = (*reversed(steps), *tiles, *loops)
+            inputs = {key: self._make_padding(key) for key in order}
+            calls = {key: self._bind(key, arguments) for key, arguments in inputs.items()}
+            self.programs.compile(calls, progress=progress)
+            self._set_counts(0, np.zeros(self.config.text.vocab, np.int32))
+            for key, arguments in inputs.items():
+                self._run(key, arguments)
+            self.programs.compile_in_background(
+                {key: self._bind(key, self._make_padding(key)) for key in later}
             )
-            self._executables.compile_behind(call(*itertools.chain(*behind)))
         jax.block_until_ready(self.pool)
 
     @property
     def is_compiling(self) -> bool:
-        """Whether programs that the warm-up left are still being compiled."""
-        return self._executables.is_compiling
+        """Whether programs are still being compiled in the background."""
+        return self.programs.is_compiling
 
     def wait_for_compilers(self, *, progress: bool = False) -> None:
-        """Wait for what the warm-up left to be compiled while others are served."""
-        self._executables.wait(progress=progress)
+        """Wait for the programs that compile in the background."""
+        self.programs.wait(progress=progress)
 
-    def _find_step(self, plan: SchedulerOutput, has_logits_processors: bool) -> tuple[int, int]:
-        counts = [sum(run.stop - run.start for run in shard) for shard in plan.runs]
-
-        def has(shape: tuple[int, int]) -> bool:
-            return self._can_run(_name_step(shape, False))
-
-        return self.buckets.fit(
-            max(counts), max(map(len, plan.runs)), has_logits_processors, has=has
-        )
-
-    def _find_loop(self, plan: SchedulerOutput, has_logits_processors: bool) -> int:
-        def has(rows: int) -> bool:
-            key = _name_loop(rows, False)
-            # Without a warm-up none of those between is worth being compiled for.
-            return (
-                self._executables.has(key) if rows in self.buckets.between else self._can_run(key)
+    def _make_inputs(self, key: ProgramKey, output: SchedulerOutput) -> tuple[Any, ...]:
+        """Make the host's inputs of a step or a decode loop, and put them on the devices."""
+        has_processors, rows = key.has_logits_processors, key.shape[-1]
+        if key.kind == "step":
+            step = input_batch.fill_step(
+                output, self.limits, self.config, *key.shape, has_targets=has_processors
             )
-
-        return self.buckets.fit_loop(max(map(len, plan.runs)), has_logits_processors, has=has)
-
-    def _can_run(self, key: Hashable) -> bool:
-        """Whether a program is there; where nobody compiled any beforehand, all are."""
-        return self._executables.has(key) or not self._executables.knows(key)
-
-    def _prepare_step(
-        self, plan: SchedulerOutput, shape: tuple[int, int], has_logits_processors: bool
-    ) -> Program:
-        tokens, rows = shape
-        step = arrays.fill_step(
-            plan, self.limits, self.config, tokens, rows, has_targets=has_logits_processors
+            has_features = self.features is not None
+            names = (
+                cache.name_axes(has_features=has_features),
+                decode.name_logit_indices_axes(has_targets=has_processors),
+                sampling.SAMPLING_METADATA_AXES,
+            )
+            parts = (step.batch, step.logit_indices, step.sampling_metadata)
+        else:
+            parts = input_batch.fill_loop(output, self.limits, rows)
+            tables = cache.name_axes().tables
+            names = (decode.DECODE_ROWS_AXES, tables, sampling.SAMPLING_METADATA_AXES)
+        placed = tuple(self._put(part, name) for part, name in zip(parts, names, strict=True))
+        if not has_processors:
+            return (*placed, None)
+        processors = input_batch.fill_logits_processors(
+            output, self.limits, rows, self.config.text.vocab
         )
-        arguments = (
-            self._put(step.batch, cache.name_axes(has_features=self.features is not None)),
-            self._put(step.ends, decode.name_logit_indices_axes(has_targets=has_logits_processors)),
-            self._put(step.controls, sampling.SAMPLING_METADATA_AXES),
-            self._put_adjustments(plan, rows) if has_logits_processors else None,
-        )
-        static = {"model": self.model, "logprobs": MAX_LOGPROBS if has_logits_processors else None}
-        run = self.programs.step
+        return (*placed, self._put(processors, sampling.LOGITS_PROCESSORS_AXES))
 
-        def call() -> Call:
-            state = (self.params, self.pool, self.memory)
-            return Call(run, (*state, *arguments, self.features), static)
+    def _make_tile_inputs(self, pixels_ICYX: np.ndarray, slots: Sequence[int]) -> tuple[Any, ...]:
+        """Put the pixels of a few tiles on the devices; tiles beyond the slots are padding."""
+        out_of_range = self.limits.feature_slots
+        slot_I = [*slots, *[out_of_range] * (len(pixels_ICYX) - len(slots))]
+        names = (axes.TILES, axes.CHANNELS, axes.PIXELS_Y, axes.PIXELS_X)
+        return self._put(pixels_ICYX, names), np.array(slot_I, np.int32)
 
-        return Program(_name_step(shape, has_logits_processors), call)
+    def _make_padding(self, key: ProgramKey) -> tuple[Any, ...]:
+        """Make the inputs of a program without requests."""
+        if key.kind == "encode_tiles":
+            assert self.config.vision is not None
+            c = self.config.vision
+            return self._make_tile_inputs(
+                np.zeros((*key.shape, c.channels, c.tile, c.tile), np.float32), ()
+            )
+        empty: list[list[ScheduledChunk]] = [[] for _ in range(self.limits.shards)]
+        return self._make_inputs(key, SchedulerOutput(empty, key.kind == "decode_loop"))
 
-    def _run_step(self, program: Program, *, is_scored: bool = False) -> tuple[Any, Any]:
-        found = self._executables.run(program.key, program.call())
-        self.pool, self.memory, sampled, scored = found
-        return sampled, scored if is_scored else None
+    def _bind(self, key: ProgramKey, inputs: tuple[Any, ...]) -> Call:
+        """Return a program and all its arguments: weights, the devices' state, inputs."""
+        logprobs = MAX_LOGPROBS if key.has_logits_processors else None
+        static: dict[str, Any] = {"model": self.model, "logprobs": logprobs}
+        if key.kind == "step":
+            arguments = (self.params, self.pool, self.state, *inputs, self.features)
+        elif key.kind == "decode_loop":
+            arguments = (self.params, self.pool, self.state, *inputs)
+            static["steps"] = self.limits.loop_steps
+        else:
+            arguments, static = (self.params, self.features, *inputs), {"tower": self.tower}
+        return Program(self.functions[key.kind], static), arguments
 
-    def _prepare_loop(
-        self, plan: SchedulerOutput, rows: int, has_logits_processors: bool
-    ) -> Program:
-        state, tables, controls = arrays.fill_loop(plan, self.limits, rows)
-        arguments = (
-            self._put(state, decode.DECODE_ROWS_AXES),
-            self._put(tables, cache.name_axes().tables),
-            self._put(controls, sampling.SAMPLING_METADATA_AXES),
-            self._put_adjustments(plan, rows) if has_logits_processors else None,
-        )
-        steps, logprobs = self.limits.loop_steps, MAX_LOGPROBS if has_logits_processors else None
-        static = {"model": self.model, "steps": steps, "logprobs": logprobs}
-        run = self.programs.decode_loop
+    def _run(self, key: ProgramKey, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+        """Launch a program, keep the donated state that it returns, and return its results.
 
-        def call() -> Call:
-            return Call(run, (self.params, self.pool, self.memory, *arguments), static)
+        Call it when all earlier launches have returned: each takes the state of the one before.
+        """
+        result = self.programs.run(key, *self._bind(key, inputs))
+        if key.kind == "encode_tiles":
+            self.features = result
+            return None, None
+        self.pool, self.state, sampled, *prompt_logprobs = result
+        return sampled, prompt_logprobs[0] if prompt_logprobs else None
 
-        return Program(_name_loop(rows, has_logits_processors), call)
+    def _set_counts(self, slot: int, seen_V: np.ndarray) -> None:
+        """Set the token counts of a request's slot, for its penalties."""
+        self.state = self.functions["set_token_counts"](self.state, np.int32(slot), seen_V)
 
-    def _run_loop(self, program: Program) -> Any:
-        found = self._executables.run(program.key, program.call())
-        self.pool, self.memory, decoded = found
-        return decoded
-
-    def _set_seen(self, slot: int, seen_V: np.ndarray) -> None:
-        self.memory = self.programs.set_seen(self.memory, np.int32(slot), seen_V)
-
-    def _encode(self, run: ScheduledChunk) -> None:
-        """Encode the tiles of a request into its feature slots."""
-        pixels_ICYX = np.concatenate([image.pixels_ICHW for image in run.request.images])
+    def _encode_images(self, chunk: ScheduledChunk) -> None:
+        """Encode a request's image tiles into its feature slots, a few tiles a call."""
+        pixels_ICYX = np.concatenate([image.pixels_ICHW for image in chunk.request.images])
         at = 0
         while at < len(pixels_ICYX):
             count = next((n for n in TILES if n >= len(pixels_ICYX) - at), TILES[-1])
             part = pixels_ICYX[at : at + count]
             padding = ((0, count - len(part)), (0, 0), (0, 0), (0, 0))
-            slots = run.feature_slots[at : at + count]
-            self._run_tiles(self._prepare_tiles(np.pad(part, padding), slots))
+            slots = chunk.feature_slots[at : at + count]
+            key = ProgramKey("encode_tiles", (count,))
+            self._run(key, self._make_tile_inputs(np.pad(part, padding), slots))
             at += count
 
-    def _prepare_tiles(self, pixels_ICYX: np.ndarray, slots: Sequence[int]) -> Program:
-        """Of a few tiles; those beyond the slots are padding."""
-        beyond = self.limits.feature_slots
-        slot_I = [*slots, *[beyond] * (len(pixels_ICYX) - len(slots))]
-        names = (axes.TILES, axes.CHANNELS, axes.PIXELS_Y, axes.PIXELS_X)
-        pixels = self._put(pixels_ICYX, names)
-        run, static = self.programs.encode_tiles, {"tower": self.tower}
-
-        def call() -> Call:
-            arguments = (self.params, self.features, pixels, np.array(slot_I, np.int32))
-            return Call(run, arguments, static)
-
-        return Program(("tiles", len(pixels_ICYX)), call)
-
-    def _run_tiles(self, program: Program) -> None:
-        self.features = self._executables.run(program.key, program.call())
-
-    def _put_adjustments(self, plan: SchedulerOutput, rows: int) -> sampling.LogitsProcessors:
-        found = arrays.fill_logits_processors(plan, self.limits, rows, self.config.text.vocab)
-        return self._put(found, sampling.LOGITS_PROCESSORS_AXES)
-
-    def _drop_pool(self) -> None:
-        """Free what a pool before took, once all that was dispatched has been started."""
+    def _free_cache(self) -> None:
+        """Free the KV cache and the decode state, once all dispatched steps are launched."""
         self._launcher.submit(lambda: None).result()
-        self.pool = self.memory = self.features = None
+        self.pool = self.state = self.features = None
 
     @contextlib.contextmanager
-    def _ready(self) -> Iterator[None]:
+    def _tracing(self) -> Iterator[None]:
+        """The context of every trace and launch: mesh, axis rules, matmul precision."""
         with activate(self.layout), jax.default_matmul_precision(self._precision):
             yield
-
-    def _blank(self, tiles: int) -> np.ndarray:
-        assert self.config.vision is not None
-        c = self.config.vision
-        return np.zeros((tiles, c.channels, c.tile, c.tile), np.float32)
 
     def _find_kv_scales(
         self, engine_config: EngineConfig, page: int
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """The checkpoint's scales of an fp8 cache; else calibrated, if so asked; None is 1."""
+        """Return the scales of an fp8 KV cache: the checkpoint's, or calibrated ones; None is 1."""
         if self.kv_scales is not None or not engine_config.calculate_kv_scales:
             return self.kv_scales
         shards = self.layout.count(axes.ROWS)
         batch = calibrate.make_batch(self.config, page, shards)
-        with self._ready():
+        with self._tracing():
             largest = calibrate.find_largest(
                 self.params,
                 self._put(batch, cache.name_axes()),
@@ -427,8 +371,8 @@ class Runner:
     def _put(self, tree: Any, names: Any) -> Any:
         return jax.device_put(tree, self.layout.place_all(names))
 
-    def _find_memory(self, engine_config: EngineConfig) -> int:
-        """Bytes that the page pool of one data shard may take, over the devices of the shard."""
+    def _find_pool_bytes(self, engine_config: EngineConfig) -> int:
+        """Return the bytes of one data shard's page pool, over the devices of the shard."""
         if engine_config.kv_cache_memory_bytes is not None:
             return engine_config.kv_cache_memory_bytes
         device = self.layout.mesh.devices.flat[0]
@@ -446,37 +390,3 @@ class Runner:
             share=share,
         )
         return free * self.layout.count(axes.KV_HEADS)
-
-
-def _name_step(shape: tuple[int, int], has_logits_processors: bool) -> Hashable:
-    return "step", shape, has_logits_processors
-
-
-def _name_loop(rows: int, has_logits_processors: bool) -> Hashable:
-    return "loop", rows, has_logits_processors
-
-
-def find_executables_folder(device: Any) -> Path | None:
-    """Where compiled programs are kept: beside what jax keeps, and only where it keeps anything.
-
-    Those of a GPU alone: a CPU compiles in less time, for the very processor that it has; and those
-    of one process.
-    """
-    settings: Any = jax.config  # whose type knows no settings
-    beside = settings.jax_compilation_cache_dir
-    if not beside or "://" in beside or not settings.jax_enable_compilation_cache:
-        return None
-    is_alone = device.platform == "gpu" and jax.process_count() == 1
-    return Path(beside) / "executables" if is_alone else None
-
-
-def keep_compilations(folder: Path) -> None:
-    """Keep what is compiled in a folder, for the next start, unless jax knows of one already."""
-    if os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "").lower() in ("false", "0"):
-        return
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -9,9 +9,9 @@ import itertools
 import random
 import types
 
-from l4jax.engine.arrays import SampledTokens, _count_right
 from l4jax.engine.config import EngineConfig
 from l4jax.engine.engine import Engine
+from l4jax.engine.input_batch import SampledTokens, _count_accepted
 from l4jax.engine.request import Request, SamplingParams
 from l4jax.engine.scheduler import Limits, ScheduledChunk, SchedulerOutput
 
@@ -105,7 +105,7 @@ class SimulatedRunner:
                 drawn.append(state % VOCAB)
         if drawn:
             self.last[request.slot] = drawn[0]
-        return SampledTokens(run, drawn[: _count_right(drawn, run.drafts) + 1])
+        return SampledTokens(run, drawn[: _count_accepted(drawn, run.drafts) + 1])
 
     def _loop(self, run: ScheduledChunk) -> SampledTokens:
         request, drawn, at = run.request, [], run.start

@@ -1,16 +1,15 @@
 """Continuous batching changes nothing: in any company the model draws what it draws alone."""
 
-import dataclasses
 from concurrent.futures import Future
 
 import numpy as np
 import pytest
 
 from l4jax import decode
-from l4jax.engine import capacity
-from l4jax.engine.capacity import Buckets
-from l4jax.engine.executables import Executables
+from l4jax.engine import buckets as buckets_module
+from l4jax.engine.buckets import Buckets
 from l4jax.engine.ngram_proposer import NgramProposer, SpeculativeConfig
+from l4jax.engine.program_cache import ProgramCache
 from l4jax.engine.request import Request, SamplingParams
 from l4jax.engine.runner import PendingStep, Runner
 from l4jax.text.image import Tiles
@@ -136,8 +135,7 @@ def test_after_the_warm_up_nothing_is_compiled_whatever_arrives():
         speculative_config={"num_speculative_tokens": 2},
     )
     engine.warm_up()
-    programs = engine.runner.programs
-    functions = [getattr(programs, field.name) for field in dataclasses.fields(programs)]
+    functions = list(engine.runner.functions.values())
     before = [function._cache_size() for function in functions]
     rng = np.random.default_rng(3)
     some = [
@@ -179,22 +177,22 @@ def test_a_failing_step_ends_its_requests_and_the_others_go_on(monkeypatch, at):
                 reasons[update.request_id] = update.finish_reason
 
     run(4)
-    programs = engine.runner.programs
+    functions = engine.runner.functions
 
     def fail(*args, **kwargs):
         if at == "dispatch":
-            programs.decode_loop(*args, **kwargs)  # takes the pool with it
+            functions["decode_loop"](*args, **kwargs)  # takes the pool with it
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
         if at == "dispatch":
-            broken = dataclasses.replace(programs, decode_loop=fail)
-            patch.setattr(engine.runner, "programs", broken)
-            patch.setattr(decode, "make_programs", lambda *places: programs)
+            broken = {**functions, "decode_loop": fail}
+            patch.setattr(engine.runner, "functions", broken)
+            patch.setattr(decode, "jit_functions", lambda *places: functions)
         else:
-            patch.setattr(PendingStep, "land", fail)
+            patch.setattr(PendingStep, "result", fail)
         run(2 if at == "dispatch" else 1)  # what could not be started is told when it is landed
-    engine.runner.programs = programs
+    engine.runner.functions = functions
     assert reasons[first] == "error"
     run(200)
     assert found[second] == golden.greedy_tokens.tolist() and reasons[second] == "length"
@@ -271,22 +269,22 @@ def test_a_server_begins_with_the_first_shapes_and_draws_the_same(monkeypatch):
     """What is compiled meanwhile is not waited for."""
     golden = weights.read_golden(NAME)
     first, shapes = [], []
-    compile_first, dispatch = Executables.compile, Runner.dispatch
+    compile_first, dispatch = ProgramCache.compile, Runner.dispatch
 
     def compile_and_tell(self, calls, **options):
         first.extend(calls)
         return compile_first(self, calls, **options)
 
     def never_finish(self, calls):
-        self._found |= {key: Future() for key in calls}
+        self._compiled |= {key: Future() for key in calls}
 
     def spy(self, plan):
         flight = dispatch(self, plan)
-        shapes.append(flight.shape)
+        shapes.append(flight.key.shape)
         return flight
 
-    monkeypatch.setattr(Executables, "compile", compile_and_tell)
-    monkeypatch.setattr(Executables, "compile_behind", never_finish)
+    monkeypatch.setattr(ProgramCache, "compile", compile_and_tell)
+    monkeypatch.setattr(ProgramCache, "compile_in_background", never_finish)
     monkeypatch.setattr(Runner, "dispatch", spy)
     engine = make_engine(NAME, max_num_seqs=16, max_num_batched_tokens=256)
     engine.warm_up()
@@ -296,22 +294,26 @@ def test_a_server_begins_with_the_first_shapes_and_draws_the_same(monkeypatch):
     assert [drawn[each] for each in found] == [golden.greedy_tokens.tolist()[:9]] * 2
     buckets = engine.runner.buckets
     assert len(buckets.steps) == len(buckets.loops) == 3
-    assert {tokens for tokens, _ in shapes} == {256, 16}  # neither the step of 64 nor the loop of 4
+    assert {tokens for tokens, *_ in shapes} == {
+        256,
+        16,
+    }  # not the step of 64, nor the loop of 4
 
 
 @pytest.mark.slow
 def test_a_loop_between_is_run_once_it_is_compiled_and_draws_the_same(monkeypatch):
-    monkeypatch.setattr(capacity, "_COARSE", 1)
-    monkeypatch.setattr(capacity, "_FINE", 2)
+    monkeypatch.setattr(buckets_module, "_MANY", 1)
+    monkeypatch.setattr(buckets_module, "_FINE", 2)
     golden = weights.read_golden(NAME)
     shapes = []
-    prepare = Runner._prepare_loop
+    run_program = Runner._run
 
-    def spy(self, plan, rows, has_logits_processors):
-        shapes.append(rows)
-        return prepare(self, plan, rows, has_logits_processors)
+    def spy(self, key, inputs):
+        if key.kind == "decode_loop":
+            shapes.extend(key.shape)
+        return run_program(self, key, inputs)
 
-    monkeypatch.setattr(Runner, "_prepare_loop", spy)
+    monkeypatch.setattr(Runner, "_run", spy)
 
     def run(engine):
         shapes.clear()

@@ -1,13 +1,11 @@
 """The engine's laws: the reference's tokens, on any mesh, in any company; nothing stays behind."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
 
 from l4jax import cache, decode
-from l4jax.engine.arrays import fill_step
+from l4jax.engine.input_batch import fill_step
 from l4jax.engine.request import Request, SamplingParams
 from l4jax.engine.scheduler import ScheduledChunk, SchedulerOutput
 from l4jax.strategies import activate
@@ -81,16 +79,20 @@ def test_decode_compiles_once_per_bucket():
             engine.add(rng.integers(4, 300, length).tolist(), GREEDY)
         run_all(engine)
 
-    programs = engine.runner.programs
-    before = programs.decode_loop._cache_size(), programs.step._cache_size()
+    functions = engine.runner.functions
+
+    def count_compilations() -> tuple[int, int]:
+        return functions["decode_loop"]._cache_size(), functions["step"]._cache_size()
+
+    before = count_compilations()
     for count in (1, 2, 4, 3, 1, 4, 2):
         run(count)
-    after = programs.decode_loop._cache_size(), programs.step._cache_size()
+    after = count_compilations()
     assert after[0] - before[0] == len(engine.runner.buckets.loops) == 2
     assert after[1] - before[1] <= len(engine.runner.buckets.steps)
     for count in (4, 1, 2):
         run(count)
-    assert (programs.decode_loop._cache_size(), programs.step._cache_size()) == after
+    assert count_compilations() == after
 
 
 def find_addresses(pool: cache.PagePool) -> set[int]:
@@ -101,25 +103,25 @@ def find_addresses(pool: cache.PagePool) -> set[int]:
 
 @pytest.mark.parametrize("mesh", tiers.every(2, ["8", "1"]))
 def test_the_pool_is_donated_and_updated_in_place(mesh):
-    """Read off the compiled executables: every byte of the pool, and of what the device remembers
-    of requests, is aliased to an output."""
+    """Read off the compiled executables: every byte of the KV pool and of the decode
+    state is aliased to an output."""
     engine = make_engine("scout-8-text", mesh, max_num_seqs=1)
     compiled = {}
     for function in ("step", "decode_loop"):
-        jitted = getattr(engine.runner.programs, function)
+        jitted = engine.runner.functions[function]
 
         def spy(*args, _name=function, _jitted=jitted, **kwargs):
             compiled[_name] = _jitted.lower(*args, **kwargs).compile()
             return _jitted(*args, **kwargs)
 
-        engine.runner.programs = dataclasses.replace(engine.runner.programs, **{function: spy})
+        engine.runner.functions = {**engine.runner.functions, function: spy}
     pool = engine.runner.pool
     addresses = {
         a.addressable_shards[0].data.unsafe_buffer_pointer() for a in jax.tree.leaves(pool)
     }
     engine.add([5, 6, 7], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     run_all(engine)
-    kept = jax.tree.leaves((engine.runner.pool, engine.runner.memory))
+    kept = jax.tree.leaves((engine.runner.pool, engine.runner.state))
     kept_bytes = sum(leaf.addressable_shards[0].data.nbytes for leaf in kept)
     for name, executable in compiled.items():
         aliased = executable.memory_analysis().alias_size_in_bytes

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from l4jax import cache, decode, sampling
-from l4jax.engine.arrays import find_banned
+from l4jax.engine.input_batch import find_banned_tokens
 from l4jax.engine.request import (
     MAX_BIASES,
     Constraints,
@@ -136,9 +136,9 @@ def test_a_forbidden_word_is_not_completed():
 
 def test_what_is_banned_is_what_would_complete_a_word():
     constraints = Constraints(bad_words=((5,), (1, 2, 3), (2, 9)))
-    assert find_banned(constraints, [1, 2]) == [5, 3, 9]
-    assert find_banned(constraints, [1]) == [5]
-    assert find_banned(constraints, []) == [5]
+    assert find_banned_tokens(constraints, [1, 2]) == [5, 3, 9]
+    assert find_banned_tokens(constraints, [1]) == [5]
+    assert find_banned_tokens(constraints, []) == [5]
 
 
 @pytest.mark.parametrize("tokens", [4, 64], ids="{} a step".format)

@@ -1,6 +1,5 @@
 """The official client against a real server."""
 
-import dataclasses
 import json
 
 import openai
@@ -50,8 +49,8 @@ def server(llm):
 
 def count_programs(llm) -> list[int]:
     """Count the compiled shapes of each of the engine's programs."""
-    programs = llm.engine.runner.programs
-    return [getattr(programs, x.name)._cache_size() for x in dataclasses.fields(programs)]
+    functions = llm.engine.runner.functions
+    return [function._cache_size() for function in functions.values()]
 
 
 @pytest.fixture(scope="module")

@@ -475,7 +475,7 @@ def test_the_command_trains_an_adapter_that_can_be_loaded(
         monkeypatch.setattr(sys, "argv", ["finetune", *flags, *words])
         finetune.main()
 
-    monkeypatch.setattr(finetune, "keep_compilations", lambda folder: None)
+    monkeypatch.setattr(finetune, "enable_compilation_cache", lambda folder: None)
     small = ("--rows", "2", "--length", "48", "--rank", "2", "--dtype", "bfloat16")
     call("--steps", "2", "--save-every", "2", "--mesh", "2", *small)
     output = capsys.readouterr().out

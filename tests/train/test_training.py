@@ -435,7 +435,7 @@ def test_the_command_stops_at_its_time_limit_resumes_and_exports(tmp_path, monke
     run, folder = tmp_path / "run", tmp_path / "model"
     training = tiny.make_training_config(8)
     monkeypatch.setattr(train_tiny, "make_training_config", lambda steps, **rest: training)
-    monkeypatch.setattr(train_tiny, "keep_compilations", lambda folder: None)
+    monkeypatch.setattr(train_tiny, "enable_compilation_cache", lambda folder: None)
 
     def call(*words: str) -> str:
         monkeypatch.setattr(sys, "argv", ["train_tiny", "--folder", str(run), *words])

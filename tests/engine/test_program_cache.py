@@ -1,7 +1,6 @@
-"""Compiled programs are found again at the next start, and only where nothing has changed."""
+"""A start finds the compiled programs of an earlier one, unless an input of them has changed."""
 
 import contextlib
-import dataclasses
 import time
 
 import jax
@@ -9,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from l4jax.engine import executables, runner
-from l4jax.engine.executables import Call, Executables
+from l4jax.engine import program_cache, runner
+from l4jax.engine.program_cache import Call, Program, ProgramCache
 from tests.engine.engines import GREEDY, make_engine, run_all
 
 
@@ -38,18 +37,18 @@ class Traced:
         self.function = jax.jit(double, static_argnames="times")
 
     def call(self, size: int = 4, times: int = 1) -> Call:
-        return Call(self.function, (jnp.arange(size),), {"times": times})
+        return Program(self.function, {"times": times}), (jnp.arange(size),)
 
 
-def make(folder, about: str = "this") -> Executables:
-    return Executables(about, jax.devices()[:1], contextlib.nullcontext, folder)
+def make(folder, about: str = "this") -> ProgramCache:
+    return ProgramCache(about, jax.devices()[:1], contextlib.nullcontext, folder)
 
 
 def compile_one(folder, call: Call, about: str = "this") -> list[int]:
     """What a start that compiles this program, or finds it, gets from it."""
     started = make(folder, about)
     started.compile({"it": call})
-    return started.run("it", call).tolist()
+    return started.run("it", *call).tolist()
 
 
 def test_a_second_start_traces_nothing_and_gives_the_same(tmp_path):
@@ -65,11 +64,11 @@ def test_what_has_changed_is_compiled_anew(tmp_path, monkeypatch, change):
     program = Traced()
     call = program.call(5 if change == "shape" else 4, 3 if change == "static" else 1)
     if change == "sources":
-        monkeypatch.setattr(executables, "hash_sources", lambda: "edited")
+        monkeypatch.setattr(program_cache, "hash_sources", lambda: "edited")
     if change == "flags":
         monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
     if change == "place":
-        call = dataclasses.replace(call, arguments=jax.device_put(call.arguments, jax.devices()[1]))
+        call = call[0], jax.device_put(call[1], jax.devices()[1])
     compile_one(tmp_path, call, "that" if change == "about" else "this")
     assert program.count == 1
 
@@ -91,7 +90,7 @@ def test_where_nothing_can_be_kept_a_start_goes_on(tmp_path):
 
 
 def test_those_used_longest_ago_are_forgotten(tmp_path, monkeypatch):
-    monkeypatch.setattr(executables, "_KEPT", 2)
+    monkeypatch.setattr(program_cache, "_KEPT", 2)
     for size in (4, 5, 4, 6):  # 5 is the one used longest ago when 6 comes
         compile_one(tmp_path, Traced().call(size))
     program = Traced()
@@ -104,23 +103,23 @@ def test_those_used_longest_ago_are_forgotten(tmp_path, monkeypatch):
 
 def test_programs_are_lowered_in_their_order(tmp_path, monkeypatch):
     """Whichever of their threads comes first."""
-    lowered, locate = [], Executables._locate
+    lowered, locate = [], ProgramCache._locate
 
     def tell(x, *, times: int):
         lowered.append(times)
         return times * x
 
     def locate_slowly(self, call):
-        time.sleep(0.2 - 0.05 * call.static["times"])
+        time.sleep(0.2 - 0.05 * call[0].static["times"])
         return locate(self, call)
 
-    monkeypatch.setattr(Executables, "_locate", locate_slowly)
+    monkeypatch.setattr(ProgramCache, "_locate", locate_slowly)
     function = jax.jit(tell, static_argnames="times")
-    calls = {times: Call(function, (jnp.arange(3),), {"times": times}) for times in range(4)}
+    calls = {times: (Program(function, {"times": times}), (jnp.arange(3),)) for times in range(4)}
     started = make(tmp_path)
     started.compile(calls)
     assert lowered == [0, 1, 2, 3]
-    assert started.run(3, calls[3]).tolist() == [0, 3, 6]
+    assert started.run(3, *calls[3]).tolist() == [0, 3, 6]
 
 
 def test_what_is_compiled_behind_is_awaited_and_its_failure_told(tmp_path):
@@ -129,11 +128,11 @@ def test_what_is_compiled_behind_is_awaited_and_its_failure_told(tmp_path):
 
     started, program = make(tmp_path), Traced()
     x = jnp.arange(4)
-    broken = Call(jax.jit(fail), (x,), {})
-    started.compile_behind({"broken": broken, "it": program.call()})
-    assert started.run("it", program.call()).tolist() == [0, 2, 4, 6]
+    broken = Program(jax.jit(fail)), (x,)
+    started.compile_in_background({"broken": broken, "it": program.call()})
+    assert started.run("it", *program.call()).tolist() == [0, 2, 4, 6]
     with pytest.raises(ValueError, match="no such shape"):
-        started.run("broken", broken)
+        started.run("broken", *broken)
     assert program.count == 1
 
 
@@ -149,7 +148,7 @@ class Known:
 
 @pytest.mark.parametrize("mesh", ["1", pytest.param("8", marks=pytest.mark.slow)])
 def test_a_second_engine_starts_without_lowering_and_draws_the_same(tmp_path, monkeypatch, mesh):
-    monkeypatch.setattr(runner, "find_executables_folder", lambda device: tmp_path)
+    monkeypatch.setattr(runner, "find_program_folder", lambda device: tmp_path)
 
     def start():
         return make_engine("scout-8-image", mesh, max_num_batched_tokens=16, max_num_seqs=1)
@@ -158,11 +157,9 @@ def test_a_second_engine_starts_without_lowering_and_draws_the_same(tmp_path, mo
     engine.warm_up()
     engine.runner.wait_for_compilers()
     engine = start()
-    programs = engine.runner.programs
-    known = {
-        name: Known(getattr(programs, name)) for name in ("step", "decode_loop", "encode_tiles")
-    }
-    engine.runner.programs = dataclasses.replace(programs, **known)
+    functions = engine.runner.functions
+    known = {name: Known(functions[name]) for name in ("step", "decode_loop", "encode_tiles")}
+    engine.runner.functions = {**functions, **known}
     engine.warm_up()
     for changes in ({}, {"logprobs": 1}):
         engine.add(list(range(4, 40)), GREEDY.replace(max_tokens=4, **changes))
