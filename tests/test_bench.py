@@ -98,7 +98,9 @@ def test_figures_are_printed_written_plotted_and_read_back(tmp_path, capsys, mon
 def test_max_is_the_longest_context_that_fits_in_memory(monkeypatch, rows, pages, longest):
     short = TINY.replace_text(max_positions=500)
     monkeypatch.setattr(
-        runner, "CPU_POOL_BYTES", pages * cache.count_page_bytes(TINY.text, 32, np.float32)
+        runner,
+        "CPU_POOL_BYTES",
+        pages * cache.count_page_bytes(TINY.text, 32, np.dtype(np.float32)),
     )
     made = measure.Bench(short, EngineConfig(dtype="float32"))
     assert made.measure_decode(rows, None, 2).context == longest - 2

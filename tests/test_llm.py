@@ -142,6 +142,7 @@ def test_ten_images_are_accepted_and_eleven_are_refused(folder):
     images = [{"type": "image", "image": make_image(200, 200, seed)} for seed in range(11)]
     ask = {"type": "text", "text": "Compare."}
     output = llm.chat([{"role": "user", "content": [*images[:10], ask]}], GREEDY)[0]
+    assert llm.config.patch_id is not None
     assert output.prompt_token_ids.count(llm.config.patch_id) == 10 * 144
     with pytest.raises(PromptError, match="11 images, more than max_images = 10"):
         llm.chat([{"role": "user", "content": [*images, ask]}], GREEDY)
@@ -307,7 +308,8 @@ def test_a_converted_checkpoint_gives_the_same_outputs_on_another_mesh(folder, l
 def test_dtype_auto_is_the_checkpoints_bfloat16(folder):
     llm = LLM(folder, max_model_len=256, quiet=True)
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(llm.engine.runner.params)}
-    assert dtypes == {"bfloat16"} == {llm.engine.runner.pool.k[0].dtype.name}
+    pool = llm.engine.runner.pool
+    assert pool is not None and dtypes == {"bfloat16"} == {pool.k[0].dtype.name}
     assert len(llm.chat(ASK, GREEDY)[0].outputs[0].token_ids) == 24
 
 
@@ -321,6 +323,7 @@ def test_attn_temperature_tuning_overrides_the_config(folder, llm):
     prompt = {"prompt_token_ids": np.random.default_rng(0).integers(0, 255, 400).tolist()}
     params = GREEDY.replace(logprobs=0)
     tuned, plain = (x.generate(prompt, params)[0].outputs[0].logprobs for x in (llm, off))
+    assert tuned is not None and plain is not None
     assert isinstance(tuned[0], TokenLogprobs) and abs(tuned[0].chosen - plain[0].chosen) > 1e-4
 
 

@@ -186,19 +186,22 @@ def _draw_line(
     above: bool,
     alpha: float = 1.0,
 ) -> None:
-    """Draw a line with a number at each point, above or below it."""
+    """Draw a line with a number at each point, above it or at its lower right."""
+    from matplotlib.patheffects import withStroke
+
     batches, milliseconds = zip(*points, strict=True)
     style = {"color": color, "marker": marker, "markersize": 7, "linewidth": 2.2, "alpha": alpha}
     axes.plot(batches, milliseconds, label=label, **style)
     for batch, ms in points:
         axes.annotate(
-            f"{ms:.3g}",
+            f"{ms * (1 + 1e-9):.3g}",  # 16.45 is 16.5, whatever its binary value
             (batch, ms),
-            xytext=(0, 9 if above else -18),
+            xytext=(0, 9) if above else (9, -15),
             textcoords="offset points",
-            ha="center",
+            ha="center" if above else "left",
             color=color,
             fontsize=10.5,
+            path_effects=[withStroke(linewidth=4, foreground="white")],
         )
 
 

@@ -257,7 +257,7 @@ def test_metrics_have_vllms_names_and_count_requests(server):
 
 
 @pytest.mark.parametrize("is_logged", [False, True])
-def test_the_log_contains_prompts_only_with_logs_requests(fake_engine, is_logged):
+def test_the_log_contains_prompts_only_with_logs_requests(fake_engine, monkeypatch, is_logged):
     lines: list[str] = []
     handler = logging.Handler()
     handler.setFormatter(JsonLines())
@@ -272,7 +272,7 @@ def test_the_log_contains_prompts_only_with_logs_requests(fake_engine, is_logged
             server.post(CHAT, ask(messages=talk))
             server.post(CHAT, ask(messages=[*talk, {"role": SECRET}]))
             server.post(CHAT, ask(messages=talk, stream=True))
-            server.service.get_model = fail_with_secret
+            monkeypatch.setattr(server.service, "get_model", fail_with_secret)
             assert server.post(CHAT, ask(messages=talk)).status_code == 500
     finally:
         for logger in loggers:

@@ -53,13 +53,13 @@ def server(tmp_path_factory):
         running.wait_idle()
 
 
-def run(*words: str | Path, seconds: int = 300, **environment: str) -> subprocess.CompletedProcess:
+def run(*words: str | Path, **environment: str) -> subprocess.CompletedProcess:
     """Run a command in its own process; its warnings are not the tests'."""
     return subprocess.run(
         list(map(str, words)),
         capture_output=True,
         text=True,
-        timeout=seconds,
+        timeout=300,
         env={**os.environ, **environment},
     )
 

@@ -18,8 +18,22 @@ IMAGE = b"an image, which this module does not decode"
 PUBLIC = "93.184.215.14"  # resolved in tests; connections go to the loopback
 
 
-class ImageHost(BaseHTTPRequestHandler):
+class ImageHost(ThreadingHTTPServer):
     """A host with an image, redirects, and slow, missing and large files."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), ImageHandler)
+        self.seen: list[tuple[str, str]] = []
+        self.targets: dict[str, str] = {}
+        self.stop = threading.Event()
+
+
+class ImageHandler(BaseHTTPRequestHandler):
+    """Handles the requests of an `ImageHost`."""
+
+    server: ImageHost
 
     def do_GET(self) -> None:
         self.server.seen.append((self.path, self.headers["Host"]))
@@ -46,10 +60,8 @@ class ImageHost(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def host() -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), ImageHost)
-    server.daemon_threads = True
-    server.seen, server.targets, server.stop = [], {}, threading.Event()
+def host() -> Iterator[ImageHost]:
+    server = ImageHost()
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -62,7 +74,7 @@ def host() -> Iterator[ThreadingHTTPServer]:
 class FakeNetwork(Network):
     """Resolves hosts to given addresses, and connects to the test's host only."""
 
-    def __init__(self, host: ThreadingHTTPServer, addresses: dict[str, list[str]]):
+    def __init__(self, host: ImageHost, addresses: dict[str, list[str]]):
         self.addresses, self.resolved, self.connected = addresses, [], []
         self._port = host.server_address[1]
 
