@@ -7,6 +7,8 @@
 import dataclasses
 from typing import Any
 
+INT4_GROUP = 128  # neighbors that share an int4 scale, as in the published checkpoints
+
 
 class ConfigError(ValueError):
     """A configuration that l4jax would compute wrongly: one sentence that names key and value."""

@@ -41,7 +41,7 @@ CASES = {
     "decode": ([5, 1, 33, 8], [1, 1, 1, 1], 0),
     "decode with unused rows": ([5, 1, 33, 8], [1, 1, 0, 0], 2),
     "prefill": ([70], [70], 10),
-    "prefill behind a prefix": ([600], [130], 0),
+    "prefill after a prefix": ([600], [130], 0),
     "mixed": ([300, 9, 70, 4], [1, 9, 66, 1], 7),
     "many short rows": ([3] * 20, [3] * 20, 4),
 }

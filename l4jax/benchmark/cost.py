@@ -6,9 +6,7 @@ and the keys and values in view. Activations count as staying on the chip.
 
 import dataclasses
 
-from l4jax.config import TextConfig
-
-GROUP = 128  # of int4: neighbors that share a float32 scale
+from l4jax.config import INT4_GROUP, TextConfig
 
 # The best that any kernel reached on one NVIDIA H200: bytes a second, FLOP a second.
 MEMORY = 4.3e12
@@ -27,7 +25,7 @@ class Format:
         """Count the bytes of `numbers` weights of a linear layer, with their scales."""
         if self.quantization is None or (is_attention and not self.attention):
             return 2 * numbers
-        return numbers if self.quantization == "fp8" else numbers * (0.5 + 4 / GROUP)
+        return numbers if self.quantization == "fp8" else numbers * (0.5 + 4 / INT4_GROUP)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 
 from l4jax.checkpoint.errors import CheckpointError
 from l4jax.checkpoint.names import list_linears, make_unfused_recipe
-from l4jax.checkpoint.online_quantization import GROUP, OnlineQuantization, check_format
+from l4jax.checkpoint.online_quantization import OnlineQuantization, check_format
 from l4jax.checkpoint.output_folder import open_unquantized, write_atomically
 from l4jax.checkpoint.parameters import THREADS, make_progress_bar
 from l4jax.checkpoint.quantized_reader import WORD_VALUES
@@ -31,6 +31,7 @@ from l4jax.checkpoint.safetensors import (
     count_bytes,
     stream_safetensors,
 )
+from l4jax.config import INT4_GROUP
 from l4jax.kernels.formats import quantize_fp8, quantize_int4
 
 SHARD_BYTES = 5 * 10**9  # of a file, at most, as in transformers' checkpoints
@@ -153,14 +154,14 @@ def _list_fp8(matrix: Source) -> dict[str, TensorSpec]:
 def _list_int4(matrix: Source, folder: Path) -> dict[str, TensorSpec]:
     """List the tensors of an int4 matrix, in the order in which `_quantize` returns them."""
     rows, columns = matrix.stored_shape
-    if columns % GROUP:
+    if columns % INT4_GROUP:
         raise CheckpointError(
-            f"{folder}: {matrix.name} has {columns} columns, which groups of {GROUP} do not "
+            f"{folder}: {matrix.name} has {columns} columns, which groups of {INT4_GROUP} do not "
             "divide, as int4 needs them: quantize it to fp8."
         )
     return {
         matrix.name + "_packed": ("I32", (rows, columns // WORD_VALUES)),
-        matrix.name + "_scale": ("BF16", (rows, columns // GROUP)),
+        matrix.name + "_scale": ("BF16", (rows, columns // INT4_GROUP)),
         matrix.name + "_shape": ("I64", (2,)),
     }
 
@@ -214,7 +215,7 @@ def _quantize_matrix(
     """Quantize a matrix, with scales that are rounded to BF16 first to fit the stored ones."""
     matrix = jnp.transpose(values, permutation).reshape(shape)
     if format == "int4":
-        quantized = quantize_int4(matrix, GROUP, jnp.bfloat16)
+        quantized = quantize_int4(matrix, INT4_GROUP, jnp.bfloat16)
         return _pack_int4(quantized.data), quantized.scale.astype(jnp.bfloat16)
     quantized = quantize_fp8(matrix, 1, jnp.bfloat16)
     return quantized.data, quantized.scale[:, None].astype(jnp.bfloat16)
@@ -243,7 +244,7 @@ def _format_quantization_config(outputs: Sequence[_Output], format: str) -> dict
     weights = common | {"dynamic": False, "observer": "minmax", "strategy": "channel"}
     inputs = common | {"dynamic": True, "observer": None, "strategy": "token"}
     if format == "int4":
-        weights |= {"group_size": GROUP, "num_bits": 4, "strategy": "group", "type": "int"}
+        weights |= {"group_size": INT4_GROUP, "num_bits": 4, "strategy": "group", "type": "int"}
     group = {
         "input_activations": inputs if format == "fp8" else None,
         "output_activations": None,

@@ -12,10 +12,10 @@ from jax.sharding import Sharding
 
 from l4jax.checkpoint.errors import CheckpointError
 from l4jax.checkpoint.names import count_in_axes
+from l4jax.config import INT4_GROUP
 from l4jax.kernels.formats import Quantized, quantize_fp8, quantize_int4
 
 FORMATS = ("fp8", "int4")
-GROUP = 128  # the largest group of int4, as in the published checkpoints
 
 # Other parameters keep their dtype: the router, whose choices need the most precision, the head,
 # the embedding, the norms and the vision tower.
@@ -107,7 +107,7 @@ def check_format(quantization: str) -> None:
 
 def choose_group_size(columns: int) -> int:
     """Choose the largest group size, up to 128, that divides the columns of a device."""
-    return next(size for size in range(min(GROUP, columns), 0, -1) if columns % size == 0)
+    return next(size for size in range(min(INT4_GROUP, columns), 0, -1) if columns % size == 0)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Which kernels run, and each of them on a device's own heads, rows and pages."""
+"""Kernel selection, and entry through `shard_map`: each device on its own heads, rows and pages."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from l4jax.kernels import PORTABLE, Kernels
 from l4jax.kernels.formats import name_axes
 from l4jax.kernels.reference import HeadTransform, Norm
 
-# What the letters of a product stand for; of those that are summed, the first may be cut.
+# Logical axes of an einsum's letters; among contracted letters, the first may be sharded.
 _AXES = {
     **{"T": axes.TOKENS, "R": axes.ROWS, "D": axes.WIDTH, "V": axes.VOCAB},
     **{"F": axes.HIDDEN, "c": axes.GATE_UP},
@@ -19,12 +19,11 @@ _AXES = {
 }
 
 
-def name_kernels(name: str, device: Any) -> str:
-    """Which kernels are meant: "portable" runs everywhere, "hopper" on Hopper GPUs, and "auto" is
-    "hopper" where this device runs it.
+def resolve_kernels(name: str, device: Any) -> str:
+    """Resolve "auto" to "hopper" where the device runs it, else to "portable".
 
     Raises:
-        ValueError: for another name, and where the fast ones cannot run.
+        ValueError: the name is unknown, or the device does not run the Hopper kernels.
     """
     if name not in ("auto", "portable", "hopper"):
         raise ValueError(f"kernels is {name!r}: it is 'portable', 'hopper' or 'auto'.")
@@ -39,10 +38,10 @@ def name_kernels(name: str, device: Any) -> str:
 
 
 def choose_kernels(name: str, device: Any) -> Kernels:
-    """The kernels of a name that `name_kernels` gave."""
+    """Return the bundle of a name that `resolve_kernels` returned."""
     if name == "portable":
         return PORTABLE
-    from l4jax.kernels.hopper import Hopper  # needs what only jax for a GPU brings
+    from l4jax.kernels.hopper.dispatch import Hopper  # imported on GPUs only
 
     hopper = Hopper(device.core_count)
     return Kernels(
@@ -56,10 +55,13 @@ def choose_kernels(name: str, device: Any) -> Kernels:
 
 
 def make_kernels(kernels: Kernels, local: Callable[..., Any]) -> Kernels:
-    """The kernels, each entered through `shard_map`: on a device's own heads, rows and pages.
-    `local` is what a layout makes such functions with.
+    """Wrap each kernel in `shard_map`, so that it sees a device's own heads, rows and pages.
 
-    They are jitted, so that each is traced once a shape and not once a layer.
+    They are jitted: each is traced once per shape and not once per layer.
+
+    Args:
+        kernels: bundle for one device.
+        local: `sharding.Layout.local`, which makes such functions from logical axes.
     """
     table, at = (axes.ROWS, axes.TABLE), (axes.TOKENS,)
     pool, y = cache.POOL_AXES, (axes.TOKENS, axes.KV_HEADS, axes.QUERIES, axes.HEAD_DIM)
@@ -67,41 +69,55 @@ def make_kernels(kernels: Kernels, local: Callable[..., Any]) -> Kernels:
     x, gate_up = (axes.TOKENS, axes.WIDTH), (axes.EXPERTS, axes.GATE_UP, axes.HIDDEN, axes.WIDTH)
     down = (axes.EXPERTS, axes.WIDTH, axes.HIDDEN)
 
-    def read(norm: Norm) -> tuple[Any, Any]:
-        """The names of the axes of what is read through a norm."""
+    def name_normed(norm: Norm) -> tuple[Any, Any]:
+        """Return the axes of tokens and of the norm applied to them."""
         return x, Norm(x[1:], norm.eps)
 
     def normalize(x_TD: Any, norm: Norm) -> jax.Array:
-        return local(kernels.normalize, read(norm), x)(x_TD, norm)
+        return local(kernels.normalize, name_normed(norm), x)(x_TD, norm)
 
     def attend(
-        x_TD: Any, norm: Norm, qkv_KJHD: Any, turn: HeadTransform, *pool_and_where: Any
+        x_TD: Any, norm: Norm, qkv_KJHD: Any, transform: HeadTransform, *pool_and_tables: Any
     ) -> tuple[Any, Any, Any]:
-        names = HeadTransform(
-            angle_TH=None if turn.angle_TH is None else (axes.TOKENS, axes.HEAD_DIM),
-            eps=turn.eps,
-            factor_T=None if turn.factor_T is None else at,
-            scales=None if turn.scales is None else ((), ()),
+        transform_axes = HeadTransform(
+            angle_TH=None if transform.angle_TH is None else (axes.TOKENS, axes.HEAD_DIM),
+            eps=transform.eps,
+            factor_T=None if transform.factor_T is None else at,
+            scales=None if transform.scales is None else ((), ()),
         )
-        ins = (*read(norm), name_axes(qkv_KJHD, qkv), names, pool, pool, table, at, at)
+        ins = (
+            *name_normed(norm),
+            name_axes(qkv_KJHD, qkv),
+            transform_axes,
+            pool,
+            pool,
+            table,
+            at,
+            at,
+        )
         run = local(kernels.attend, ins, (y, pool, pool))
-        return run(x_TD, norm, qkv_KJHD, turn, *pool_and_where)
+        return run(x_TD, norm, qkv_KJHD, transform, *pool_and_tables)
 
     def route(x_TD: Any, norm: Norm, router_ED: Any) -> tuple[Any, Any, Any]:
-        ins = (*read(norm), name_axes(router_ED, (axes.EXPERTS, axes.WIDTH)))
+        ins = (*name_normed(norm), name_axes(router_ED, (axes.EXPERTS, axes.WIDTH)))
         outs = ((axes.TOKENS, axes.EXPERTS), at, at)
         return local(kernels.route, ins, outs)(x_TD, norm, router_ED)
 
     def run_experts(
         x_TD: Any, norm: Norm, expert_T: Any, gate_up_EcFD: Any, down_EDF: Any
     ) -> jax.Array:
-        ins = (*read(norm), at, name_axes(gate_up_EcFD, gate_up), name_axes(down_EDF, down))
+        ins = (*name_normed(norm), at, name_axes(gate_up_EcFD, gate_up), name_axes(down_EDF, down))
         run = local(kernels.run_experts, ins, x, sum_over=axes.HIDDEN)
         return run(x_TD, norm, expert_T, gate_up_EcFD, down_EDF)
 
     def mix_experts(x_TD: Any, norm: Norm, expert_T: Any, gate_T: Any, *weights: Any) -> jax.Array:
         names = (gate_up, down, gate_up[1:], down[1:])
-        ins = (*read(norm), at, at, *(name_axes(w, n) for w, n in zip(weights, names, strict=True)))
+        ins = (
+            *name_normed(norm),
+            at,
+            at,
+            *(name_axes(w, n) for w, n in zip(weights, names, strict=True)),
+        )
         run = local(kernels.mix_experts, ins, x, sum_over=axes.HIDDEN)
         return run(x_TD, norm, expert_T, gate_T, *weights)
 

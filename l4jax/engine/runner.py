@@ -24,7 +24,7 @@ from l4jax.engine.capacity import (
     plan_limits,
 )
 from l4jax.engine.config import EngineConfig
-from l4jax.engine.local_kernels import choose_kernels, make_kernels, name_kernels
+from l4jax.engine.local_kernels import choose_kernels, make_kernels, resolve_kernels
 from l4jax.engine.program_cache import Call, Program, ProgramCache, find_program_folder
 from l4jax.engine.request import MAX_LOGPROBS
 from l4jax.engine.scheduler import Limits, ScheduledChunk, SchedulerOutput
@@ -75,7 +75,7 @@ class Runner:
         self.layout = Layout(make_mesh(mesh), STRATEGIES[strategy])
         check_mesh(config, self.layout)
         device = self.layout.mesh.devices.flat[0]
-        self.kernels = name_kernels(kernels, device)
+        self.kernels = resolve_kernels(kernels, device)
         chosen = choose_kernels(self.kernels, device)
         self.model = Llama4(config.text, make_kernels(chosen, self.layout.local))
         self.tower = VisionTower(config.vision, config.text.width) if config.vision else None

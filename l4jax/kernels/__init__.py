@@ -1,6 +1,7 @@
 """Kernels: each is a definition in `reference.py`, and accelerations with the same signature.
 
-The model is handed a frozen bundle and does not know which it got; the engine's runner chooses.
+The model receives a frozen bundle of functions; the engine's runner chooses the implementation.
+`README.md` says how to read this package, and lists measured dead ends.
 """
 
 import dataclasses
@@ -13,8 +14,10 @@ from l4jax.kernels import formats, portable, reference
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """What the model calls for the work worth a kernel, with the signatures of `reference.py` and
-    of `formats.multiply`."""
+    """Kernel functions of the model, with the signatures of `reference.py` and `formats.multiply`.
+
+    The default of each field is its definition.
+    """
 
     normalize: Callable[..., Array] = reference.normalize
     attend: Callable[..., tuple[Array, Array, Array]] = reference.attend

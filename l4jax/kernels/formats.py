@@ -1,7 +1,6 @@
-"""Weights as values with a format: an array, data and scales in fp8 or int4, or either with an
-adapter.
+"""Weight formats: a plain array, fp8 or int4 data with scales, or one of these with a LoRA adapter.
 
-Every format ends in the axes that a product sums over, so a weight and its scales are cut alike.
+Every format ends in the contracted axes, so a weight and its scales shard alike.
 """
 
 import dataclasses
@@ -13,22 +12,22 @@ import jax.numpy as jnp
 from jax import Array
 
 FP8 = jnp.float8_e4m3fn
-FP8_MAX = 448.0  # the largest e4m3fn
-# Of -8..7 the -8 is left unused: with amax / 7 the largest of a group is exact whatever its sign,
-# and none is further off than half a step. With amax / 7.5 a largest one that is positive would be
-# cut off, half a step wrong each time.
+FP8_MAX = 448.0  # largest finite e4m3fn
+# The range is -7..7 and not -8..7: with a scale of amax / 7 the largest element of a group is exact
+# whatever its sign, and no element is off by more than half a step. With amax / 7.5 a positive
+# largest element would saturate, half a step wrong each time.
 INT4_MAX = 7.0
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A weight in few bits. Its format is told by the dtype of its data.
+    """A quantized weight. The dtype of its data determines the format.
 
     Attributes:
-        data: float8_e4m3fn or int4, [out.., in..] as the weight in full precision.
-        scale: float32 or bfloat16, as stored. fp8: [out..], one for each output channel. int4:
-            [out.., in / group], one for each group of neighbors on the last axis.
+        data: float8_e4m3fn or int4, [out.., in..], like the weight in full precision.
+        scale: float32 or bfloat16, as stored. fp8: [out..], one per output channel. int4:
+            [out.., in / group], one per group of neighbors on the last axis.
     """
 
     data: Any
@@ -42,13 +41,13 @@ class Quantized:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """A weight, and what an adapter of rank Q adds to it: second times first.
+    """A weight and a LoRA adapter of rank Q, which adds `second @ first`.
 
     Attributes:
         weight: [out.., in..].
-        first: [out.., Q, in..], from what is summed over to the rank. Along an axis of `out` whose
-            indices all share it, its size is 1.
-        second: [out.., Q].
+        first: [out.., Q, in..], the down projection to the rank. An axis of `out` has size 1 where
+            all its indices share the factor.
+        second: [out.., Q], the up projection from the rank.
     """
 
     weight: Any
@@ -59,15 +58,15 @@ class Adapted:
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape
 
-    def spell(self, axes: str) -> tuple[str, str]:
-        """The letters of `first`, its axes of size 1 left out, and of `second`."""
+    def format_subscripts(self, axes: str) -> tuple[str, str]:
+        """Return einsum letters of `first`, without its axes of size 1, and of `second`."""
         outs, ins = axes[: self.second.ndim - 1], axes[self.second.ndim - 1 :]
-        told = zip(outs, self.first.shape, strict=False)
-        apart = "".join(letter for letter, size in told if size > 1)
-        return f"{apart}Q{ins}", f"{outs}Q"
+        sizes = zip(outs, self.first.shape, strict=False)
+        kept = "".join(letter for letter, size in sizes if size > 1)
+        return f"{kept}Q{ins}", f"{outs}Q"
 
     def squeeze(self) -> Array:
-        """`first` without its axes of size 1 in `out`."""
+        """Drop the axes of size 1 in `out` from `first`."""
         outs = self.second.ndim - 1
         return jnp.squeeze(self.first, tuple(i for i in range(outs) if self.first.shape[i] == 1))
 
@@ -76,12 +75,13 @@ Weight: TypeAlias = Array | Quantized
 
 
 def dequantize(weight: Weight | Adapted, dtype: Any) -> Array:
-    """The weight as an array: data times scale, or what an adapter makes of it, rounded once, to
-    `dtype`.
+    """Return a weight as a plain array: data times scale, plus the adapter's product.
+
+    The sum is float32 and is rounded to `dtype` once.
     """
     if isinstance(weight, Adapted):
         axes = "abcdefgh"[: len(weight.shape)]
-        first, second = weight.spell(axes)
+        first, second = weight.format_subscripts(axes)
         added = jnp.einsum(
             f"{second},{first}->{axes}",
             weight.second.astype(jnp.float32),
@@ -99,20 +99,20 @@ def dequantize(weight: Weight | Adapted, dtype: Any) -> Array:
 
 
 def multiply(subscripts: str, x: Array, weight: Weight | Adapted) -> Array:
-    """`einsum` of x with a weight of any format, in the dtype of x.
+    """Compute the `einsum` of x with a weight of any format, in the dtype of x.
 
-    fp8 weights meet fp8 activations: each token of x is divided by its largest element / 448 and
-    rounded to e4m3, and the product is scaled back. int4 weights are widened to x's dtype. What an
-    adapter adds is computed beside the weight, through its rank.
+    fp8: each token of x is divided by its amax / 448 and rounded to e4m3; both scales multiply the
+    product. int4: the weight is dequantized to the dtype of x. An adapter's term is computed
+    through its rank and added.
     """
     if isinstance(weight, Adapted):
         ins, out = subscripts.split("->")
         x_axes, w_axes = ins.split(",")
-        first, second = weight.spell(w_axes)
+        first, second = weight.format_subscripts(w_axes)
         kept = "".join(letter for letter in x_axes if letter in out)
-        inside = kept + "".join(c for c in first if c in second and c not in kept)
-        y = jnp.einsum(f"{x_axes},{first}->{inside}", x, weight.squeeze())
-        added = jnp.einsum(f"{inside},{second}->{out}", y, weight.second)
+        inner = kept + "".join(c for c in first if c in second and c not in kept)
+        y = jnp.einsum(f"{x_axes},{first}->{inner}", x, weight.squeeze())
+        added = jnp.einsum(f"{inner},{second}->{out}", y, weight.second)
         return multiply(subscripts, x, weight.weight) + added
     if not isinstance(weight, Quantized):
         return jnp.einsum(subscripts, x, weight)
@@ -122,12 +122,11 @@ def multiply(subscripts: str, x: Array, weight: Weight | Adapted) -> Array:
     x_axes, w_axes = ins.split(",")
     summed = tuple(at for at, letter in enumerate(x_axes) if letter not in out)
     rounded, x_scale = quantize_tokens(x, summed)
-    # e4m3 is exact in bfloat16 and float32 alike, and so is a product of two in float32.
-    wide = x.dtype
+    # bfloat16 and float32 hold every e4m3 value exactly, and float32 every product of two.
     product = jnp.einsum(
         subscripts,
-        rounded.astype(wide),
-        weight.data.astype(wide),
+        rounded.astype(x.dtype),
+        weight.data.astype(x.dtype),
         preferred_element_type=jnp.float32,
     )
     x_left = "".join(letter for letter in x_axes if letter in out)
@@ -137,27 +136,33 @@ def multiply(subscripts: str, x: Array, weight: Weight | Adapted) -> Array:
 
 
 def quantize_tokens(x: Array, summed: tuple[int, ...]) -> tuple[Array, Array]:
-    """Round x to e4m3 with a scale for each token, over the axes that a product sums over.
+    """Quantize x to e4m3 with one scale per token.
+
+    Args:
+        x: activations.
+        summed: the contracted axes, over which a scale is shared.
 
     Returns:
-        x / scale as float8_e4m3fn, and the float32 scales, without those axes. A token of zeros
-        has the scale 1.
+        x / scale as float8_e4m3fn, and the float32 scales without the contracted axes. A token of
+        zeros has the scale 1.
     """
     x32 = x.astype(jnp.float32)
-    largest = jnp.abs(x32).max(axis=summed, keepdims=True)
-    scale = jnp.where(largest > 0, largest / FP8_MAX, 1.0)
+    amax = jnp.abs(x32).max(axis=summed, keepdims=True)
+    scale = jnp.where(amax > 0, amax / FP8_MAX, 1.0)
     return saturating_cast(x32 / scale, FP8), jnp.squeeze(scale, summed)
 
 
-def find_factor(largest: Any) -> Any:
-    """The scale of a token with this largest element, where it is divided once and not for each
-    element: none may be too small for its reciprocal."""
-    scale = jnp.maximum(largest * (1 / FP8_MAX), jnp.finfo(jnp.float32).tiny)
-    return jnp.where(largest > 0, scale, 1.0)
+def compute_fp8_scale(amax: Any) -> Any:
+    """Compute the fp8 scale of a token from its amax, for kernels that multiply by the reciprocal.
+
+    The reciprocal stays finite: no scale is below float32's smallest normal number.
+    """
+    scale = jnp.maximum(amax * (1 / FP8_MAX), jnp.finfo(jnp.float32).tiny)
+    return jnp.where(amax > 0, scale, 1.0)
 
 
 def saturating_cast(x: Array, dtype: Any) -> Array:
-    """x in another dtype; what e4m3 cannot hold becomes its largest: a plain cast gives nan."""
+    """Cast x; values beyond the range of e4m3 saturate, where a plain cast gives nan."""
     if dtype == FP8:
         x = jnp.clip(x, -FP8_MAX, FP8_MAX)
     return x.astype(dtype)
@@ -165,70 +170,71 @@ def saturating_cast(x: Array, dtype: Any) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("inner", "scale_dtype"))
 def quantize_fp8(weight: Array, inner: int, scale_dtype: Any = jnp.float32) -> Quantized:
-    """Round a weight [out.., in..] to e4m3, with a scale for each output channel: amax / 448.
+    """Quantize a weight [out.., in..] to e4m3, with one scale per output channel: amax / 448.
 
     Args:
-        weight: of any float dtype; what is computed is float32.
-        inner: how many of the last axes are `in`.
-        scale_dtype: what the scales are rounded to before anything is divided by them, so that
-            they can be stored in it. They are float32 in the result.
+        weight: any float dtype; the arithmetic is float32.
+        inner: number of trailing axes that are `in`.
+        scale_dtype: scales are rounded to this dtype before the division, so that a checkpoint can
+            store them in it. They are float32 in the result.
 
     Returns:
         float8_e4m3fn [out.., in..] and float32 [out..]; a channel of zeros has the scale 1.
     """
     axes = tuple(range(weight.ndim - inner, weight.ndim))
-    wide = weight.astype(jnp.float32)
-    scale = _find_scale(jnp.abs(wide).max(axes), FP8_MAX, scale_dtype)
-    steps = wide * (1 / scale).reshape(*scale.shape, *[1] * inner)
+    weight32 = weight.astype(jnp.float32)
+    scale = _compute_scale(jnp.abs(weight32).max(axes), FP8_MAX, scale_dtype)
+    steps = weight32 * (1 / scale).reshape(*scale.shape, *[1] * inner)
     return Quantized(jnp.clip(steps, -FP8_MAX, FP8_MAX).astype(FP8), scale)
 
 
 @functools.partial(jax.jit, static_argnames=("group", "scale_dtype"))
 def quantize_int4(weight: Array, group: int, scale_dtype: Any = jnp.float32) -> Quantized:
-    """Round a weight [out.., in..] to -7..7, with a scale for each `group` neighbors on the last
-    axis: amax / 7.
+    """Quantize a weight [out.., in..] to -7..7, with one scale per group: amax / 7.
 
     Args:
-        weight: of any float dtype; what is computed is float32.
-        group: a divisor of the last axis.
+        weight: any float dtype; the arithmetic is float32.
+        group: neighbors on the last axis that share a scale; divides that axis.
         scale_dtype: as for `quantize_fp8`.
 
     Returns:
         int4 [out.., in..] and float32 [out.., in / group]; a group of zeros has the scale 1.
     """
-    wide = weight.astype(jnp.float32).reshape(*weight.shape[:-1], -1, group)
-    scale = _find_scale(jnp.abs(wide).max(-1), INT4_MAX, scale_dtype)
-    steps = jnp.clip(jnp.round(wide * (1 / scale)[..., None]), -INT4_MAX, INT4_MAX)
+    grouped = weight.astype(jnp.float32).reshape(*weight.shape[:-1], -1, group)
+    scale = _compute_scale(jnp.abs(grouped).max(-1), INT4_MAX, scale_dtype)
+    steps = jnp.clip(jnp.round(grouped * (1 / scale)[..., None]), -INT4_MAX, INT4_MAX)
     return Quantized(steps.reshape(weight.shape).astype(jnp.int4), scale)
 
 
 def upcast_scales(tree: Any) -> Any:
-    """The same weights, of any formats, with scales in float32: a kernel that wants them so would
-    have them widened anew in each step."""
+    """Cast the scales of all quantized weights in a tree to float32, once.
 
-    def widen(leaf: Any) -> Any:
+    Kernels that read float32 scales would otherwise cast them in every step.
+    """
+
+    def upcast(leaf: Any) -> Any:
         if not isinstance(leaf, Quantized) or leaf.scale.dtype == jnp.float32:
             return leaf
-        return Quantized(leaf.data, _widen(leaf.scale))
+        return Quantized(leaf.data, _cast_to_float32(leaf.scale))
 
-    return jax.tree.map(widen, tree, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    return jax.tree.map(upcast, tree, is_leaf=lambda leaf: isinstance(leaf, Quantized))
 
 
 @jax.jit
-def _widen(x: Array) -> Array:
+def _cast_to_float32(x: Array) -> Array:
     return x.astype(jnp.float32)
 
 
-def _find_scale(largest: Array, top: float, dtype: Any) -> Array:
-    """float32 largest / top, rounded to a dtype; 1 where that is too small to divide by."""
-    # Times a reciprocal, here and where weights meet their scales: XLA makes that of a division by
-    # what is constant or broadcast, and so numpy can do the same.
-    scale = (largest * jnp.float32(1 / top)).astype(dtype).astype(jnp.float32)
+def _compute_scale(amax: Array, dtype_max: float, dtype: Any) -> Array:
+    """Compute amax / dtype_max in float32, rounded to a dtype; 1 where it is subnormal."""
+    # Multiply by the reciprocal, here and where weights are divided by their scales: XLA rewrites a
+    # division by a constant or a broadcast value so, and numpy can reproduce the result.
+    scale = (amax * jnp.float32(1 / dtype_max)).astype(dtype).astype(jnp.float32)
     return jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
 
 
 def name_axes(weight: Any, names: tuple[str, ...]) -> Any:
-    """The logical names of the axes of a weight and, where it is quantized, of its scales."""
+    """Return the logical axis names of a weight and, where it is quantized, of its scales."""
     if not isinstance(weight, Quantized):
         return names
     return Quantized(names, names[: len(weight.scale.shape)])

@@ -1,5 +1,4 @@
-"""What every bundle of kernels must do, on random inputs: checked here, called by the tests of the
-bundles that run where they are."""
+"""Laws of every kernel bundle, on random inputs; the tests call them for the bundles that run."""
 
 import dataclasses
 import functools
@@ -9,33 +8,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l4jax.kernels import formats, reference, routing
+from l4jax.kernels import formats, reference
+from l4jax.kernels.hopper import slot_assignment
 
-# How far a result may be from its definition in float32, relative to the definition's norm. fp8
-# rounds activations to three bits: one that lies between two values may go the other way.
+# Largest error relative to the norm of the definition's float32 result. fp8 rounds activations to
+# three bits: a value between two e4m3 values may round the other way.
 BOUND = {"bfloat16": 0.01, "fp8": 0.06, "int4": 0.01}
 FORMATS = tuple(BOUND)
 
 PAGES = {"bfloat16": jnp.bfloat16, "fp8": formats.FP8}
 
-# Which expert each token wants, of four.
+# Expert of each token, among four.
 CHOICES = {
     "one token": [2],
     "all experts": [3, 0, 1, 2, 0],
     "all on one": [1] * 20,
     "two experts empty": [0, 3, 3, 0, 3, 3, 3, 0, 3, 3, 3],
 }
-# In fp8 so few are held whole by the product that takes them.
-HELD = {
+# In fp8 so few tokens are resident in the first matmul.
+RESIDENT = {
     "one token": [2],
     "five tokens": [3, 0, 1, 2, 0],
-    "as many as are held": [1, 1, 1, 3, 0, 3, 1, 1],
+    "the most": [1, 1, 1, 3, 0, 3, 1, 1],
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of a layer."""
+    """Sizes of a layer."""
 
     width: int
     hidden: int
@@ -47,8 +47,8 @@ class Sizes:
 
 
 def make_weight(rng: np.random.Generator, form: str, *shape: int, inner: int = 1) -> Any:
-    """A random weight whose last `inner` axes are summed over, in a format."""
-    # Drawn where it is used: of the head's weights numpy would draw a billion.
+    """Make a random weight in a format; the last `inner` axes are contracted."""
+    # Draw on the device: the head has a billion weights, which numpy would draw on the host.
     key = jax.random.key(rng.integers(2**31), impl="rbg")
     wide = jax.random.normal(key, shape) * np.prod(shape[-inner:]) ** -0.5
     if form == "fp8":
@@ -60,20 +60,22 @@ def make_tokens(rng: np.random.Generator, *shape: int) -> jax.Array:
     return jnp.asarray(rng.standard_normal(shape, np.float32)).astype(jnp.bfloat16)
 
 
-def widen(tree: Any) -> Any:
-    """bfloat16 and pages in e4m3 as float32, for the definition; quantized weights stay."""
+def upcast(tree: Any) -> Any:
+    """Cast bfloat16 arrays and e4m3 pages to float32, for definitions; keep quantized weights."""
 
-    def widen_leaf(x: Any) -> Any:
-        is_narrow = not isinstance(x, formats.Quantized) and x.dtype in (jnp.bfloat16, formats.FP8)
-        return x.astype(jnp.float32) if is_narrow else x
+    def upcast_leaf(x: Any) -> Any:
+        is_16_or_8_bit = not isinstance(x, formats.Quantized) and x.dtype in (
+            jnp.bfloat16,
+            formats.FP8,
+        )
+        return x.astype(jnp.float32) if is_16_or_8_bit else x
 
-    return jax.tree.map(widen_leaf, tree, is_leaf=lambda x: isinstance(x, formats.Quantized))
+    return jax.tree.map(upcast_leaf, tree, is_leaf=lambda x: isinstance(x, formats.Quantized))
 
 
 def define(definition: Any, *arguments: Any) -> Any:
-    """What a definition gives in float32. Compiled whole: one operation after the other takes
-    longer to compile."""
-    return jax.jit(definition)(*widen(arguments))
+    """Compute a definition in float32, compiled as a whole: op by op compiles longer."""
+    return jax.jit(definition)(*upcast(arguments))
 
 
 def assert_close(found: Any, wanted: Any, bound: float) -> None:
@@ -89,15 +91,14 @@ def make_norm(rng: np.random.Generator, width: int) -> reference.Norm:
 
 
 def make_unlike(rng: np.random.Generator, tokens: int, width: int) -> jax.Array:
-    """Rows large and small, and behind the first one that is zero."""
+    """Make large and small rows; after the first row, the last one is zero."""
     x_TD = make_tokens(rng, tokens, width)
     x_TD *= jnp.asarray(10.0 ** rng.integers(-3, 3, (tokens, 1)), x_TD.dtype)
     return x_TD.at[-1].set(0) if tokens > 1 else x_TD
 
 
 def check_norm(kernels: Any, tokens: int, sizes: Sizes) -> None:
-    """A norm of rows large and small, and of one that is zero, equals its definition; twice the
-    same."""
+    """Norms of large, small and zero rows equal their definition, and are deterministic."""
     rng = np.random.default_rng(3)
     case = make_unlike(rng, tokens, sizes.width), make_norm(rng, sizes.width)
     run = jax.jit(kernels.normalize)
@@ -107,8 +108,8 @@ def check_norm(kernels: Any, tokens: int, sizes: Sizes) -> None:
 
 
 def check_route(kernels: Any, tokens: int, sizes: Sizes) -> None:
-    """Scores equal their definition, and come as it gives them; the first of the best-scored
-    experts is taken, and its sigmoid; twice the same."""
+    """Scores, the first of the best experts and its sigmoid equal their definition, and are
+    deterministic."""
     rng = np.random.default_rng(tokens)
     x_TD, norm = make_unlike(rng, tokens, sizes.width), make_norm(rng, sizes.width)
     router_ED = make_tokens(rng, 16, sizes.width) * sizes.width**-0.5
@@ -121,39 +122,39 @@ def check_route(kernels: Any, tokens: int, sizes: Sizes) -> None:
     assert_close(score_TE, wanted[0], BOUND["bfloat16"])
     np.testing.assert_array_equal(expert_T, score_TE.argmax(axis=1))
     highest_T = score_TE.astype(np.float32).max(axis=1)
-    # XLA may take the sigmoid before it rounds the score.
+    # XLA may compute the sigmoid before it rounds the score.
     np.testing.assert_allclose(gate_T, 1 / (1 + np.exp(-highest_T)), atol=0.23 * 2**-8)
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 def check_slots(
-    assign: Any, tokens: int, *, experts: int, leading: int, interpret: Any = None
+    assign: Any, tokens: int, *, experts: int, shared_blocks: int, interpret: Any = None
 ) -> None:
-    """Slots are assigned in one launch as they are by definition."""
+    """One launch assigns the slots of the definition."""
     expert_T = np.random.default_rng(tokens).integers(0, min(experts, 1 + tokens), tokens)
-    case: Any = {"experts": experts, "slots": 8, "leading": leading}
+    case: Any = {"experts": experts, "slots": 8, "shared_blocks": shared_blocks}
     expert_T = jnp.asarray(expert_T, jnp.int32)
     found = assign(expert_T, **case, interpret=interpret)
-    wanted = jax.jit(functools.partial(routing.assign_slots, **case))(expert_T)
+    wanted = jax.jit(functools.partial(slot_assignment.assign_slots, **case))(expert_T)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 def check_order(
-    assign: Any, tokens: int, *, experts: int, leading: int, interpret: Any = None
+    assign: Any, tokens: int, *, experts: int, shared_blocks: int, interpret: Any = None
 ) -> None:
-    """The same where in each block all tokens stand in order."""
+    """The same with all tokens in order in each block."""
     expert_T = jnp.asarray(np.random.default_rng(tokens).integers(0, experts, tokens), jnp.int32)
-    case: Any = {"experts": experts, "slots": 8, "leading": leading}
+    case: Any = {"experts": experts, "slots": 8, "shared_blocks": shared_blocks}
     found = assign(expert_T, **case, keeps_order=True, interpret=interpret)
-    wanted = routing.keep_order(routing.assign_slots(expert_T, **case), 8)
+    wanted = slot_assignment.keep_token_order(slot_assignment.assign_slots(expert_T, **case), 8)
     for name in ("slot_T", "expert_I", "count"):
         np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
 
 
 def check_experts(kernels: Any, form: str, choice: list[int], sizes: Sizes) -> None:
-    """Routed experts, and the shared one beside them, equal their definitions; twice the same."""
+    """Experts, routed and mixed with the shared one, equal their definitions, deterministically."""
     rng = np.random.default_rng(0)
     width, hidden = sizes.width, sizes.hidden
     x_TD, norm = make_unlike(rng, len(choice), width), make_norm(rng, width)
@@ -168,7 +169,7 @@ def check_experts(kernels: Any, form: str, choice: list[int], sizes: Sizes) -> N
     single = (x_TD, norm, expert_T, *routed)
     assert_close(run(*single), define(reference.run_experts, *single), BOUND[form])
     mixed = (x_TD, norm, expert_T, gate_T, *routed, *shared)
-    mix = jax.jit(kernels.mix_experts)  # once: a method is another object each time it is named
+    mix = jax.jit(kernels.mix_experts)  # once: each access makes another bound method
     first, second = (np.asarray(mix(*mixed)) for _ in range(2))
     assert_close(first, define(reference.mix_experts, *mixed), BOUND[form])
     np.testing.assert_array_equal(first, second)
@@ -191,7 +192,7 @@ def check_products(kernels: Any, form: str, tokens: int, sizes: Sizes) -> None:
 
 
 def check_head(kernels: Any, tokens: int, sizes: Sizes) -> None:
-    """Logits equal their definition, of every word; twice the same."""
+    """Logits of the whole vocabulary equal their definition, and are deterministic."""
     rng = np.random.default_rng(4)
     x_RD = make_tokens(rng, tokens, sizes.width)
     head_VD = make_weight(rng, "bfloat16", sizes.vocab, sizes.width)
@@ -210,9 +211,11 @@ def make_pages(
     sizes: Sizes,
     dtype: Any,
 ) -> dict[str, Any]:
-    """Rows of `lengths` positions on shuffled pages, and the last `news` of them this step's, not
-    yet stored; nan where no row has written. Of this step's keys and values some are beyond what
-    e4m3 holds."""
+    """Make rows of `lengths` positions on shuffled pages, nan where no row has written.
+
+    The last `news` positions of a row belong to this step and are not yet stored. Some of their
+    keys and values are beyond the range of e4m3.
+    """
     s, rows = sizes, len(lengths)
     width = 1 + max(-(-length // s.page) for length in lengths)
     table_RB = rng.permutation(rows * width + 3)[: rows * width].reshape(rows, width)
@@ -242,14 +245,14 @@ def make_pages(
 
 
 def make_contexts(page: int) -> dict[str, tuple[list[int], list[int], int]]:
-    """Lengths of rows, how many tokens of each are new, and padding, around borders of pages."""
+    """Return row lengths, new tokens of each row, and padding, around borders of pages."""
     return {
         "one token": ([1], [1], 0),
         "decode": ([5, 1, page, page + 1, 2 * page - 1], [1] * 5, 0),
         "decode with unused rows": ([5, 1, 33, 8], [1, 1, 0, 0], 2),
-        "a long row alone": ([9 * page + 3], [1], 0),
+        "a single long row": ([9 * page + 3], [1], 0),
         "prompt": ([page + 6], [page + 6], 10),
-        "prompt behind a prefix": ([3 * page + 1], [30], 0),
+        "prompt after a prefix": ([3 * page + 1], [30], 0),
         "mixed": ([150, 9, page + 1, 4], [1, 9, page, 1], 7),
     }
 
@@ -257,16 +260,18 @@ def make_contexts(page: int) -> dict[str, tuple[list[int], list[int], int]]:
 def check_attention(
     kernels: Any, form: str, rows: tuple[list[int], list[int], int], sizes: Sizes
 ) -> None:
-    """A step's keys and values are stored where the definition stores them, in a poisoned pool of
-    which nothing else changes; attention equals its definition, and gives zeros to padding."""
+    """Keys and values are stored as by definition, in a poisoned pool that changes nowhere else.
+
+    Attention equals its definition, and padding gets zeros.
+    """
     case = make_pages(np.random.default_rng(2), *rows, sizes, PAGES[form])
-    # A projection adds zeros, and of -0 and 0 that makes 0.
+    # A projection adds zeros, and -0 + 0 is 0.
     q_TKGH, *kv = (case.pop(name) + 0 for name in ("q_TKGH", "k_TKH", "v_TKH"))
     before, where = (
         [case[name] for name in names.split()]
         for names in ("k_PKZH v_PKZH", "table_RB row_T position_T")
     )
-    # Heads that a projection gives back as they came.
+    # An identity projection returns these heads.
     x_TKJH = jnp.concatenate([q_TKGH, *(x_TKH[:, :, None] for x_TKH in kv)], axis=2)
     (tokens, *shape), width = x_TKJH.shape, x_TKJH[0].size
     one_KJHD = jnp.eye(width, dtype=x_TKJH.dtype).reshape(*shape, width)
@@ -285,10 +290,10 @@ def check_attention(
     np.testing.assert_array_equal(first, second)
 
 
-def make_turns(
+def make_head_transforms(
     rng: np.random.Generator, tokens: int, head_dim: int
 ) -> dict[str, reference.HeadTransform]:
-    """What heads may go through, by name."""
+    """Make head transforms by name."""
     angle_TH = jnp.asarray(rng.uniform(0, 8192, (tokens, head_dim // 2)), jnp.float32)
     factor_T = jnp.linspace(0.5, 2.0, tokens)
     return {
@@ -301,26 +306,26 @@ def make_turns(
     }
 
 
-TURNS = ("rope", "rope and norm", "temperature", "all")
-TURNED = [*(("fp8", turn) for turn in TURNS), ("bfloat16", "all"), ("int4", "all")]
+TRANSFORMS = ("rope", "rope and norm", "temperature", "all")
+TRANSFORM_CASES = [*(("fp8", name) for name in TRANSFORMS), ("bfloat16", "all"), ("int4", "all")]
 
 
-def check_turn(
-    kernels: Any, form: str, turn: str, tokens: int, sizes: Sizes, *, is_prompt: bool
+def check_head_transform(
+    kernels: Any, form: str, transform: str, tokens: int, sizes: Sizes, *, is_prompt: bool
 ) -> None:
-    """Heads are projected, turned, normed and scaled on their way to attention and to the pages as
-    the definition does it; twice the same."""
+    """Heads are projected, transformed and stored as by definition, deterministically."""
     s, rng = sizes, np.random.default_rng(5)
     x_TD, norm = make_unlike(rng, tokens, s.width), make_norm(rng, s.width)
     qkv = make_weight(rng, form, s.kv_heads, s.queries + 2, s.head_dim, s.width)
-    # A prompt, or rows of which each has a token before this one.
+    # A prompt, or rows that each have one earlier token.
     rows, at_T = 1 if is_prompt else tokens, jnp.arange(tokens, dtype=jnp.int32)
     row_T, position_T = (0 * at_T, at_T) if is_prompt else (at_T, 0 * at_T + 1)
     table_RB = jnp.arange(rows * -(-tokens // s.page), dtype=jnp.int32).reshape(rows, -1)
     shape = (table_RB.size, s.kv_heads, s.page, s.head_dim)
     k_PKZH, v_PKZH = (make_tokens(rng, *shape).at[:, :, 1:].set(jnp.nan) for _ in "kv")
-    pool, turned = (k_PKZH, v_PKZH), make_turns(rng, tokens, s.head_dim)[turn]
-    case = (x_TD, norm, qkv, turned, *pool, table_RB, row_T, position_T)
+    pool = k_PKZH, v_PKZH
+    transforms = make_head_transforms(rng, tokens, s.head_dim)
+    case = (x_TD, norm, qkv, transforms[transform], *pool, table_RB, row_T, position_T)
     run = jax.jit(kernels.attend)
     first, second = (jax.tree.map(np.asarray, run(*case)) for _ in range(2))
     y_TKGH, *pages = define(reference.attend, *case)

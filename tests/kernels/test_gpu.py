@@ -1,4 +1,4 @@
-"""On a Hopper GPU: the kernels keep the laws compiled, on the shapes of Scout too."""
+"""Laws of the compiled kernels on a Hopper GPU, with the shapes of Scout too."""
 
 import dataclasses
 
@@ -34,12 +34,12 @@ def test_routes_of_scout_equal_their_definition(kernels, tokens):
     laws.check_route(kernels, tokens, SCOUT)
 
 
-@pytest.mark.parametrize("leading", [0, 3])
+@pytest.mark.parametrize("shared_blocks", [0, 3])
 @pytest.mark.parametrize("tokens", [4, 8, 128, 256])
-def test_in_one_launch_tokens_go_where_the_definition_puts_them(tokens, leading):
-    from l4jax.kernels.slots import assign_at_once  # needs what only jax for a GPU brings
+def test_one_launch_assigns_the_slots_of_the_definition(tokens, shared_blocks):
+    from l4jax.kernels.hopper.slot_assignment import assign_slots_in_kernel
 
-    laws.check_slots(assign_at_once, tokens, experts=16, leading=leading)
+    laws.check_slots(assign_slots_in_kernel, tokens, experts=16, shared_blocks=shared_blocks)
 
 
 @pytest.mark.parametrize("choice", laws.CHOICES)
@@ -72,22 +72,24 @@ def test_attention_of_scout_equals_its_definition(kernels, form, context):
     laws.check_attention(kernels, form, CONTEXTS[context], SCOUT)
 
 
-@pytest.mark.parametrize("choice", laws.HELD)
-def test_experts_of_tokens_that_are_held_equal_their_definition(kernels, choice):
-    laws.check_experts(kernels, "fp8", laws.HELD[choice], dataclasses.replace(SCOUT, hidden=512))
+@pytest.mark.parametrize("choice", laws.RESIDENT)
+def test_experts_of_resident_tokens_equal_their_definition(kernels, choice):
+    laws.check_experts(
+        kernels, "fp8", laws.RESIDENT[choice], dataclasses.replace(SCOUT, hidden=512)
+    )
 
 
-def test_in_one_launch_tokens_keep_their_order_as_the_definition_does():
-    from l4jax.kernels.slots import assign_at_once
+def test_one_launch_keeps_the_token_order_of_the_definition():
+    from l4jax.kernels.hopper.slot_assignment import assign_slots_in_kernel
 
-    laws.check_order(assign_at_once, 8, experts=16, leading=1)
+    laws.check_order(assign_slots_in_kernel, 8, experts=16, shared_blocks=1)
 
 
-@pytest.mark.parametrize("form, turn", laws.TURNED)
-def test_heads_of_scout_that_are_turned_equal_their_definition(kernels, form, turn):
-    laws.check_turn(kernels, form, turn, 3, SCOUT, is_prompt=False)
+@pytest.mark.parametrize("form, transform", laws.TRANSFORM_CASES)
+def test_transformed_heads_of_scout_equal_their_definition(kernels, form, transform):
+    laws.check_head_transform(kernels, form, transform, 3, SCOUT, is_prompt=False)
 
 
 @pytest.mark.parametrize("form", laws.FORMATS)
 def test_heads_of_a_prompt_of_scout_equal_their_definition(kernels, form):
-    laws.check_turn(kernels, form, "all", 300, SCOUT, is_prompt=True)
+    laws.check_head_transform(kernels, form, "all", 300, SCOUT, is_prompt=True)

@@ -1,5 +1,4 @@
-"""Every bundle of kernels that runs here keeps the laws: the portable one always, and Hopper's,
-interpreted, where jax can interpret it."""
+"""Laws of every kernel bundle that runs here: the portable one, and Hopper's in the interpreter."""
 
 import dataclasses
 
@@ -15,10 +14,9 @@ BUNDLES = {"portable": PORTABLE}
 if jax.__version_info__ >= (0, 12):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from l4jax.kernels.hopper import Hopper
+    from l4jax.kernels.hopper.dispatch import Hopper
 
-    # Each of so few multiprocessors has several items of work, and yet attention of a long row
-    # alone is cut into parts.
+    # Few SMs: each has several work items, and attention of a single long row is still split.
     BUNDLES["hopper"] = Hopper(4, plgpu.InterpretGPUParams())
 
 
@@ -43,17 +41,17 @@ def test_experts_equal_their_definition(kernels, form, choice):
 
 
 @pytest.mark.slow
-def test_experts_of_as_many_tokens_as_are_held_equal_their_definition(kernels):
-    laws.check_experts(kernels, "fp8", laws.HELD["as many as are held"], SIZES)
+def test_experts_of_as_many_tokens_as_may_be_resident_equal_their_definition(kernels):
+    laws.check_experts(kernels, "fp8", laws.RESIDENT["the most"], SIZES)
 
 
 @pytest.mark.slow
-def test_experts_of_more_tokens_than_run_beside_the_shared_one_equal_their_definition(kernels):
+def test_experts_without_the_shared_one_in_their_launches_equal_their_definition(kernels):
     laws.check_experts(kernels, "fp8", [1] * 3 + [0, 3, 3, 0] * 9, SIZES)
 
 
 @pytest.mark.parametrize("tokens", tiers.every(2, [3, 8]))
-def test_products_of_tokens_that_are_held_equal_their_definition(kernels, tokens):
+def test_products_of_resident_tokens_equal_their_definition(kernels, tokens):
     laws.check_products(kernels, "fp8", tokens, SIZES)
 
 
@@ -81,18 +79,18 @@ def test_attention_to_halves_of_long_pages_equals_its_definition(kernels, form, 
     laws.check_attention(kernels, form, laws.make_contexts(sizes.page)[context], sizes)
 
 
-@pytest.mark.parametrize("form, turn", laws.TURNED)
-def test_heads_that_are_turned_equal_their_definition(kernels, form, turn):
-    laws.check_turn(kernels, form, turn, 3, SIZES, is_prompt=False)
+@pytest.mark.parametrize("form, transform", laws.TRANSFORM_CASES)
+def test_transformed_heads_equal_their_definition(kernels, form, transform):
+    laws.check_head_transform(kernels, form, transform, 3, SIZES, is_prompt=False)
 
 
 def test_heads_of_a_prompt_equal_their_definition(kernels):
-    # Longer than what is few to a dense product, which leaves scales of columns over then.
+    # More tokens than a memory-bound matmul has: the library leaves the column scales to apply.
     sizes = dataclasses.replace(SIZES, kv_heads=1)
-    laws.check_turn(kernels, "fp8", "all", 130, sizes, is_prompt=True)
+    laws.check_head_transform(kernels, "fp8", "all", 130, sizes, is_prompt=True)
 
 
 @pytest.mark.slow
 def test_heads_on_pages_of_another_size_equal_their_definition(kernels):
-    sizes = dataclasses.replace(SIZES, page=32)  # which attention on Hopper leaves to plain XLA
-    laws.check_turn(kernels, "fp8", "all", 3, sizes, is_prompt=False)
+    sizes = dataclasses.replace(SIZES, page=32)  # a page size that falls back to plain XLA
+    laws.check_head_transform(kernels, "fp8", "all", 3, sizes, is_prompt=False)

@@ -1,11 +1,15 @@
-"""Where tokens go: into blocks of their own expert, side by side, and no two into one slot."""
+"""Slot assignment: tokens of an expert side by side in its blocks, and no two in one slot."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l4jax.kernels.routing import assign_slots, count_blocks, keep_order
+from l4jax.kernels.hopper.slot_assignment import (
+    assign_slots,
+    count_blocks,
+    keep_token_order,
+)
 
 EXPERTS = 5
 CHOICES = {
@@ -32,21 +36,21 @@ def test_each_token_has_a_slot_of_its_own_in_a_block_of_its_expert(choice, slots
     assert token_S.min() >= 0 and token_S.max() < len(expert_T)
 
 
-def test_leading_blocks_hold_all_tokens_in_order():
-    found = assign_slots(jnp.asarray([1, 0, 1], jnp.int32), EXPERTS, 8, leading=1)
+def test_shared_blocks_hold_all_tokens_in_order():
+    found = assign_slots(jnp.asarray([1, 0, 1], jnp.int32), EXPERTS, 8, shared_blocks=1)
     np.testing.assert_array_equal(found.token_S[:8], [0, 1, 2, 2, 2, 2, 2, 2])
     np.testing.assert_array_equal(found.slot_T, [16, 8, 17])
     np.testing.assert_array_equal(found.count, [3])
 
 
-@pytest.mark.parametrize("leading", [0, 1])
+@pytest.mark.parametrize("shared_blocks", [0, 1])
 @pytest.mark.parametrize("tokens", [1, 5, 8])
-def test_in_order_each_token_stands_at_its_own_place_of_its_experts_block(tokens, leading):
+def test_with_kept_order_each_token_has_its_own_index_in_its_experts_block(tokens, shared_blocks):
     expert_T = jnp.asarray(np.random.default_rng(1).integers(0, EXPERTS, tokens), jnp.int32)
-    found = keep_order(assign_slots(expert_T, EXPERTS, 8, leading), 8)
+    found = keep_token_order(assign_slots(expert_T, EXPERTS, 8, shared_blocks), 8)
     slot_T = np.asarray(found.slot_T)
     np.testing.assert_array_equal(slot_T % 8, np.arange(tokens))
-    np.testing.assert_array_equal(np.asarray(found.expert_I)[slot_T // 8 - leading], expert_T)
+    np.testing.assert_array_equal(np.asarray(found.expert_I)[slot_T // 8 - shared_blocks], expert_T)
     np.testing.assert_array_equal(np.asarray(found.token_S)[slot_T], np.arange(tokens))
 
 
@@ -67,7 +71,7 @@ def test_one_expert_takes_the_tokens_as_they_come():
 def test_blocks_suffice_for_every_choice(tokens):
     blocks = count_blocks(tokens, EXPERTS, 8)
     hit = min(tokens, EXPERTS)
-    worst = [1] * (hit - 1) + [tokens - hit + 1]  # one token each, the rest on the last
+    worst = [1] * (hit - 1) + [tokens - hit + 1]  # one token each, the others on the last
     assert sum(-(-n // 8) for n in worst) <= blocks
     even = np.bincount(np.arange(tokens) % EXPERTS)
     assert sum(-(-n // 8) for n in even) <= blocks
