@@ -113,9 +113,9 @@ def test_max_is_the_longest_context_that_fits_in_memory(monkeypatch, rows, pages
 
 def test_the_longest_request_fills_the_pages():
     groups, chunk, page = 3, 64, 16
-    asked = EngineConfig(max_model_len=10000, max_num_seqs=1, block_size=page)
+    engine_config = EngineConfig(max_model_len=10000, max_num_seqs=1, block_size=page)
     chunked = TINY.replace_text(chunk=chunk)
-    limits = plan_limits(chunked, asked, 1, 1, 10**6)
+    limits = plan_limits(chunked, engine_config, 1, 1, 10**6)
 
     def count(length: int) -> int:
         return length // page + groups * min(length, chunk) // page

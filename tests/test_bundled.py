@@ -108,8 +108,8 @@ def test_it_reads_the_bundled_chart(llm):
 def test_eight_devices_give_the_outputs_of_one(llm, sharded, needles):
     questions = ("What is 12 + 34?", needles[0].turns[0][0])
     assert ask(sharded, *questions) == ask(llm, *questions)
-    asked, chart = "List all values.", checkpoint.SAMPLE
-    assert ask(sharded, asked, image=chart) == ask(llm, asked, image=chart)
+    question, chart = "List all values.", checkpoint.SAMPLE
+    assert ask(sharded, question, image=chart) == ask(llm, question, image=chart)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The first door, as a newcomer opens it: in a process of its own."""
+"""The generate command, in its own process."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from l4jax import generate
 from l4jax.train import bundle
 
 
-def open_door(*words: str, cache: os.PathLike, stdin: str = "") -> subprocess.CompletedProcess:
+def run_generate(*words: str, cache: os.PathLike, stdin: str = "") -> subprocess.CompletedProcess:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "NPROC", "XLA_"))}
     environment = {**kept, "L4JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
     return subprocess.run(
@@ -33,25 +33,25 @@ def cache(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_first_command_answers_and_the_second_run_answers_the_same(cache):
-    first = open_door("--mesh", "8", cache=cache)
+    first = run_generate("--mesh", "8", cache=cache)
     assert first.returncode == 0, first.stderr
     assert "blue light" in first.stdout
     assert "No --model: the tiny Llama 4 that comes with l4jax answers" in first.stderr
     assert "the mesh data=1,model=8 is made of 8 CPU devices" in first.stderr
     assert re.search(r"\d+ tokens, [\d.]+ tokens/s; time to first token", first.stderr)
     assert "Traceback" not in first.stderr
-    second = open_door("--mesh", "8", cache=cache)
+    second = run_generate("--mesh", "8", cache=cache)
     assert second.returncode == 0, second.stderr
     assert second.stdout == first.stdout
 
 
 @pytest.mark.slow
-def test_the_chart_that_comes_with_it_is_named_sample_and_is_read(cache):
+def test_the_image_sample_is_the_bundled_chart(cache):
     marks = bundle.make_sample()
-    done = open_door("--image", "sample", "--prompt", "Which bar is the largest?", cache=cache)
+    done = run_generate("--image", "sample", "--prompt", "Which bar is the largest?", cache=cache)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == marks.labels[marks.values.index(max(marks.values))]
-    listed = open_door("--image", "sample", cache=cache)
+    listed = run_generate("--image", "sample", cache=cache)
     assert all(label in listed.stdout for label in marks.labels)
 
 
@@ -63,11 +63,11 @@ def test_options_images_and_standard_input(cache, tmp_path):
     words = ["--tensor-parallel-size", "2", "--image", str(picture), "--image", str(picture)]
     words += ["--system", "Be brief.", "--max-tokens", "5", "--temperature", "0", "--seed", "3"]
     words += ["--dtype", "float32", "--max-model-len", "2048", "--attn-temperature-tuning", "off"]
-    piped = open_door(*words, cache=cache, stdin="What is it?")
-    asked = open_door(*words, "--prompt", "What is it?", cache=cache)
-    assert piped.returncode == asked.returncode == 0, piped.stderr
-    assert piped.stdout == asked.stdout
-    for done in (piped, asked):
+    piped = run_generate(*words, cache=cache, stdin="What is it?")
+    prompted = run_generate(*words, "--prompt", "What is it?", cache=cache)
+    assert piped.returncode == prompted.returncode == 0, piped.stderr
+    assert piped.stdout == prompted.stdout
+    for done in (piped, prompted):
         assert re.search(r"^[1-5] tokens, [\d.]+ tokens/s", done.stderr, re.MULTILINE)
 
 
@@ -81,7 +81,7 @@ def test_options_images_and_standard_input(cache, tmp_path):
         (["--top-p", "7"], "top_p is 7.0"),
     ],
 )
-def test_what_is_asked_wrongly_is_answered_in_one_line(words, says, capsys):
+def test_invalid_arguments_give_one_line_and_exit_code_1(words, says, capsys):
     assert generate.main([*words, "--prompt", "a"]) == 1
     told = capsys.readouterr()
     last = told.err.strip().splitlines()[-1]

@@ -65,8 +65,8 @@ def test_generate_returns_outputs_in_order_equal_to_batch_size_1(llm):
         assert output.prompt_token_ids[0] == llm.tokenizer.bos_id
         assert len(answer.token_ids) == 24 and answer.finish_reason == "length"
         assert answer.text == llm.tokenizer.decode(answer.token_ids)
-        alone = llm.generate(prompt, GREEDY)[0].outputs[0]
-        assert alone.token_ids == answer.token_ids
+        single = llm.generate(prompt, GREEDY)[0].outputs[0]
+        assert single.token_ids == answer.token_ids
 
 
 def test_each_prompt_may_have_its_own_sampling_params(llm):
@@ -195,9 +195,9 @@ def test_a_stop_token_ends_the_output_and_is_the_stop_reason(llm):
 
 def test_the_same_seed_gives_the_same_output_in_any_batch(llm):
     params = SamplingParams(temperature=1.0, seed=7, max_tokens=16, ignore_eos=True)
-    alone = llm.generate("The sky", params)[0].outputs[0].token_ids
-    among = llm.generate(["a", "The sky", "b c"], [GREEDY, params, params.replace(seed=8)])
-    assert among[1].outputs[0].token_ids == alone
+    single = llm.generate("The sky", params)[0].outputs[0].token_ids
+    mixed = llm.generate(["a", "The sky", "b c"], [GREEDY, params, params.replace(seed=8)])
+    assert mixed[1].outputs[0].token_ids == single
     without = params.replace(seed=None)
     first, second = (llm.generate("The sky", without)[0].outputs[0].token_ids for _ in range(2))
     assert first != second
@@ -209,13 +209,13 @@ def test_n_completions_equal_n_requests_with_consecutive_seeds(llm):
     assert [len(output.outputs) for output in outputs] == [3, 1]
     assert [answer.index for answer in outputs[0].outputs] == [0, 1, 2]
     for answer in outputs[0].outputs:
-        alone = llm.generate("The sky", params.replace(n=1, seed=7 + answer.index))
-        assert alone[0].outputs[0].token_ids == answer.token_ids
+        single = llm.generate("The sky", params.replace(n=1, seed=7 + answer.index))
+        assert single[0].outputs[0].token_ids == answer.token_ids
     assert len({tuple(answer.token_ids) for answer in outputs[0].outputs}) == 3
 
 
 def test_a_repeated_prompt_is_cached_and_gives_the_same_output(llm):
-    prompt = "Nobody has asked this before, and it is long enough for a page of " + "words " * 64
+    prompt = "A prompt of no other test, and long enough for a page of " + "words " * 64
     first, second = (llm.generate(prompt, GREEDY)[0] for _ in range(2))
     assert first.num_cached_tokens == 0
     assert second.num_cached_tokens >= 64

@@ -79,7 +79,7 @@ def build_app(service: Service) -> ASGIApp:
 
     app = FastAPI(
         title="l4jax",
-        summary="Llama 4 behind OpenAI's API",
+        summary="Llama 4 with OpenAI's API",
         version=__version__,
         lifespan=run_engine,
         root_path=service.options.root_path,

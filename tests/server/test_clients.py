@@ -104,8 +104,8 @@ def test_lm_eval_scores_and_generates_through_local_completions(server, tmp_path
                 server.post("/tokenize", {"prompt": text, "add_special_tokens": False}).json()
                 for text in (doc["question"], f"{doc['question']} {choice}")
             )
-            asked = {"prompt": whole["tokens"], "echo": True, "logprobs": 1, "max_tokens": 0}
-            scored = server.post("/v1/completions", asked).json()["choices"][0]["logprobs"]
+            body = {"prompt": whole["tokens"], "echo": True, "logprobs": 1, "max_tokens": 0}
+            scored = server.post("/v1/completions", body).json()["choices"][0]["logprobs"]
             wanted = sum(scored["token_logprobs"][context["count"] :])
             assert float(response[0]) == pytest.approx(wanted, abs=1e-3)
 
@@ -117,8 +117,8 @@ def test_lm_eval_generates_through_local_chat_completions(server, tmp_path):
     found = evaluate(server, tmp_path, *chat)
     for sample in found["samples"]["write"]:
         talk = [{"role": "user", "content": sample["doc"]["question"]}]
-        asked = {"messages": talk, "max_tokens": 8, "temperature": 0, "stop": ["\n\n"]}
-        answer = server.post("/v1/chat/completions", asked).json()
+        body = {"messages": talk, "max_tokens": 8, "temperature": 0, "stop": ["\n\n"]}
+        answer = server.post("/v1/chat/completions", body).json()
         assert sample["resps"][0][0] == answer["choices"][0]["message"]["content"]
 
 

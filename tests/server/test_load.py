@@ -1,4 +1,4 @@
-"""Many clients at once: all are served, canceled requests leave nothing."""
+"""Many clients at once: all are served, disconnects leave no request."""
 
 import gc
 import os
@@ -13,8 +13,8 @@ from tests.server.fake_engine import wait_until
 from tests.server.servers import ASK, LONG_SECONDS, MODEL, make_llm, run_server
 
 CLIENTS, KILLED, TOGETHER = 64, 20, 16
-REQUESTS, GROWTH = 500, 4 * 2**20  # bytes, of a gigabyte and more: what allocators do
-ROUNDS = 4  # until one is flat: this process is not alone in its memory, and a leak is in each
+REQUESTS, GROWTH = 500, 4 * 2**20  # bytes: noise of the allocators, of more than 1 GB
+ROUNDS = 4  # until one is flat; a leak grows in each round
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def ask(number: int, **options):
 
 
 def stream(client: openai.OpenAI, number: int, is_killed: bool) -> str | None:
-    """The text of an answer; None where the client hangs up after its first words."""
+    """Return the text of a stream; None if the client disconnects after the first text."""
     text = ""
     with client.chat.completions.create(**ask(number, stream=True)) as events:
         for chunk in events:
@@ -45,29 +45,29 @@ def stream(client: openai.OpenAI, number: int, is_killed: bool) -> str | None:
 
 
 @pytest.mark.slow
-def test_sixty_four_streams_at_once_are_served_and_the_twenty_that_are_killed_leave_nothing(server):
-    # Threads and not coroutines: an asynchronous generator that is left midway waits for the
-    # garbage collector, which may come in a thread of the server's, while the generator runs.
+def test_sixty_four_concurrent_streams_are_served_and_twenty_disconnects_leave_nothing(server):
+    # Threads and not coroutines: an abandoned asynchronous generator waits for the garbage
+    # collector, which may run in a thread of the server while the generator runs.
     with server.client() as client, ThreadPoolExecutor(CLIENTS) as together:
-        asked = [together.submit(stream, client, n, n < KILLED) for n in range(CLIENTS)]
-        texts = [answer.result() for answer in asked]
+        futures = [together.submit(stream, client, n, n < KILLED) for n in range(CLIENTS)]
+        texts = [future.result() for future in futures]
     assert texts[:KILLED] == [None] * KILLED and all(texts[KILLED:])
     server.wait_idle()
     assert server.service.loop.stats.pages_used == 0
-    with server.client() as client:  # each answer is what it is alone
+    with server.client() as client:  # each output equals that of batch size 1
         for number in (KILLED, CLIENTS - 1):
-            alone = client.chat.completions.create(**ask(number)).choices[0].message.content
-            assert alone == texts[number]
+            single = client.chat.completions.create(**ask(number)).choices[0].message.content
+            assert single == texts[number]
 
 
 def read_memory() -> int:
-    """Bytes of this process that are in memory."""
+    """Return the resident bytes of this process."""
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.slow
-def test_the_memory_is_flat_over_hundreds_of_requests(server):
+def test_memory_stays_constant_over_hundreds_of_requests(server):
     with httpx2.Client(timeout=LONG_SECONDS) as client, ThreadPoolExecutor(TOGETHER) as pool:
 
         def run(number: int) -> None:
@@ -81,7 +81,7 @@ def test_the_memory_is_flat_over_hundreds_of_requests(server):
             wait_until(lambda: not server.service.loop.count_in_flight())
             return read_memory()
 
-        sizes = [run_all(REQUESTS)]  # as many threads and connections as there will ever be
+        sizes = [run_all(REQUESTS)]  # creates all threads and connections
         while len(sizes) <= ROUNDS:
             sizes.append(run_all(REQUESTS))
             if sizes[-1] - sizes[-2] < GROWTH:

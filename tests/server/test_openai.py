@@ -252,10 +252,10 @@ FORMATS = [
 ]
 
 
-@pytest.mark.parametrize("asked", FORMATS)
-def test_a_response_format_is_obeyed(client, asked):
-    extra = {"ignore_eos": False, **asked.get("extra_body", {})}
-    rest = {key: value for key, value in asked.items() if key != "extra_body"}
+@pytest.mark.parametrize("constraint", FORMATS)
+def test_a_response_format_is_obeyed(client, constraint):
+    extra = {"ignore_eos": False, **constraint.get("extra_body", {})}
+    rest = {key: value for key, value in constraint.items() if key != "extra_body"}
     answer = chat(client, temperature=1.0, seed=1, max_tokens=200, extra_body=extra, **rest)
     value = json.loads(answer.choices[0].message.content)
     assert set(value) == {"city"} and answer.choices[0].finish_reason == "stop"
@@ -279,7 +279,7 @@ def test_continue_final_message_leaves_the_last_turn_open(client):
     assert chat(client, begun, extra_body=extra).usage.prompt_tokens == tokens["count"]
 
 
-def test_completions_accept_texts_and_ids_alone_and_in_lists(client, llm):
+def test_completions_accept_texts_and_ids_and_lists_of_them(client, llm):
     ids = llm.tokenizer.encode("The sky")
     more = {"model": MODEL, **GREEDY, "extra_body": {"ignore_eos": True}}
     found = [

@@ -20,17 +20,17 @@ SECRET = "the secret of the prompt"
 
 
 @pytest.fixture
-def fake_engine(tmp_path):
+def fake_llm(tmp_path):
     return make_fake_llm(tmp_path)
 
 
 @pytest.fixture
-def server(fake_engine):
-    with run_server(fake_engine, max_waiting=1) as running:
+def server(fake_llm):
+    with run_server(fake_llm, max_waiting=1) as running:
         yield running
-        fake_engine.engine.pace.set()
+        fake_llm.engine.pace.set()
         wait_until(lambda: is_idle(running.service.loop))
-        assert fake_engine.engine.threads == {"engine"}  # no other thread called it
+        assert fake_llm.engine.threads == {"engine"}  # no other thread called it
 
 
 def ask(**options):
@@ -81,12 +81,12 @@ def test_the_first_requests_may_be_concurrent(tmp_path):
     code = f"""
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tests.server.test_bad_times import CHAT, ask
+from tests.server.test_failures import CHAT, ask
 from tests.server.servers import run_server
 from tests.server.fake_engine import make_fake_llm
 with run_server(make_fake_llm(Path({str(tmp_path)!r}), 8)) as server, ThreadPoolExecutor(8) as pool:
-    asked = [pool.submit(server.post, CHAT, ask()) for _ in range(8)]
-    print({{future.result().status_code for future in asked}})
+    futures = [pool.submit(server.post, CHAT, ask()) for _ in range(8)]
+    print({{future.result().status_code for future in futures}})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.stdout.split() == ["{200}"], done.stdout + done.stderr
@@ -116,24 +116,24 @@ def test_unknown_paths_and_methods_get_openais_error_format(server, method, path
     assert response.headers["x-request-id"]
 
 
-def test_a_full_server_refuses_with_retry_after_and_recovers(server, fake_engine):
-    fake_engine.engine.pace.clear()
+def test_a_full_server_refuses_with_retry_after_and_recovers(server, fake_llm):
+    fake_llm.engine.pace.clear()
     with ThreadPoolExecutor(4) as pool:
-        asked = [pool.submit(server.post, CHAT, ask()) for _ in range(3)]
+        futures = [pool.submit(server.post, CHAT, ask()) for _ in range(3)]
         wait_until(lambda: server.service.loop.count_in_flight() == 3)
         refused = server.post(CHAT, ask())
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
         assert read_error(refused)["type"] == "rate_limit_error"
         assert server.get("/health").status_code == 200
-        fake_engine.engine.pace.set()
-        assert [future.result().status_code for future in asked] == [200] * 3
+        fake_llm.engine.pace.set()
+        assert [future.result().status_code for future in futures] == [200] * 3
     assert server.post(CHAT, ask()).status_code == 200
     assert server.post(CHAT, ask(n=4)).status_code == 400  # never fits
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_disconnect_aborts_the_request(server, fake_engine, stream):
-    fake_engine.engine.pace.clear()
+def test_a_disconnect_aborts_the_request(server, fake_llm, stream):
+    fake_llm.engine.pace.clear()
     body = json.dumps(ask(stream=stream, n=2)).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n"
     port = int(server.url.rpartition(":")[2])
@@ -142,36 +142,36 @@ def test_a_disconnect_aborts_the_request(server, fake_engine, stream):
         wait_until(lambda: server.service.loop.stats.running == 2)
         if stream:
             assert connection.recv(100)
-    wait_until(lambda: len(fake_engine.engine.cancelled) == 2)
+    wait_until(lambda: len(fake_llm.engine.cancelled) == 2)
     wait_until(lambda: is_idle(server.service.loop))
 
 
-def test_a_failed_step_fails_its_requests_only(server, fake_engine):
-    fake_engine.engine.failure = RuntimeError("out of memory")
+def test_a_failed_step_fails_its_requests_only(server, fake_llm):
+    fake_llm.engine.failure = RuntimeError("out of memory")
     response = server.post(CHAT, ask())
     assert response.status_code == 500 and read_error(response)["type"] == "server_error"
     assert "out of memory" not in response.text
-    fake_engine.engine.failure = RuntimeError("out of memory")
+    fake_llm.engine.failure = RuntimeError("out of memory")
     lines = server.post(CHAT, ask(stream=True)).text.strip().split("\n\n")
     error = json.loads(lines[-2].removeprefix("data: "))
     assert error["error"]["type"] == "server_error" and lines[-1] == "data: [DONE]"
     assert server.post(CHAT, ask()).json()["choices"][0]["message"]["content"] == "aaaaa"
 
 
-def test_a_dead_engine_fails_the_health_check(server, fake_engine):
+def test_a_dead_engine_fails_the_health_check(server, fake_llm):
     def fail(*_):
         raise RuntimeError("broken")
 
-    fake_engine.engine.stats = fail
+    fake_llm.engine.stats = fail
     server.post(CHAT, ask())
     wait_until(lambda: server.get("/health").status_code == 503)
     assert read_error(server.get("/ready"))["code"] == "not_ready"
     assert server.post(CHAT, ask()).status_code == 503
 
 
-def test_a_request_beyond_the_timeout_gets_504(fake_engine):
-    fake_engine.engine.pace.clear()
-    with run_server(fake_engine, request_timeout=0.1) as server:
+def test_a_request_beyond_the_timeout_gets_504(fake_llm):
+    fake_llm.engine.pace.clear()
+    with run_server(fake_llm, request_timeout=0.1) as server:
         response = server.post(CHAT, ask())
         assert response.status_code == 504 and "0.1 s" in read_error(response)["message"]
         lines = server.post(CHAT, ask(stream=True)).text.strip().split("\n\n")
@@ -179,8 +179,8 @@ def test_a_request_beyond_the_timeout_gets_504(fake_engine):
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
-def test_a_body_beyond_the_limit_is_refused_before_parsing(fake_engine, is_chunked):
-    with run_server(fake_engine, max_request_bytes=10_000) as server:
+def test_a_body_beyond_the_limit_is_refused_before_parsing(fake_llm, is_chunked):
+    with run_server(fake_llm, max_request_bytes=10_000) as server:
         body = json.dumps(ask(user="a" * 10_000)).encode()
         content = iter([body[:9000], body[9000:]]) if is_chunked else body
         headers = {"Content-Type": "application/json"}
@@ -190,8 +190,8 @@ def test_a_body_beyond_the_limit_is_refused_before_parsing(fake_engine, is_chunk
         assert server.post(CHAT, ask(user="a" * 5000)).status_code == 200
 
 
-def test_api_keys_protect_the_api_and_not_the_probes(fake_engine):
-    with run_server(fake_engine, api_keys=("first", "sécond")) as server:
+def test_api_keys_protect_the_api_and_not_the_probes(fake_llm):
+    with run_server(fake_llm, api_keys=("first", "sécond")) as server:
         for key in ("Bearer wrong", "Bearer", "Basic first", "first", ""):
             headers = {"Authorization": key} if key else {}
             response = server.post(CHAT, ask(), headers=headers)
@@ -207,29 +207,31 @@ def test_api_keys_protect_the_api_and_not_the_probes(fake_engine):
             assert client.chat.completions.create(**ask()).choices[0].message.content == "aaaaa"
 
 
-def test_shutdown_finishes_running_requests_and_refuses_new_ones(fake_engine):
-    fake_engine.engine.pace.clear()
+def test_shutdown_finishes_running_requests_and_refuses_new_ones(fake_llm):
+    fake_llm.engine.pace.clear()
     with ThreadPoolExecutor(2) as pool:
-        with run_server(fake_engine, shutdown_timeout=30) as server:
-            asked = pool.submit(server.post, CHAT, ask())
+        with run_server(fake_llm, shutdown_timeout=30) as server:
+            future = pool.submit(server.post, CHAT, ask())
             wait_until(lambda: server.service.loop.stats.running == 1)
             server.service.loop.drain()
             refused = server.post(CHAT, ask())
             assert refused.status_code == 503 and "shutting down" in refused.text
             assert server.get("/ready").status_code == 503
-            threading.Timer(0.5, fake_engine.engine.pace.set).start()
-        assert asked.result().json()["choices"][0]["message"]["content"] == "aaaaa"
+            threading.Timer(0.5, fake_llm.engine.pace.set).start()
+        assert future.result().json()["choices"][0]["message"]["content"] == "aaaaa"
 
 
-def test_shutdown_aborts_requests_after_its_timeout(fake_engine):
-    fake_engine.engine.pace.clear()
+def test_shutdown_aborts_requests_after_its_timeout(fake_llm):
+    fake_llm.engine.pace.clear()
     with ThreadPoolExecutor(2) as pool:
-        with run_server(fake_engine, shutdown_timeout=0.2) as server:
-            asked = [pool.submit(server.post, CHAT, ask(stream=stream)) for stream in (False, True)]
+        with run_server(fake_llm, shutdown_timeout=0.2) as server:
+            futures = [
+                pool.submit(server.post, CHAT, ask(stream=stream)) for stream in (False, True)
+            ]
             wait_until(lambda: server.service.loop.stats.running == 2)
-        assert asked[0].result().status_code == 503
-        assert "shutting_down" in asked[1].result().text
-        assert asked[1].result().text.endswith("data: [DONE]\n\n")
+        assert futures[0].result().status_code == 503
+        assert "shutting_down" in futures[1].result().text
+        assert futures[1].result().text.endswith("data: [DONE]\n\n")
 
 
 def test_metrics_have_vllms_names_and_count_requests(server):
@@ -257,7 +259,7 @@ def test_metrics_have_vllms_names_and_count_requests(server):
 
 
 @pytest.mark.parametrize("is_logged", [False, True])
-def test_the_log_contains_prompts_only_with_logs_requests(fake_engine, monkeypatch, is_logged):
+def test_the_log_contains_prompts_only_with_logs_requests(fake_llm, monkeypatch, is_logged):
     lines: list[str] = []
     handler = logging.Handler()
     handler.setFormatter(JsonLines())
@@ -267,7 +269,7 @@ def test_the_log_contains_prompts_only_with_logs_requests(fake_engine, monkeypat
         logger.addHandler(handler)
         logger.setLevel(logging.DEBUG)
     try:
-        with run_server(fake_engine, logs_requests=is_logged) as server:
+        with run_server(fake_llm, logs_requests=is_logged) as server:
             talk = [{"role": "user", "content": SECRET}]
             server.post(CHAT, ask(messages=talk))
             server.post(CHAT, ask(messages=[*talk, {"role": SECRET}]))
@@ -291,14 +293,14 @@ def fail_with_secret(_name):
     raise RuntimeError(f"a message with {SECRET}")
 
 
-def test_cors_allows_only_the_given_origins(fake_engine):
-    asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
-    with run_server(fake_engine) as server:
-        response = httpx2.options(server.url + CHAT, headers=asked)
+def test_cors_allows_only_the_given_origins(fake_llm):
+    headers = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    with run_server(fake_llm) as server:
+        response = httpx2.options(server.url + CHAT, headers=headers)
         assert "access-control-allow-origin" not in response.headers
-    with run_server(fake_engine, allowed_origins=("https://a.example",), api_keys=("k",)) as server:
-        response = httpx2.options(server.url + CHAT, headers=asked)
+    with run_server(fake_llm, allowed_origins=("https://a.example",), api_keys=("k",)) as server:
+        response = httpx2.options(server.url + CHAT, headers=headers)
         assert response.headers["access-control-allow-origin"] == "https://a.example"
-        other = {**asked, "Origin": "https://b.example"}
+        other = {**headers, "Origin": "https://b.example"}
         response = httpx2.options(server.url + CHAT, headers=other)
         assert "access-control-allow-origin" not in response.headers
