@@ -1,4 +1,4 @@
-"""Weights in few bits: what they stand for, and what a product with one may lose."""
+"""Quantized weights: their values, and the error of a product with one."""
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +46,10 @@ def test_a_weight_is_its_data_times_its_scale():
     ],
 )
 def test_a_product_is_that_of_the_dequantized_weight(subscripts, x_shape, w_shape):
-    """int4 exactly; fp8 with the activations rounded too, token by token, exactly; and without that
-    rounding within its bound: half a step of e4m3's 3 bits, 2 ** -4, on each of the products."""
+    """int4 is exact, and so is fp8 with activations quantized per token.
+
+    Without that quantization fp8 stays within half a step of e4m3's 3 bits: 2 ** -4 of each term.
+    """
     rng = np.random.default_rng(1)
     x = rng.standard_normal(x_shape).astype(np.float32)
     int4 = make_int4(rng, w_shape, 8)
@@ -69,11 +71,11 @@ def test_a_product_is_that_of_the_dequantized_weight(subscripts, x_shape, w_shap
 
 def test_tokens_are_scaled_one_by_one_and_zeros_stay_zeros():
     x_TD = jnp.array([[1.0, -2.0], [448.0, 3.0], [0.0, 0.0], [1e30, 1.0]])
-    narrow_TD, scale_T = quantize_tokens(x_TD, (1,))
+    fp8_TD, scale_T = quantize_tokens(x_TD, (1,))
     np.testing.assert_allclose(scale_T, [2 / 448, 1, 1, 1e30 / 448], rtol=1e-6)
-    assert narrow_TD.dtype == jnp.float8_e4m3fn
-    assert np.isfinite(narrow_TD.astype(jnp.float32)).all()
-    np.testing.assert_array_equal(narrow_TD[2].astype(jnp.float32), [0, 0])
+    assert fp8_TD.dtype == jnp.float8_e4m3fn
+    assert np.isfinite(fp8_TD.astype(jnp.float32)).all()
+    np.testing.assert_array_equal(fp8_TD[2].astype(jnp.float32), [0, 0])
 
 
 @pytest.mark.parametrize("make", ["fp8", "int4"])
@@ -93,7 +95,7 @@ def test_experts_run_in_every_format(make):
 
 
 def test_int4_takes_half_a_byte_on_the_device():
-    """Read off a compiled program: `.nbytes` counts a byte an element whatever lies in memory."""
+    """Compare with a compiled program's argument size: `.nbytes` counts a byte per element."""
     data = jnp.zeros((64, 128), jnp.int4)
     weight = Quantized(data, jnp.ones((64, 1)))
     compiled = jax.jit(lambda w: dequantize(w, jnp.float32)).lower(weight).compile()

@@ -13,7 +13,7 @@ K, G, H, PAGE = 2, 3, 8, 4
 def make_case(
     lengths: list[int], news: list[int], padding: int, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Rows of `lengths` positions, the last `news` of which are this step's; nan elsewhere."""
+    """Make rows of `lengths` positions, the last `news` of them this step's; nan elsewhere."""
     rng = np.random.default_rng(seed)
     width = 1 + max(-(-length // PAGE) for length in lengths)
     pages = len(lengths) * width + 3
@@ -72,7 +72,7 @@ def test_attention_equals_a_softmax_written_out():
             np.testing.assert_allclose(found[token, head], wanted, atol=1e-6)
 
 
-def test_store_writes_its_own_slots_and_no_other():
+def test_store_writes_each_tokens_slot_and_no_other():
     case = make_case([6, 3], [2, 1], 2)
     rng = np.random.default_rng(1)
     k_TKH, v_TKH = rng.standard_normal((2, 5, K, H)).astype(np.float32)
@@ -89,7 +89,7 @@ def test_store_writes_its_own_slots_and_no_other():
 
 
 @pytest.mark.parametrize("experts", ["spread", "all on one"])
-def test_experts_equal_each_token_alone(experts):
+def test_experts_equal_a_loop_over_tokens(experts):
     rng = np.random.default_rng(0)
     T, D, F, E = 7, 6, 5, 4
     x_TD = rng.standard_normal((T, D)).astype(np.float32)

@@ -12,8 +12,8 @@ from l4jax.config import MAVERICK, SCOUT, RopeScaling
 from l4jax.kernels import PORTABLE, REFERENCE
 from l4jax.kernels.reference import rotate
 from l4jax.model import declare_parameters
-from l4jax.model.attention import Attention, Positions, find_temperature
-from l4jax.model.rope import find_angles, scale_frequencies
+from l4jax.model.attention import Attention, Positions, compute_temperature
+from l4jax.model.rope import compute_angles, scale_frequencies
 from tests import models, tiers, weights
 
 TOLERANCE = 1e-4  # of the logits' scale
@@ -135,7 +135,7 @@ def test_positions_within_the_chunk_give_the_exact_scores_at_any_length(position
     assert position // 8192 == (position - back) // 8192
     exact = score(position, position - back, np.float64)
     within = jnp.array([position % 8192, (position - back) % 8192])
-    turned = rotate(jnp.array([q_H, k_H], jnp.float32), find_angles(within, frequency_H))
+    turned = rotate(jnp.array([q_H, k_H], jnp.float32), compute_angles(within, frequency_H))
     ours = float(turned[0] @ turned[1])
     scale = np.linalg.norm(q_H) * np.linalg.norm(k_H)
     assert abs(ours - exact) / scale < 1e-5
@@ -162,6 +162,6 @@ def test_a_local_layer_computes_the_same_in_every_chunk():
 
 
 def test_temperature_is_one_up_to_the_last_position_of_the_first_stretch():
-    found = find_temperature(jnp.array([0, 8190, 8191, 16382, 16383]), 8192, 0.1)
+    found = compute_temperature(jnp.array([0, 8190, 8191, 16382, 16383]), 8192, 0.1)
     wanted = 1 + 0.1 * np.log1p(np.array([0, 0, 1, 1, 2]))
     np.testing.assert_allclose(found, wanted, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""What the other files are made of: declared weights, projections, norms, the gated MLP."""
+"""Layers that the other modules use: weight declaration, projection, norms, the gated MLP."""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ from l4jax.kernels.reference import Norm
 
 
 def declare(module: nn.Module, name: str, shape: tuple[int, ...], names: tuple[str, ...]) -> Array:
-    """A weight of a module, with the logical name of each of its axes."""
-    if not module.is_initializing():  # nor compare shapes with those of an initial value, again
+    """Declare a weight of a module, with the logical name of each of its axes."""
+    if not module.is_initializing():  # skip Flax's shape check against a traced initializer
         return nn.unbox(module.get_variable("params", name))
     initialize = nn.with_logical_partitioning(nn.initializers.normal(0.02), names)
     return module.param(name, initialize, shape)  # type: ignore[return-value]
@@ -23,19 +23,18 @@ def declare(module: nn.Module, name: str, shape: tuple[int, ...], names: tuple[s
 def project(subscripts: str, x: Array, weight: Weight) -> Array:
     """Multiply by a weight of any format: `einsum`, in the dtype of x.
 
-    Weights end in the axes that are summed over.
+    Weights end in the contracted axes.
     """
     return multiply(subscripts, x, weight)
 
 
 def constrain(x: Array, *names: str) -> Array:
-    """Say which axes these are; a sharding table, where one is in force, says where they live."""
+    """Name the axes of an array; an active sharding table places them."""
     return with_logical_constraint(x, names, fallback=RulesFallback.RAISE_ERROR)
 
 
 class RMSNorm(nn.Module):
-    """A norm, for what reads tokens through it: each divided by its root mean square, then times a
-    weight per channel."""
+    """Parameters of an RMSNorm, which a kernel applies to the tokens that it reads."""
 
     width: int
     eps: float
@@ -46,7 +45,7 @@ class RMSNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """`down @ (silu(gate @ x) * (up @ x))`: dense layers, and the expert that all tokens share."""
+    """`down @ (silu(gate @ x) * (up @ x))`: dense layers, and the shared expert."""
 
     width: int
     hidden: int
@@ -58,13 +57,13 @@ class GatedMLP(nn.Module):
         self.down_DF = declare(self, "down", shape[:0:-1], names[:0:-1])
 
     def __call__(self, x_TD: Array, norm: Norm | None) -> Array:
-        alone_T = jnp.zeros(x_TD.shape[0], jnp.int32)  # an expert, and no other
+        first_T = jnp.zeros(x_TD.shape[0], jnp.int32)  # the only expert
         weights = jax.tree.map(lambda w: w[None], (self.gate_up_cFD, self.down_DF))
-        return self.kernels.run_experts(x_TD, norm, alone_T, *weights)
+        return self.kernels.run_experts(x_TD, norm, first_T, *weights)
 
 
 class LayerNorm(nn.Module):
-    """The vision tower's norm, with weight and bias, in float32; back in the dtype of x."""
+    """LayerNorm of the vision tower, with weight and bias, in float32; returns the dtype of x."""
 
     eps: float
 

@@ -1,4 +1,4 @@
-"""The mixture of experts: one routed expert a token, and one that every token shares."""
+"""Mixture of experts: one routed expert per token, and a shared expert."""
 
 from flax import linen as nn
 from jax import Array
@@ -13,8 +13,8 @@ from l4jax.model.layers import GatedMLP, declare
 class MixtureOfExperts(nn.Module):
     """`shared(x) + expert_e(g * x)` with e the best-scored expert and g = sigmoid(score).
 
-    The expert's input is scaled, not its output, and nothing is normalized over experts: scaling
-    the output instead is 95 % off.
+    The gate scales the expert's input, not its output (scaling the output is 95 % off), and gates
+    are not normalized over experts.
     """
 
     config: TextConfig
@@ -38,6 +38,6 @@ class MixtureOfExperts(nn.Module):
         )
         shared = GatedMLP(c.width, c.expert_width, self.kernels, name="shared")
         score_TE, expert_T, gate_T = self.kernels.route(x_TD, norm, router_ED)
-        self.sow("intermediates", "score_TE", score_TE)  # kept where training asks for it
+        self.sow("intermediates", "score_TE", score_TE)  # read by training
         weights = (gate_up_EcFD, down_EDF, shared.gate_up_cFD, shared.down_DF)
         return self.kernels.mix_experts(x_TD, norm, expert_T, gate_T, *weights)

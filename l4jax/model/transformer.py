@@ -1,4 +1,4 @@
-"""The decoder: embed; layers of attention and feed-forward, each added to x; the head."""
+"""Decoder: embedding; residual layers of attention and feed-forward; the head."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,9 +21,9 @@ from l4jax.model.vision import VisionTower
 Parameters = dict[str, Any]
 
 
-@nn.jit  # layers of a kind are traced and lowered once, and not once each
+@nn.jit  # layers of one kind are traced and lowered once, not once each
 class Layer(nn.Module):
-    """One layer, of one kind of attention and of feed-forward block."""
+    """One decoder layer, with local or global attention and a dense or an expert block."""
 
     config: TextConfig
     is_nope: bool
@@ -53,7 +53,7 @@ class Layer(nn.Module):
 
 
 class Llama4(nn.Module):
-    """The text model over a flat list of tokens: prefill, decode and mixes are this one call."""
+    """Text model over a flat list of tokens: prefill, decode and mixes are the same call."""
 
     config: TextConfig
     kernels: Kernels = Kernels()
@@ -76,8 +76,8 @@ class Llama4(nn.Module):
 
         Args:
             batch: the tokens and their tables.
-            pool: the keys and values of what came before.
-            features_MD: image features that `batch.feature_T` points into.
+            pool: keys and values of earlier tokens.
+            features_MD: image features, which `batch.feature_T` indexes.
 
         Returns:
             [T, D] normed hidden states, for `compute_logits`; and the pool with the step's tokens.
@@ -99,17 +99,17 @@ class Llama4(nn.Module):
         return x_TD, dataclasses.replace(pool, k=tuple(k), v=tuple(v))
 
     def compute_logits(self, x_RD: Array) -> Array:
-        """[R, V] float32 logits of hidden states [R, D]."""
+        """Compute float32 logits [R, V] of hidden states [R, D]."""
         logits_RV = self.kernels.multiply("RD,VD->RV", x_RD, self.head_VD)
         return constrain(logits_RV.astype(jnp.float32), axes.ROWS, axes.VOCAB)
 
 
 def declare_parameters(config: Config, dtype: Any) -> tuple[Parameters, Parameters]:
-    """Every parameter of a model, without making one.
+    """Declare every parameter of a model, without allocating one.
 
     Returns:
         A tree of `jax.ShapeDtypeStruct` in `dtype`, and the same tree of tuples of logical axis
-        names. The top level is "text" and, where the model sees, "vision".
+        names. The top level is "text" and, for a model with vision, "vision".
     """
     text = config.text
 
@@ -133,7 +133,8 @@ def declare_parameters(config: Config, dtype: Any) -> tuple[Parameters, Paramete
 
     boxed = jax.eval_shape(initialize)
 
-    def find(take: Callable[[Any], Any]) -> Parameters:
-        return jax.tree.map(take, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    def map_boxes(change: Callable[[Any], Any]) -> Parameters:
+        return jax.tree.map(change, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
-    return find(lambda x: jax.ShapeDtypeStruct(x.value.shape, dtype)), find(lambda x: x.names)
+    shapes = map_boxes(lambda x: jax.ShapeDtypeStruct(x.value.shape, dtype))
+    return shapes, map_boxes(lambda x: x.names)

@@ -1,4 +1,4 @@
-"""The vision tower: tiles of pixels in, features as wide as the text model's embeddings out."""
+"""Vision tower: from pixel tiles to features of the text model's embedding width."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ class VisionTower(nn.Module):
         """Encode tiles.
 
         Args:
-            pixels_ICYX: [tiles, channels, tile, tile], normalized, in the dtype to compute in.
+            pixels_ICYX: [tiles, channels, tile, tile], normalized, in the compute dtype.
 
         Returns:
             [tiles, features, text width]: 144 features a tile in the published models.
@@ -40,7 +40,7 @@ class VisionTower(nn.Module):
             self, "position_embedding", (c.patches + 1, c.width), (axes.PATCHES, axes.VISION_WIDTH)
         )
         x_INW = project("INU,WU->INW", cut_patches(pixels_ICYX, c.patch), patch_WU)
-        # The class embedding stands last, behind the patches.
+        # The class embedding comes last, after the patches.
         class_I1W = jnp.broadcast_to(class_W, (x_INW.shape[0], 1, c.width))
         x_INW = jnp.concatenate([x_INW, class_I1W], axis=1) + position_NW
         x_INW = LayerNorm(c.norm_eps, name="norm_before")(x_INW)
@@ -57,7 +57,7 @@ class VisionTower(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """Full attention with 2-D RoPE and an MLP, each behind a norm, with biases throughout."""
+    """Full attention with 2-D RoPE and an MLP, both pre-norm, with biases throughout."""
 
     config: VisionConfig
     kernels: Kernels
@@ -80,7 +80,7 @@ class VisionLayer(nn.Module):
         return x_INW + project("INF,WF->INW", hidden_INF, down_WF) + down_bias_W
 
     def attend(self, x_INW: Array) -> Array:
-        """Every patch to every patch of its tile."""
+        """Attend from every patch to every patch of its tile."""
         c = self.config
         head_dim = c.width // c.heads
         heads = (axes.VISION_HEADS, axes.VISION_HEAD_DIM)
@@ -90,13 +90,13 @@ class VisionLayer(nn.Module):
         out_WNH = declare(self, "out", (c.width, *shape[1:]), (axes.VISION_WIDTH, *heads))
         out_bias_W = declare(self, "out_bias", (c.width,), (axes.VISION_WIDTH,))
         qkv_jIPNH = project("IPW,jNHW->jIPNH", x_INW, qkv_jNHW) + bias_jNH[:, None, None]
-        q_IPNH, k_IPNH = rotate(qkv_jIPNH[:2], find_grid_angles(c)[:, None])
+        q_IPNH, k_IPNH = rotate(qkv_jIPNH[:2], compute_grid_angles(c)[:, None])
         y_IPNH = self.kernels.attend_all(q_IPNH, k_IPNH, qkv_jIPNH[2])
         return project("IPNH,WNH->IPW", y_IPNH, out_WNH) + out_bias_W
 
 
 class Adapter(nn.Module):
-    """Four neighboring patches become one feature; then two matrices, with GELU after both."""
+    """Pixel shuffle of four neighboring patches to one feature, then two matrices with GELU."""
 
     config: VisionConfig
 
@@ -119,14 +119,14 @@ class Adapter(nn.Module):
 
 
 def cut_patches(pixels_ICYX: Array, patch: int) -> Array:
-    """[I, C, Y, X] pixels to [I, patches, C * patch * patch], row by row, as (channel, y, x)."""
+    """Cut pixels [I, C, Y, X] to [I, patches, C * patch * patch], by row, as (channel, y, x)."""
     tiles, channels, height, width = pixels_ICYX.shape
     grid = pixels_ICYX.reshape(tiles, channels, height // patch, patch, width // patch, patch)
     return grid.transpose(0, 2, 4, 1, 3, 5).reshape(tiles, -1, channels * patch * patch)
 
 
 def shuffle_pixels(x_INW: Array, grid: int, shuffle: int) -> Array:
-    """[I, grid * grid, W] to [I, fewer, shuffle * shuffle * W], channels as (y, x, channel)."""
+    """Merge [I, grid * grid, W] to [I, fewer, shuffle * shuffle * W], as (y, x, channel)."""
     tiles, _, width = x_INW.shape
     coarse = grid // shuffle
     blocks = x_INW.reshape(tiles, coarse, shuffle, coarse, shuffle, width)
@@ -135,11 +135,10 @@ def shuffle_pixels(x_INW: Array, grid: int, shuffle: int) -> Array:
     )
 
 
-def find_grid_angles(config: VisionConfig) -> np.ndarray:
-    """2-D RoPE: [patches + 1, head_dim / 2] angles, half of a head for x, half for y, positions
-    from 1.
+def compute_grid_angles(config: VisionConfig) -> np.ndarray:
+    """Compute angles of 2-D RoPE, [patches + 1, head_dim / 2]: x in half of a head, y in the other.
 
-    The class embedding, last, is not turned.
+    Positions count from 1. The class embedding, last, has angle 0.
     """
     head_dim = config.width // config.heads
     frequency_H = scale_frequencies(head_dim // 2, config.rope_theta, None)

@@ -144,7 +144,7 @@ def check_slots(
 def check_order(
     assign: Any, tokens: int, *, experts: int, shared_blocks: int, interpret: Any = None
 ) -> None:
-    """The same with all tokens in order in each block."""
+    """One launch assigns the slots of `keep_token_order`."""
     expert_T = jnp.asarray(np.random.default_rng(tokens).integers(0, experts, tokens), jnp.int32)
     case: Any = {"experts": experts, "slots": 8, "shared_blocks": shared_blocks}
     found = assign(expert_T, **case, keeps_order=True, interpret=interpret)
@@ -176,7 +176,7 @@ def check_experts(kernels: Any, form: str, choice: list[int], sizes: Sizes) -> N
 
 
 def check_products(kernels: Any, form: str, tokens: int, sizes: Sizes) -> None:
-    """The projections of attention equal their definitions."""
+    """Projections of attention equal their definitions."""
     s, rng = sizes, np.random.default_rng(1)
     x_TD = make_tokens(rng, tokens, s.width)
     qkv = make_weight(rng, form, s.kv_heads, s.queries + 2, s.head_dim, s.width)

@@ -33,7 +33,7 @@ def count_bits(dtype: Any) -> int:
 
 
 def count_registers(compute_warpgroups: int) -> int:
-    """Return the registers per thread of compute warpgroups beside one producer warpgroup.
+    """Return the registers per thread of compute warpgroups with one producer warpgroup.
 
     A thread block launches with the same number for each thread, a multiple of eight. A warpgroup
     that asks for more than the producer gives back waits for ever.
