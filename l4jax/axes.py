@@ -1,19 +1,19 @@
-"""The letters that array names end in, and the logical names of axes that a sharding table places.
+"""The letters of array names, and the logical names of axes that sharding strategies place.
 
-Letters, in suffixes and einsums alike (`q_TKGH` has tokens, kv heads, query heads per kv head, head
-dim):
+Letters are the same in suffixes and einsums (`q_TKGH` has tokens, kv heads, query heads per kv head
+and head dim):
 
     T tokens of this step      D width                   V vocabulary
     R rows of this step        K kv heads                E experts
     S positions in the cache   G query heads per kv      F feed-forward
-    P pages                    J those, key and value    H head dim
+    P pages                    J those + key and value   H head dim
     Z slots of a page          B pages in a row's table  L a short list
     I image tiles              N patches, vision heads   M image features
     C channels, Y X pixels     W vision width            A adapter width
-    U what a matrix joins: a patch's pixels, a block's channels
+    U columns of a matrix: a patch's pixels, a block's channels
     Q rank of an adapter
 
-A row is a run of tokens of one request inside one attention chunk: see `l4jax.cache`.
+A row is consecutive tokens of one request inside one attention chunk: see `l4jax.cache`.
 
 The model names axes, as in `("kv_heads", "width")`; `l4jax.strategies` places them on mesh axes. A
 name without a rule is an error, so a misspelt axis cannot be replicated silently.
@@ -24,7 +24,7 @@ VOCAB = "vocab"
 WIDTH = "width"
 KV_HEADS = "kv_heads"
 QUERIES = "queries"  # query heads of one kv head
-QUERIES_KV = "queries_kv"  # those, then its key and its value: the fused projection
+QUERIES_KV = "queries_kv"  # query heads, key and value of one kv head: the fused projection
 HEAD_DIM = "head_dim"
 EXPERTS = "experts"
 HIDDEN = "hidden"  # inside a feed-forward block
@@ -42,22 +42,22 @@ ADAPTER_INPUT = "adapter_input"
 ADAPTER_HIDDEN = "adapter_hidden"
 ADAPTER_WIDTH = "adapter_width"
 
-# What an adapter adds to a weight: its rank, and the parts of an axis that it tells apart, such as
-# query, key and value; 1 where it tells none.
+# Weights of a LoRA adapter: its rank, and the parts of an axis that have factors of their own, such
+# as query, key and value; 1 without parts.
 RANK = "rank"
 PARTS = "parts"
 
-# What a step holds.
+# Inputs and state of a step.
 TOKENS = "tokens"
 ROWS = "rows"
-SLOTS = "slots"  # of what the device remembers of each request
+SLOTS = "slots"  # of the decode state
 PAGES = "pages"
 PAGE = "page"  # slots of a page
-TABLE = "table"  # pages of a row
+TABLE = "table"  # entries of a page table
 GROUPS = "groups"  # the chunk-local groups of layers
 TILES = "tiles"
 FEATURES = "features"  # image features of a tile
-CHANNELS = "channels"  # of a tile of pixels, as its rows and columns below
+CHANNELS = "channels"  # of an image tile, as are its rows and columns below
 PIXELS_Y = "pixels_y"
 PIXELS_X = "pixels_x"
 LAYERS = "layers"

@@ -1,14 +1,14 @@
-"""The page pool, its tables, and the tokens of a step: pytrees that the caller owns.
+"""The paged KV cache: the pool, its page tables, and the batch of a step, as pytrees.
 
 Llama 4 repeats a pattern of `nope_interval` layers (four: three chunk-local, one global). Group g
-holds the layers i with `i % 4 == g`, and the keys and values of layers 4j .. 4j+3 share array j of
-the pool, so a page id means the same in every array. A request owns pages for its global group over
-its whole length, and for each local group only over its current chunk; the engine gives those back
-at the chunk's end. Nobody has to guess a split of memory between kinds of layers.
+has the layers i with `i % 4 == g`, and the keys and values of layers 4j .. 4j+3 share array j of
+the pool, so a page id means the same in every array. A request owns pages of the global group over
+its whole length, and pages of each local group only over its current attention chunk; the engine
+releases local pages at the chunk's end. So no memory is split between kinds of layers in advance.
 
-The step sees rows: a row is a run of tokens of one request inside one chunk. A local layer
-therefore needs nothing but the position within the chunk, for RoPE, for its table and for its mask;
-a prompt that crosses a boundary within one step is two rows with the same global pages.
+A batch consists of rows: a row is consecutive tokens of one request inside one chunk. A local layer
+therefore needs only the position within the chunk, for RoPE, for its page table and for its mask. A
+prompt that crosses a chunk boundary within one step is two rows with the same global pages.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from jax import Array
 from l4jax import axes
 from l4jax.config import TextConfig
 
-# One tree has many leaves: numpy where the engine fills it, arrays or tracers in a step, the names
-# of an array's axes where it says how to place them.
+# The leaves of one tree type differ: numpy arrays that the engine fills, arrays or tracers in a
+# step, logical axis names or shardings that place them.
 Leaf: TypeAlias = Any
 
 
@@ -31,18 +31,18 @@ Leaf: TypeAlias = Any
 class PagePool:
     """Keys and values, preallocated: `k[j]` and `v[j]` are [pages, kv_heads, page, head_dim].
 
-    Array j is shared by the layers of one repetition of the pattern. Donate it and use what comes
-    back.
+    Array j is shared by the layers of one repetition of the pattern. Donate the pool, and use the
+    one that is returned.
     """
 
     k: tuple[Array, ...]
     v: tuple[Array, ...]
-    # float32 [layers]: what stored keys and values are multiplied by, where the pages are fp8.
+    # float32 [layers]: factors of stored keys and values, if the pages are fp8.
     k_scale: Array | None = None
     v_scale: Array | None = None
 
     def find_scales(self, layer: int) -> tuple[Array, Array] | None:
-        """The scales of a layer's keys and values; None where pages hold them as they are."""
+        """Return the scales of a layer's keys and values; None if they are stored unscaled."""
         if self.k_scale is None or self.v_scale is None:
             return None
         return self.k_scale[layer], self.v_scale[layer]
@@ -51,24 +51,24 @@ class PagePool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PageTables:
-    """The pages of each row. Entries beyond a row's length are never seen; write 0 there.
+    """The pages of each row. Entries beyond a row's length are never read; write 0 there.
 
-    Ids and rows count within a data shard: a sharded step never looks at its neighbor's pages.
+    Ids and rows count within a data shard: a step never reads another shard's pages.
     """
 
     global_RB: Leaf  # int32: page of positions b * page .. of the request, for the global layers
-    local_GRB: Leaf  # int32: the same within the row's chunk, one table for each local group
+    local_GRB: Leaf  # int32: the same within the row's chunk, one table per local group
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """The tokens of a step, rows in ascending order and each row's tokens in a run.
+    """The tokens of a step: rows in ascending order, each row's tokens consecutive.
 
-    A token with position -1 is padding: it writes nothing and nothing of it is used.
+    A token with position -1 is padding: it writes nothing, and its outputs are not used.
     """
 
-    token_T: Leaf  # int32; in a batch for `decode`, -1 - s is the token drawn last in slot s
+    token_T: Leaf  # int32; in a batch for `decode`, -1 - s is the last sampled token of slot s
     position_T: Leaf  # int32, counted from the start of the request
     row_T: Leaf  # int32, within the data shard
     tables: PageTables
@@ -79,32 +79,32 @@ POOL_AXES = (axes.PAGES, axes.KV_HEADS, axes.PAGE, axes.HEAD_DIM)
 
 
 def name_pool_axes(pool: PagePool) -> PagePool:
-    """The logical names of the axes of a pool; every device has all scales."""
+    """Return the logical axis names of a pool; every device has all scales."""
     scales = None if pool.k_scale is None else (axes.LAYERS,)
     names = tuple(POOL_AXES for _ in pool.k)
     return PagePool(names, names, scales, scales)  # type: ignore[arg-type]
 
 
 def name_axes(*, has_features: bool = False) -> Batch:
-    """The logical names of the axes of a batch."""
+    """Return the logical axis names of a batch."""
     tokens = (axes.TOKENS,)
     tables = PageTables((axes.ROWS, axes.TABLE), (axes.GROUPS, axes.ROWS, axes.TABLE))
     return Batch(tokens, tokens, tokens, tables, tokens if has_features else None)
 
 
 def count_arrays(config: TextConfig) -> int:
-    """Arrays in the pool: repetitions of the pattern, the last one perhaps not complete."""
+    """Count the arrays of the pool: repetitions of the pattern, the last one perhaps incomplete."""
     return -(-config.layers // config.nope_interval)
 
 
 def count_page_bytes(config: TextConfig, page: int, dtype: jnp.dtype) -> int:
-    """Bytes that one page id stands for, over all arrays, keys and values."""
+    """Count the bytes of one page id, over all arrays, keys and values."""
     slots = 2 * count_arrays(config) * config.kv_heads * page
     return slots * config.head_dim * jnp.dtype(dtype).itemsize
 
 
 def make_pool(config: TextConfig, pages: int, page: int, dtype: jnp.dtype) -> PagePool:
-    """A pool of zeros: `pages` pages of `page` positions. Trace it under jit to place it."""
+    """Make a pool of zeros: `pages` pages of `page` positions. Trace it under jit to place it."""
     shape = (pages, config.kv_heads, page, config.head_dim)
     arrays = range(count_arrays(config))
     has_scales = jnp.dtype(dtype).itemsize == 1

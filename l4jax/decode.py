@@ -1,8 +1,7 @@
-"""The jitted programs of the engine: a step, and an on-device loop of decode steps.
+"""The step, and the on-device loop of decode steps: the functions that the engine jits.
 
-Nothing else runs on the devices while the engine serves. Shapes come from a short list of buckets,
-so that each function compiles a few times at the start and never again. The KV cache and the decode
-state are donated: pass them in, and use what comes back.
+Shapes come from a short list of buckets, so that each function compiles a few times at the start
+and never again. The pool is donated: pass it in, and use the one that is returned.
 """
 
 import dataclasses
@@ -25,42 +24,43 @@ from l4jax.sampling import (
 )
 
 _COMPILER_OPTIONS = {
-    # Weights and KV pages fill a device by design. XLA would take the program for too large, and
-    # compute much of each layer twice to save a few bytes.
+    # Weights and pages fill a device by design. XLA would take the program for too large, and
+    # recompute many values of each layer to save a few bytes.
     "xla_disable_hlo_passes": "rematerialization",
-    # Autotuning runs each matmul on the device: a minute a program, and there may be no memory for
-    # its inputs. Our own kernels do most of the work; for the rest cuBLAS's first choice is within
-    # 3 % of the best.
+    # Autotuning matrix products takes a minute per program, serially, and needs memory that the
+    # weights may not leave. The largest products run in kernels of our own; for the rest the
+    # library's first choice is within 3 % of the best.
     "xla_gpu_autotune_level": 0,
-    "xla_gpu_enable_triton_gemm": False,  # the worst choice without autotuning
-    # A dynamic-slice fusion around a kernel of ours forgets that the kernel writes in place, and
-    # allocates a whole array of KV pages.
+    "xla_gpu_enable_triton_gemm": False,  # slowest without autotuning
+    # A custom kernel would be fused with the slice that it reads, and the fusion loses the in-place
+    # update: it allocates another array of pages.
     "xla_gpu_enable_dynamic_slice_fusion": False,
-    # CUDA graphs may hold loops and branches, and have any size: a loop counts as one node. On one
-    # GPU a step, or a whole decode loop, is then one graph. Without it the host would evaluate each
-    # condition, and the GPU would wait for it. On several GPUs a graph ends at each collective.
+    # CUDA graphs contain loops and branches in addition to the default operations, at any size,
+    # since a loop counts as one operation. A step or a whole loop is then one graph on one GPU; on
+    # several GPUs, the part between two collectives is. Without graphs the host evaluates each
+    # condition, and the next operation starts only after that.
     "xla_gpu_enable_command_buffer": (
         "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
     ),
     "xla_gpu_graph_min_graph_size": 1,
-    # A launch waits for its inputs, not for all earlier launches: a router scores tokens during the
-    # norm of its experts.
+    # A launch in a graph waits for its inputs, not for all launches before it: a router scores
+    # tokens while the norm of its experts runs.
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
 }
 jit = functools.partial(jax.jit, compiler_options=_COMPILER_OPTIONS)
-_SCORED_TOGETHER = 64  # tokens whose logits are in memory at once
+_LOGPROBS_BATCH = 64  # prompt tokens whose logits are in memory at once
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """The state of each request on the devices, by its slot. Donated.
+    """The state of each request on the device between two calls, by its slot. Donate it, and use
+    the one that is returned.
 
-    It holds the last sampled token, so that the engine dispatches a step before it has read the
-    tokens of the last one.
+    With it a step is dispatched before the host knows the sampled tokens of the last one.
     """
 
-    last_S: Leaf  # int32: token sampled last
+    last_token_S: Leaf  # int32: the last sampled token
     seen_SV: Leaf  # int32: token counts for penalties; see `sampling.LogitsProcessors`
 
 
@@ -69,30 +69,30 @@ class DecodeState:
 class LogitIndices:
     """The tokens of a step whose logits are computed."""
 
-    # int32 indices over all tokens of the step: the last token of each row and, with speculation,
-    # the draft tokens before it. A row with fewer draft tokens repeats its last index.
-    at_RW: Leaf
-    slot_R: Leaf  # int32: slot that keeps the row's first sampled token; out of range keeps none
-    target_T: Leaf = None  # int32: next prompt token, where prompt logprobs are asked for; else -1
+    # int32 index over all tokens of the step: the last token of each row, and with drafts the ones
+    # before it; a row with fewer drafts repeats its last index.
+    index_RW: Leaf
+    slot_R: Leaf  # int32: the slot of the row's first sampled token; an id beyond the slots is none
+    target_T: Leaf = None  # int32: the following prompt token, if its logprob is requested; else -1
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeRows:
-    """The rows of a decode loop. Each starts with a sampled token that has not run yet."""
+    """The rows of a decode loop. Each row's token has been sampled, and not run yet."""
 
-    token_R: Leaf  # int32; as in `Batch`, -1 - s is the token sampled last in slot s
-    position_R: Leaf  # int32 position of that token; -1 is an unused row
-    row_R: Leaf  # int32: row index within its data shard
-    slot_R: Leaf  # int32: slot that keeps the last token; out of range keeps none
-    limit_R: Leaf  # int32: tokens that the row may still sample in this call
+    token_R: Leaf  # int32; as in `Batch`, -1 - s is the last sampled token of slot s
+    position_R: Leaf  # int32, of that token; -1 is an unused row
+    row_R: Leaf  # int32, the row's own number within its data shard
+    slot_R: Leaf  # int32, slot of the request; an id beyond the slots is none
+    limit_R: Leaf  # int32, tokens that the row samples in this call, at most
     stop_RL: Leaf  # int32 ids that end the row, padded with -1
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodedTokens:
-    """The tokens that a decode loop sampled, in order; -1 after a row's end."""
+    """The sampled tokens of a decode loop, in order; -1 after a row has ended."""
 
     token_SR: Leaf  # int32
     logprob_SR: Leaf = None
@@ -103,9 +103,9 @@ class DecodedTokens:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PromptLogprobs:
-    """Log-probabilities of the next prompt token at each token of a step."""
+    """Log-probabilities of the following prompt token, at each token of a step."""
 
-    logprob_T: Array  # of the next token
+    logprob_T: Array  # of the following token
     top_token_TL: Array
     top_logprob_TL: Array
 
@@ -123,11 +123,7 @@ def name_logit_indices_axes(*, has_targets: bool) -> LogitIndices:
 def forward(
     model: Llama4, params: Parameters, pool: PagePool, batch: Batch, features: Array | None = None
 ) -> tuple[Array, PagePool]:
-    """Run the tokens of a step.
-
-    Returns:
-        Hidden states [T, D], and the pool with the step's keys and values.
-    """
+    """Return hidden states [T, D] of a step's tokens, and the pool with their keys and values."""
     if features is not None:
         features = features.reshape(-1, features.shape[-1])
     variables = {"params": params["text"]}
@@ -135,7 +131,7 @@ def forward(
 
 
 def compute_logits(model: Llama4, params: Parameters, x_RD: Array) -> Array:
-    """Compute the [R, V] float32 logits of hidden states."""
+    """Return float32 logits [R, V] of hidden states."""
     return model.apply({"params": params["text"]}, x_RD, method="compute_logits")  # type: ignore[return-value]
 
 
@@ -152,32 +148,34 @@ def step(
     model: Llama4,
     logprobs: int | None = None,
 ) -> tuple[PagePool, DecodeState, Sampled, PromptLogprobs | None]:
-    """Run the tokens of a step, and sample a token at each logit index.
+    """Run the tokens of a step, and sample a next token at each of its logit indices.
 
     Args:
         params: the tree of `declare_parameters`.
         pool, state: donated.
-        batch: prompt chunks and single tokens, in any mix; a token -1 - s is the token sampled last
-            in slot s.
-        logit_indices: the tokens whose logits are computed.
-        sampling_metadata: sampling settings of each row.
-        logits_processors: changes to each row's logits before sampling.
-        features: [slots, features, D] image features, where the batch refers to them.
+        batch: prompt chunks and single tokens, in any mix; a token -1 - s is the last sampled one
+            of slot s.
+        logit_indices: tokens whose logits are computed.
+        sampling_metadata: sampling parameters of each row.
+        logits_processors: applied to each row's logits before sampling.
+        features: [slots, features, D] of the images, if the batch has image tokens.
         model: static.
         logprobs: static; see `sampling.sample`.
 
     Returns:
-        Pool and state; sampled tokens, [R * W]; prompt logprobs, if the batch has target tokens.
+        The pool and the state; sampled tokens [R * W]; log-probabilities of
+        `logit_indices.target_T`.
     """
-    batch = dataclasses.replace(batch, token_T=resolve_tokens(batch.token_T, state))
+    token_T = resolve_tokens(batch.token_T, state)
+    batch = dataclasses.replace(batch, token_T=token_T)
     x_TD, pool = forward(model, params, pool, batch, features)
-    width = logit_indices.at_RW.shape[1]
-    at_X = logit_indices.at_RW.reshape(-1)
+    width = logit_indices.index_RW.shape[1]
+    index_X = logit_indices.index_RW.reshape(-1)
     sampling_metadata, logits_processors = jax.tree.map(
         lambda leaf: jnp.repeat(leaf, width, axis=0), (sampling_metadata, logits_processors)
     )
-    position_X = batch.position_T[at_X] + 1
-    logits_XV = compute_logits(model, params, x_TD[at_X])
+    position_X = batch.position_T[index_X] + 1
+    logits_XV = compute_logits(model, params, x_TD[index_X])
     processed_XV = None
     if logits_processors is not None:
         processed_XV = apply_logits_processors(
@@ -185,8 +183,8 @@ def step(
         )
     sampled = sample(logits_XV, sampling_metadata, position_X, logprobs, processed_XV)
     first_R = sampled.token_R.reshape(-1, width)[:, 0]
-    has_counts = logits_processors is not None
-    state = record_tokens(state, logit_indices.slot_R, first_R, has_counts=has_counts)
+    counts = logits_processors is not None
+    state = record_tokens(state, logit_indices.slot_R, first_R, counts=counts)
     prompt_logprobs = None
     if logit_indices.target_T is not None:
         prompt_logprobs = compute_prompt_logprobs(
@@ -196,55 +194,58 @@ def step(
 
 
 def resolve_tokens(token_T: Array, state: DecodeState) -> Array:
-    """Replace each token -1 - s by the token sampled last in slot s."""
-    return jnp.where(token_T >= 0, token_T, state.last_S[jnp.maximum(-1 - token_T, 0)])
+    """Replace each token -1 - s by the last sampled token of slot s."""
+    return jnp.where(token_T >= 0, token_T, state.last_token_S[jnp.maximum(-1 - token_T, 0)])
 
 
 def record_tokens(
-    state: DecodeState, slot_R: Array, token_R: Array, *, has_counts: bool
+    state: DecodeState, slot_R: Array, token_R: Array, *, counts: bool
 ) -> DecodeState:
-    """Write sampled tokens into their slots; a slot out of range is dropped.
+    """Record sampled tokens in the state; tokens of a slot beyond it are dropped.
 
-    Tokens are counted only for rows with logits processors: no other row has penalties.
+    They are counted only with logits processors: no other request has penalties.
     """
     seen_SV = state.seen_SV
-    if has_counts:
+    if counts:
         seen_SV = seen_SV.at[slot_R, token_R].add(1, mode="drop")
-    return DecodeState(state.last_S.at[slot_R].set(token_R, mode="drop"), seen_SV)
+    return DecodeState(state.last_token_S.at[slot_R].set(token_R, mode="drop"), seen_SV)
 
 
 def make_decode_state(slots: int, vocab: int) -> DecodeState:
-    """Make a decode state of zeros. Trace it under jit to place it."""
+    """Make an empty state. Trace it under jit to place it."""
     return DecodeState(jnp.zeros(slots, jnp.int32), jnp.zeros((slots, vocab), jnp.int32))
 
 
 def compute_prompt_logprobs(
     model: Llama4, params: Parameters, x_TD: Array, target_T: Array, count: int
 ) -> PromptLogprobs:
-    """Compute log-probabilities of the target tokens; zeros, at no cost, without targets.
+    """Compute log-probabilities of the following tokens; zeros, without work, if none is requested.
 
-    Logits are computed for a few tokens at a time: the logits of a whole step take gigabytes.
+    Logits are computed for a few tokens at a time: those of a whole step would take gigabytes.
     """
 
-    def score(pair: tuple[Array, Array]) -> PromptLogprobs:
+    def compute_one(pair: tuple[Array, Array]) -> PromptLogprobs:
         x_D, target = pair
         logprob_V = jax.nn.log_softmax(compute_logits(model, params, x_D[None])[0])
         top_L, top_token_L = lax.top_k(logprob_V, count)
-        target_logprob = logprob_V[jnp.maximum(target, 0)]
-        return PromptLogprobs(target_logprob, top_token_L.astype(jnp.int32), top_L)
+        return PromptLogprobs(
+            logprob_V[jnp.maximum(target, 0)], top_token_L.astype(jnp.int32), top_L
+        )
 
     def compute() -> PromptLogprobs:
-        return lax.map(score, (x_TD, target_T), batch_size=min(_SCORED_TOGETHER, len(target_T)))
+        batch_size = min(_LOGPROBS_BATCH, len(target_T))
+        return lax.map(compute_one, (x_TD, target_T), batch_size=batch_size)
 
     def skip() -> PromptLogprobs:
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(compute))
+        shapes = jax.eval_shape(compute)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     return lax.cond((target_T >= 0).any(), compute, skip)
 
 
 def set_token_counts(state: DecodeState, slot: Array, seen_V: Array) -> DecodeState:
     """Set the token counts of a slot."""
-    return DecodeState(state.last_S, state.seen_SV.at[slot].set(seen_V))
+    return DecodeState(state.last_token_S, state.seen_SV.at[slot].set(seen_V))
 
 
 @functools.partial(jit, static_argnames=("model",), donate_argnames="pool")
@@ -256,7 +257,7 @@ def score(
     *,
     model: Llama4,
 ) -> tuple[PagePool, Array]:
-    """Run the tokens of a step, and return the [T, V] float32 logits of all tokens."""
+    """Run the tokens of a step, and return float32 logits [T, V] of all of them."""
     x_TD, pool = forward(model, params, pool, batch, features)
     return pool, compute_logits(model, params, x_TD)
 
@@ -274,37 +275,36 @@ def decode_loop(
     steps: int,
     logprobs: int | None = None,
 ) -> tuple[PagePool, DecodeState, DecodedTokens]:
-    """Decode up to `steps` tokens of each row on the devices, in one call.
+    """Decode up to `steps` tokens of each row on the device, and return them together.
 
-    A row ends at a stop id or at its limit; the loop ends when all rows have ended. A row whose
-    first token comes from the decode state and is a stop id does not run: it had ended before the
-    host knew. The caller owns the pages in `tables`, and sets limits that keep each row within its
-    chunk.
+    A row ends at a stop id or at its limit; the loop ends when all rows have. A row does not run if
+    its first token comes from the state and is a stop id: it ended before the host knew. The caller
+    owns enough pages in `tables`, and sets limits such that no row crosses a chunk boundary.
     """
     rows_R = rows.token_R.shape
-    slots = state.last_S.shape[0]
+    slots = state.last_token_S.shape[0]
     token_R = resolve_tokens(rows.token_R, state)
 
     def record(
         buffers: DecodedTokens, at: Array, sampled: Sampled, is_running_R: Array
     ) -> DecodedTokens:
-        def write(buffer: Array | None, value: Array | None, padding: float) -> Array | None:
+        def put(buffer: Array | None, value: Array | None, empty: float) -> Array | None:
             if buffer is None or value is None:
                 return None
-            shown = jnp.where(is_running_R.reshape(-1, *[1] * (value.ndim - 1)), value, padding)
-            return buffer.at[at].set(shown.astype(buffer.dtype))
+            is_running = is_running_R.reshape(-1, *[1] * (value.ndim - 1))
+            return buffer.at[at].set(jnp.where(is_running, value, empty).astype(buffer.dtype))
 
         return DecodedTokens(
-            write(buffers.token_SR, sampled.token_R, -1),
-            write(buffers.logprob_SR, sampled.logprob_R, 0),
-            write(buffers.top_token_SRL, sampled.top_token_RL, -1),
-            write(buffers.top_logprob_SRL, sampled.top_logprob_RL, 0),
+            put(buffers.token_SR, sampled.token_R, -1),
+            put(buffers.logprob_SR, sampled.logprob_R, 0),
+            put(buffers.top_token_SRL, sampled.top_token_RL, -1),
+            put(buffers.top_logprob_SRL, sampled.top_logprob_RL, 0),
         )
 
     def is_stop(token_R: Array) -> Array:
         return (token_R[:, None] == rows.stop_RL).any(axis=-1)
 
-    def is_going(carry: Any) -> Array:
+    def is_any_running(carry: Any) -> Array:
         at, _, _, is_running_R, *_ = carry
         return (at < steps) & is_running_R.any()
 
@@ -320,73 +320,79 @@ def decode_loop(
         sampled = sample(logits_RV, sampling_metadata, position_R + 1, logprobs, processed_RV)
         buffers = record(buffers, at, sampled, is_running_R)
         slot_R = jnp.where(is_running_R, rows.slot_R, slots)
-        has_counts = logits_processors is not None
-        state = record_tokens(state, slot_R, sampled.token_R, has_counts=has_counts)
+        state = record_tokens(state, slot_R, sampled.token_R, counts=logits_processors is not None)
         is_running_R &= ~is_stop(sampled.token_R) & (at + 1 < rows.limit_R)
         return at + 1, sampled.token_R, position_R + 1, is_running_R, pool, state, buffers
 
-    def make(*shape: int, dtype: Any, fill: float) -> Array:
+    def make_buffer(*shape: int, dtype: Any, fill: float) -> Array:
         return jnp.full((steps, *rows_R, *shape), fill, dtype)
 
     has_top = bool(logprobs)
     buffers = DecodedTokens(
-        make(dtype=jnp.int32, fill=-1),
-        make(dtype=jnp.float32, fill=0) if logprobs is not None else None,
-        make(logprobs or 0, dtype=jnp.int32, fill=-1) if has_top else None,
-        make(logprobs or 0, dtype=jnp.float32, fill=0) if has_top else None,
+        make_buffer(dtype=jnp.int32, fill=-1),
+        make_buffer(dtype=jnp.float32, fill=0) if logprobs is not None else None,
+        make_buffer(logprobs or 0, dtype=jnp.int32, fill=-1) if has_top else None,
+        make_buffer(logprobs or 0, dtype=jnp.float32, fill=0) if has_top else None,
     )
     has_ended_R = (rows.token_R < 0) & is_stop(token_R)
     is_running_R = (rows.position_R >= 0) & (rows.limit_R > 0) & ~has_ended_R
     start = (jnp.int32(0), token_R, rows.position_R, is_running_R, pool, state, buffers)
-    *_, pool, state, buffers = lax.while_loop(is_going, advance, start)
+    *_, pool, state, buffers = lax.while_loop(is_any_running, advance, start)
     return pool, state, buffers
 
 
 def encode_tiles(
     params: Parameters, features: Array, pixels_ICYX: Array, slot_I: Array, *, tower: VisionTower
 ) -> Array:
-    """Encode image tiles into their slots of the feature buffer.
+    """Encode image tiles into their slots of the feature buffer [slots, features, D].
 
     Args:
         params: the tree of `declare_parameters`.
-        features: the buffer [slots, features, D], donated.
+        features: the buffer; donated.
         pixels_ICYX: normalized pixels.
-        slot_I: int32 slot of each tile; a slot out of range is padding and writes nothing.
+        slot_I: int32 slot of each tile; a slot beyond the buffer is padding and writes nothing.
         tower: static.
     """
     encoded_IND = tower.apply({"params": params["vision"]}, pixels_ICYX.astype(features.dtype))
     return features.at[slot_I].set(encoded_IND, mode="drop")  # type: ignore[union-attr]
 
 
+# Jitted functions, of arrays only. Donated arrays are returned with the sharding that they had: the
+# compiler would choose an equivalent one, and each program would be compiled for every program
+# whose outputs it takes. Each factory is cached, so that engines with equal arguments share it.
+
+
 @functools.cache
-def jit_functions(pool: PagePool, state: DecodeState, features: Any) -> dict[str, Any]:
-    """Jit the functions of this file for these shardings of pool, decode state and features.
+def jit_step(model: Llama4, logprobs: int | None, pool: PagePool, state: DecodeState) -> Any:
+    """Jit `step` for a model; pool and state are trees of shardings."""
+    return jit(
+        functools.partial(step, model=model, logprobs=logprobs),
+        donate_argnums=(1, 2),
+        out_shardings=(pool, state, None, None),
+    )
 
-    Donated arrays come back with the sharding that they went in with. The compiler's own choice
-    would be an equivalent sharding of another name, and each function would compile again for the
-    results of the others.
 
-    Returns:
-        The jitted functions by name: step, decode_loop, set_token_counts, encode_tiles.
-    """
-    return {
-        "step": jit(
-            step,
-            static_argnames=("model", "logprobs"),
-            donate_argnames=("pool", "state"),
-            out_shardings=(pool, state, None, None),
-        ),
-        "decode_loop": jit(
-            decode_loop,
-            static_argnames=("model", "steps", "logprobs"),
-            donate_argnames=("pool", "state"),
-            out_shardings=(pool, state, None),
-        ),
-        "set_token_counts": jit(set_token_counts, donate_argnames="state", out_shardings=state),
-        "encode_tiles": jit(
-            encode_tiles,
-            static_argnames=("tower",),
-            donate_argnames="features",
-            out_shardings=features,
-        ),
-    }
+@functools.cache
+def jit_decode_loop(
+    model: Llama4, steps: int, logprobs: int | None, pool: PagePool, state: DecodeState
+) -> Any:
+    """Jit `decode_loop` for a model; pool and state are trees of shardings."""
+    return jit(
+        functools.partial(decode_loop, model=model, steps=steps, logprobs=logprobs),
+        donate_argnums=(1, 2),
+        out_shardings=(pool, state, None),
+    )
+
+
+@functools.cache
+def jit_encode_tiles(tower: VisionTower, features: Any) -> Any:
+    """Jit `encode_tiles` for a vision tower; `features` is the sharding of the buffer."""
+    return jit(
+        functools.partial(encode_tiles, tower=tower), donate_argnums=1, out_shardings=features
+    )
+
+
+@functools.cache
+def jit_set_token_counts(state: DecodeState) -> Any:
+    """Jit `set_token_counts`; `state` is a tree of shardings."""
+    return jit(set_token_counts, donate_argnums=0, out_shardings=state)

@@ -1,4 +1,4 @@
-"""From logits to a token, for each row by its own settings, whatever else is in the batch."""
+"""Sampling: logits to tokens, each row by its own parameters, independent of the batch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,7 +14,10 @@ from l4jax import axes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingMetadata:
-    """How each row is sampled, as vLLM's `SamplingParams` means it. Numpy or arrays."""
+    """Sampling parameters of each row, with the meanings of vLLM's `SamplingParams`.
+
+    Leaves are numpy or jax arrays.
+    """
 
     temperature_R: Any  # float32; 0 is greedy
     top_k_R: Any  # int32; 0 keeps all
@@ -26,7 +29,7 @@ class SamplingMetadata:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """A token of each row, with log-probabilities where asked for.
+    """The sampled token of each row, and log-probabilities if requested.
 
     Log-probabilities are of the model's own distribution, before temperature and filters.
     """
@@ -40,21 +43,21 @@ class Sampled:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LogitsProcessors:
-    """What changes each row's logits before a token is drawn. Numpy or arrays.
+    """Changes of each row's logits before sampling. Leaves are numpy or jax arrays.
 
-    `seen_SV` counts, for each slot, how often the answer holds each token, and has `IN_PROMPT`
-    added where the prompt holds it.
+    `seen_SV` counts, per slot, the occurrences of each token in the output; `IN_PROMPT` is added
+    for tokens of the prompt.
     """
 
-    slot_R: Any  # int32, of the row in seen_SV; beyond it is none
+    slot_R: Any  # int32, of the row in seen_SV; an id beyond the slots is none
     presence_R: Any  # float32
     frequency_R: Any  # float32
     repetition_R: Any  # float32; 1 changes nothing
     bias_token_RL: Any  # int32; -1 is unused
     bias_RL: Any  # float32, added to those tokens
-    floor_R: Any  # int32 position before which none of stop_RL is drawn
+    first_stop_R: Any  # int32, first position at which ids of stop_RL may be sampled
     stop_RL: Any  # int32; -1 is unused
-    allowed_RL: Any  # int32 [R, vocab / 32]: bit i of word w is token 32 w + i
+    allowed_RL: Any  # int32 [R, vocab / 32]: bit i of word w allows token 32 w + i
 
 
 IN_PROMPT = 1 << 30  # far above any count
@@ -65,145 +68,150 @@ LOGITS_PROCESSORS_AXES = LogitsProcessors(_ROW, _ROW, _ROW, _ROW, _LIST, _LIST, 
 
 
 def apply_logits_processors(
-    logits_RV: Array, seen_SV: Array, adjustments: LogitsProcessors, position_R: Array
+    logits_RV: Array, seen_SV: Array, processors: LogitsProcessors, position_R: Array
 ) -> Array:
-    """Logits after penalties, biases, and what is forbidden: -inf.
+    """Apply penalties and biases to logits, and set those of forbidden tokens to -inf.
 
-    Penalties are vLLM's: repetition divides positive logits and multiplies others, of tokens in
-    prompt or answer; frequency and presence look at the answer only.
+    Penalties are vLLM's: the repetition penalty divides positive logits, and multiplies others, of
+    tokens in prompt or output; frequency and presence penalties apply to tokens of the output.
 
     Args:
         logits_RV: float32.
-        seen_SV: int32, what prompt and answer hold.
-        adjustments: of each row.
-        position_R: int32 position that the drawn token will take.
+        seen_SV: int32 token counts of prompt and output.
+        processors: of each row.
+        position_R: int32 position of the token to sample.
     """
-    a = adjustments
+    p = processors
 
     def penalize(logits_RV: Array) -> Array:
-        seen_RV = seen_SV.at[a.slot_R].get(mode="fill", fill_value=0)
-        count_RV = seen_RV & (IN_PROMPT - 1)
-        repetition_RV = jnp.where(seen_RV > 0, a.repetition_R[:, None], 1.0)
+        seen_RV = seen_SV.at[p.slot_R].get(mode="fill", fill_value=0)
+        count_RV = (seen_RV & (IN_PROMPT - 1)).astype(jnp.float32)
+        occurs_RV = (count_RV > 0).astype(jnp.float32)
+        repetition_RV = jnp.where(seen_RV > 0, p.repetition_R[:, None], 1.0)
         logits_RV = jnp.where(logits_RV > 0, logits_RV / repetition_RV, logits_RV * repetition_RV)
-        return (
-            logits_RV - a.frequency_R[:, None] * count_RV - a.presence_R[:, None] * (count_RV > 0)
-        )
+        return logits_RV - p.frequency_R[:, None] * count_RV - p.presence_R[:, None] * occurs_RV
 
-    def put(logits_RV: Array, token_RL: Array, value_RL: Array) -> Array:
-        """Add to the logits of listed tokens; those at -1 go beyond the vocabulary, to nowhere."""
+    def add(logits_RV: Array, token_RL: Array, value_RL: Array) -> Array:
+        """Add to the logits of listed tokens; -1 is mapped beyond the vocabulary, and dropped."""
         vocab = logits_RV.shape[1]
         token_RL = jnp.where(token_RL >= 0, token_RL, vocab)
         return jax.vmap(lambda row, at, value: row.at[at].add(value, mode="drop"))(
             logits_RV, token_RL, value_RL
         )
 
-    has_penalties = ((a.presence_R != 0) | (a.frequency_R != 0) | (a.repetition_R != 1)).any()
+    has_penalties = ((p.presence_R != 0) | (p.frequency_R != 0) | (p.repetition_R != 1)).any()
     logits_RV = lax.cond(has_penalties, penalize, lambda x: x, logits_RV)
-    logits_RV = put(logits_RV, a.bias_token_RL, a.bias_RL)
-    is_early_R = position_R < a.floor_R
-    stop_RL = jnp.where(is_early_R[:, None], a.stop_RL, -1)
-    logits_RV = put(logits_RV, stop_RL, jnp.full(stop_RL.shape, -jnp.inf))
+    logits_RV = add(logits_RV, p.bias_token_RL, p.bias_RL)
+    is_early_R = position_R < p.first_stop_R
+    stop_RL = jnp.where(is_early_R[:, None], p.stop_RL, -1)
+    logits_RV = add(logits_RV, stop_RL, jnp.full(stop_RL.shape, -jnp.inf, logits_RV.dtype))
     bits = jnp.arange(32)
-    allowed_RV = (a.allowed_RL[:, :, None] >> bits & 1).reshape(len(a.allowed_RL), -1)
+    allowed_RV = (p.allowed_RL[:, :, None] >> bits & 1).reshape(len(p.allowed_RL), -1)
     return jnp.where(allowed_RV[:, : logits_RV.shape[1]] == 1, logits_RV, -jnp.inf)
 
 
 def sample(
     logits_RV: Array,
-    controls: SamplingMetadata,
+    metadata: SamplingMetadata,
     position_R: Array,
     logprobs: int | None,
-    adjusted_RV: Array | None = None,
+    processed_RV: Array | None = None,
 ) -> Sampled:
-    """Draw a token for each row.
+    """Sample a token for each row.
 
-    The draw depends on the row's logits, its settings, its seed and the token's position, and on
-    nothing else: the same request with the same seed gives the same tokens in any batch.
+    The token depends only on the row's logits, its parameters, its seed and the token's position:
+    the same request with the same seed gives the same tokens in any batch.
 
     Args:
         logits_RV: float32.
-        controls: settings of each row.
-        position_R: int32 position that the drawn token will take.
-        logprobs: how many of the likeliest tokens to report; 0 reports the drawn one only, None
+        metadata: sampling parameters of each row.
+        position_R: int32 position of the token to sample.
+        logprobs: number of likeliest tokens to report; 0 reports the sampled token only, None
             nothing.
-        adjusted_RV: what to draw from instead; what is reported stays the model's own.
+        processed_RV: logits to sample from instead; reported log-probabilities are those of
+            `logits_RV`.
     """
-    from_RV = logits_RV if adjusted_RV is None else adjusted_RV
-    is_greedy_R = controls.temperature_R <= 0
+    from_RV = logits_RV if processed_RV is None else processed_RV
+    is_greedy_R = metadata.temperature_R <= 0
     best_R = jnp.argmax(from_RV, axis=-1)
 
-    def draw() -> Array:
-        kept_RV = _filter(_warm(from_RV, controls), controls)
+    def sample_softmax() -> Array:
+        kept_RV = _filter(_scale(from_RV, metadata), metadata)
         noise_RV = jax.vmap(_make_noise, (0, 0, None))(
-            controls.seed_R, position_R, logits_RV.shape[1]
+            metadata.seed_R, position_R, logits_RV.shape[1]
         )
-        # The largest of logit + Gumbel noise is a draw from the softmax.
+        # The argmax of logit + Gumbel noise is a sample of the softmax.
         return jnp.where(is_greedy_R, best_R, jnp.argmax(kept_RV + noise_RV, axis=-1))
 
-    token_R = lax.cond(is_greedy_R.all(), lambda: best_R, draw).astype(jnp.int32)
+    token_R = lax.cond(is_greedy_R.all(), lambda: best_R, sample_softmax).astype(jnp.int32)
     if logprobs is None:
         return Sampled(token_R)
     logprob_RV = jax.nn.log_softmax(logits_RV, axis=-1)
-    drawn_R = jnp.take_along_axis(logprob_RV, token_R[:, None], axis=-1)[:, 0]
+    chosen_R = jnp.take_along_axis(logprob_RV, token_R[:, None], axis=-1)[:, 0]
     if logprobs == 0:
-        return Sampled(token_R, drawn_R)
+        return Sampled(token_R, chosen_R)
     top_RL, top_token_RL = lax.top_k(logprob_RV, logprobs)
-    return Sampled(token_R, drawn_R, top_token_RL.astype(jnp.int32), top_RL)
+    return Sampled(token_R, chosen_R, top_token_RL.astype(jnp.int32), top_RL)
 
 
-def _warm(logits_RV: Array, controls: SamplingMetadata) -> Array:
-    return logits_RV / jnp.where(controls.temperature_R > 0, controls.temperature_R, 1)[:, None]
+def _scale(logits_RV: Array, metadata: SamplingMetadata) -> Array:
+    return logits_RV / jnp.where(metadata.temperature_R > 0, metadata.temperature_R, 1)[:, None]
 
 
-def _filter(logits_RV: Array, controls: SamplingMetadata) -> Array:
-    """Keep what min-p, then top-k, then top-p keep; the rest becomes -inf. The likeliest token
-    always stays.
+def _filter(logits_RV: Array, metadata: SamplingMetadata) -> Array:
+    """Apply min-p, top-k and top-p: dropped tokens get -inf. The likeliest token is always kept.
 
-    Each filter is a threshold on the logit, so that tokens of equal logit stay or go together.
+    Each filter is a threshold on the logit, so tokens of equal logits are kept or dropped together.
     """
     vocab, peak_R = logits_RV.shape[1], logits_RV.max(axis=-1)
     everything_R = jnp.full_like(peak_R, -jnp.inf)
 
-    def find(is_wanted_R: Array, search: Callable[[], Array]) -> Array:
-        found_R = lax.cond(is_wanted_R.any(), search, lambda: everything_R)
-        return jnp.where(is_wanted_R, found_R, everything_R)
+    def find(is_active_R: Array, search: Callable[[], Array]) -> Array:
+        threshold_R = lax.cond(is_active_R.any(), search, lambda: everything_R)
+        return jnp.where(is_active_R, threshold_R, everything_R)
 
     def search_nucleus() -> Array:
         weight_RV = jnp.exp(logits_RV - peak_R[:, None])
-        weight_RV = jnp.where(logits_RV >= floor_R[:, None], weight_RV, 0)
-        # A token is in it while those likelier than it do not reach top_p.
-        return _find_floor(logits_RV, weight_RV, controls.top_p_R * weight_RV.sum(axis=-1))
+        weight_RV = jnp.where(logits_RV >= threshold_R[:, None], weight_RV, 0)
+        # A token is in the nucleus while likelier tokens do not reach top_p.
+        return _find_threshold(logits_RV, weight_RV, metadata.top_p_R * weight_RV.sum(axis=-1))
 
-    is_ranked_R = (controls.top_k_R > 0) & (controls.top_k_R < vocab)
-    last_R = find(is_ranked_R, lambda: _find_floor(logits_RV, 1, controls.top_k_R))
-    floor_R = jnp.maximum(peak_R + jnp.log(controls.min_p_R), last_R)  # log 0 is -inf: keeps all
-    floor_R = jnp.maximum(floor_R, find(controls.top_p_R < 1, search_nucleus))
-    return jnp.where(logits_RV >= jnp.minimum(floor_R, peak_R)[:, None], logits_RV, -jnp.inf)
+    has_top_k_R = (metadata.top_k_R > 0) & (metadata.top_k_R < vocab)
+    top_k_R = find(has_top_k_R, lambda: _find_threshold(logits_RV, 1, metadata.top_k_R))
+    min_p_R = peak_R + jnp.log(metadata.min_p_R)  # log 0 is -inf, which keeps all
+    threshold_R = jnp.maximum(min_p_R, top_k_R)
+    threshold_R = jnp.maximum(threshold_R, find(metadata.top_p_R < 1, search_nucleus))
+    return jnp.where(logits_RV >= jnp.minimum(threshold_R, peak_R)[:, None], logits_RV, -jnp.inf)
 
 
-def _find_floor(logits_RV: Array, weight_RV: Array | int, wanted_R: Array) -> Array:
-    """The highest logit from which on upwards the weights, or one for all, add up to what is
-    wanted; -inf where not even all of them do.
+def _find_threshold(logits_RV: Array, weight_RV: Array | int, total_R: Array) -> Array:
+    """Return the highest logit such that the weights of all logits from it upwards reach a total;
+    -inf if all weights together do not.
 
-    Found bit by bit, and not in the sorted logits: sorting a vocabulary takes several times its
-    memory, and is nothing that a CUDA graph could hold.
+    A binary search over the bits of the logit: sorting a vocabulary takes several times its memory,
+    and cannot be part of a CUDA graph.
+
+    Args:
+        logits_RV: float32.
+        weight_RV: of each token, or one number for all.
+        total_R: of each row.
     """
 
-    def turn(bits: Array) -> Array:
-        """From a float's bits to an integer of the same order among all of them, and back."""
+    def reorder(bits: Array) -> Array:
+        """Map the bits of a float32 to an int32 of the same order, and back."""
         return bits ^ (bits >> 31 & 0x7FFFFFFF)
 
-    key_RV = turn(lax.bitcast_convert_type(logits_RV, jnp.int32))
+    key_RV = reorder(lax.bitcast_convert_type(logits_RV, jnp.int32))
 
-    def decide(at: Array, floor_R: Array) -> Array:
-        higher_R = floor_R ^ jnp.int32(1) << 31 - at
-        found_R = jnp.where(key_RV >= higher_R[:, None], weight_RV, 0).sum(axis=-1)
-        return jnp.where(found_R >= wanted_R, higher_R, floor_R)
+    def decide_bit(step: Array, key_R: Array) -> Array:
+        higher_R = key_R ^ jnp.int32(1) << 31 - step
+        sum_R = jnp.where(key_RV >= higher_R[:, None], weight_RV, 0).sum(axis=-1)
+        return jnp.where(sum_R >= total_R, higher_R, key_R)
 
-    lowest_R = jnp.full(len(logits_RV), jnp.iinfo(jnp.int32).min)
-    key_R = lax.fori_loop(0, 32, decide, lowest_R)
-    floor_R = lax.bitcast_convert_type(turn(key_R), logits_RV.dtype)
-    return jnp.where(jnp.isnan(floor_R), -jnp.inf, floor_R)
+    lowest_R = jnp.full(len(logits_RV), jnp.iinfo(jnp.int32).min, jnp.int32)
+    key_R = lax.fori_loop(0, 32, decide_bit, lowest_R)
+    threshold_R = lax.bitcast_convert_type(reorder(key_R), logits_RV.dtype)
+    return jnp.where(jnp.isnan(threshold_R), -jnp.inf, threshold_R)
 
 
 def _make_noise(seed: Array, position: Array, vocab: int) -> Array:

@@ -75,7 +75,7 @@ def score(
         kv_cache_dtype="fp8" if kv_dtype == FP8 else "auto",
         calculate_kv_scales=calculates_kv_scales,
     )
-    runner.reserve(engine_config)
+    runner.allocate_kv_cache(engine_config)
     assert runner.pool is not None
     scales = jax.device_get((runner.pool.k_scale, runner.pool.v_scale))
     text, rng = config.text, np.random.default_rng(0)

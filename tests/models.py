@@ -1,4 +1,4 @@
-"""Tiny models for the tests: loaded from disk once, and run in pieces on a pool."""
+"""Tiny models for the tests: loaded from disk once, and run in pieces on a page pool."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ from l4jax.model import Llama4, VisionTower
 from tests import weights
 
 PAGE = 4
-TOKENS, ROWS = (4, 160), (2, 24)  # what a piece is padded to, so that a model compiles twice
+TOKENS, ROWS = (4, 160), (2, 24)  # padded sizes of a piece, so that a model compiles twice
 
 
 class Tiny(NamedTuple):
@@ -36,7 +36,7 @@ class Tiny(NamedTuple):
 
 @functools.cache
 def load_golden(name: str) -> tuple[Tiny, weights.Golden]:
-    """The model and the golden of a name in `weights.GOLDENS`."""
+    """Load the model and the golden of a name in `weights.GOLDENS`."""
     golden = weights.read_golden(name)
     return _load(json.dumps(golden.config), golden.weights_seed), golden
 
@@ -54,16 +54,16 @@ def run_in_pieces(
     features_MD: np.ndarray | None = None,
     seed: int = 0,
 ) -> np.ndarray:
-    """[T, V] logits of a prompt that is run in pieces which end at `cuts`, on pages in random
+    """Return [T, V] logits of a prompt that runs in pieces which end at `cuts`, on pages in random
     order.
 
-    Local pages are given back at the end of a chunk and taken by the next one, as the engine does;
-    the pool is full of nan before, so that whatever is read without having been written shows.
+    As in the engine, local pages are released at the end of a chunk and allocated again. The pool
+    is initialized with nan, so that reading an unwritten position is visible.
     """
     text, rng = tiny.config.text, np.random.default_rng(seed)
-    whole, chunk = TOKENS[-1] // PAGE, text.chunk // PAGE
-    ids = rng.permutation(whole + 2 * 3 * chunk * ROWS[-1])
-    global_pages, local_pages = ids[:whole], ids[whole:].reshape(-1, 3, chunk)
+    pages, chunk = TOKENS[-1] // PAGE, text.chunk // PAGE
+    ids = rng.permutation(pages + 2 * 3 * chunk * ROWS[-1])
+    global_pages, local_pages = ids[:pages], ids[pages:].reshape(-1, 3, chunk)
     pool = cache.make_pool(text, len(ids), PAGE, jnp.float32)
     pool = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), pool)
     model = Llama4(text, kernels)
@@ -95,8 +95,7 @@ def _make_batch(
         np.zeros((3, ROWS[size], local_pages.shape[2]), np.int32),  # type: ignore[arg-type]
     )
     for row, number in enumerate(np.unique(chunks)):
-        # A chunk that goes on in the next piece keeps its pages; every other one takes those of a
-        # past one.
+        # A chunk that continues in the next piece keeps its pages; a new one reuses past pages.
         tables.local_GRB[:, row] = local_pages[number % len(local_pages)]  # type: ignore[index]
     padding = (0, TOKENS[size] - len(token_ids))
     row_T = (chunks - chunks[0]).astype(np.int32) if len(chunks) else chunks

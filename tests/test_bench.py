@@ -10,8 +10,8 @@ from l4jax import bench, cache, config
 from l4jax.benchmark import measure
 from l4jax.benchmark.cost import Format, count_experts, count_step
 from l4jax.config import MAVERICK, SCOUT, TINY
-from l4jax.engine import runner
-from l4jax.engine.capacity import find_longest, plan_limits
+from l4jax.engine import kv_cache
+from l4jax.engine.capacity import compute_limits
 from l4jax.engine.config import EngineConfig
 
 FP8, INT4, BF16 = Format("fp8", True), Format("int4", False), Format(None, False)
@@ -98,7 +98,7 @@ def test_figures_are_printed_written_plotted_and_read_back(tmp_path, capsys, mon
 def test_max_is_the_longest_context_that_fits_in_memory(monkeypatch, rows, pages, longest):
     short = TINY.replace_text(max_positions=500)
     monkeypatch.setattr(
-        runner,
+        kv_cache,
         "CPU_POOL_BYTES",
         pages * cache.count_page_bytes(TINY.text, 32, np.dtype(np.float32)),
     )
@@ -115,13 +115,13 @@ def test_the_longest_request_fills_the_pages():
     groups, chunk, page = 3, 64, 16
     engine_config = EngineConfig(max_model_len=10000, max_num_seqs=1, block_size=page)
     chunked = TINY.replace_text(chunk=chunk)
-    limits = plan_limits(chunked, engine_config, 1, 1, 10**6)
+    limits = compute_limits(chunked, engine_config, 1, 1, 10**6)
 
     def count(length: int) -> int:
         return length // page + groups * min(length, chunk) // page
 
     for pages in range(60):
-        longest = find_longest(limits.count_pages, pages, limits.max_length)
+        longest = limits.geometry.find_longest(pages, limits.max_length)
         assert count(longest) <= pages < count(longest + page)
 
 

@@ -1,4 +1,4 @@
-"""The model equals the reference, however a prompt is cut: against goldens, on every Python."""
+"""The model equals the reference for every split of a prompt; compared with goldens."""
 
 import functools
 
@@ -58,7 +58,7 @@ def test_prefill_split_around_every_boundary_equals_the_reference(name, cut):
 
 @pytest.mark.parametrize("name", tiers.every(2, weights.GOLDENS[::-1]))
 def test_prefill_then_decode_equals_one_forward(name):
-    """One token at a time from the first token of the second chunk on, across the boundaries."""
+    """One token at a time from the last token of the first chunk on, across the boundaries."""
     tiny, golden = models.load_golden(name)
     start = tiny.config.text.chunk - 1
     features = find_features(name)
@@ -97,7 +97,7 @@ def test_the_published_models_have_their_published_size(config, parameters):
 
 
 def test_rope_scaling_keeps_short_wavelengths_and_divides_long_ones():
-    """Scout's: low == high == 1, where the blend between would be 0 / 0."""
+    """With Scout's factors, low == high == 1, the blend between them would be 0 / 0."""
     plain = scale_frequencies(128, 500000.0, None)
     scaled = scale_frequencies(128, 500000.0, SCOUT.text.rope_scaling)
     is_short = 2 * np.pi / plain < 8192
@@ -109,41 +109,41 @@ def test_rope_scaling_keeps_short_wavelengths_and_divides_long_ones():
 def test_rope_scaling_blends_between_two_factors():
     scaled = scale_frequencies(128, 500000.0, RopeScaling(8.0, 1.0, 4.0, 8192))
     plain = scale_frequencies(128, 500000.0, None)
-    turns = 8192 * plain.astype(np.float64) / (2 * np.pi)
-    between = (turns > 1) & (turns < 4)
+    rotations = 8192 * plain.astype(np.float64) / (2 * np.pi)
+    between = (rotations > 1) & (rotations < 4)
     assert between.any()
-    smooth = (turns[between] - 1) / 3
+    smooth = (rotations[between] - 1) / 3
     wanted = (1 - smooth) * plain[between] / 8 + smooth * plain[between]
     np.testing.assert_allclose(scaled[between], wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("position", [1_000_003, 9_999_999])
 def test_positions_within_the_chunk_give_the_exact_scores_at_any_length(position):
-    """Against float64 at the absolute position. float32 at the absolute position is far off."""
+    """Compared with float64 at absolute positions; float32 at absolute positions is far off."""
     rng = np.random.default_rng(0)
     q_H, k_H = rng.standard_normal((2, 128))
     frequency_H = scale_frequencies(128, 500000.0, SCOUT.text.rope_scaling)
     back = 100  # both in one chunk
 
     def score(at_q: float, at_k: float, kind: type) -> float:
-        def turn(x_H: np.ndarray, at: float) -> np.ndarray:
+        def rotate_head(x_H: np.ndarray, at: float) -> np.ndarray:
             angle_H = kind(at) * frequency_H.astype(kind)
             return (x_H[::2] + 1j * x_H[1::2]) * np.exp(1j * angle_H)
 
-        return float((turn(q_H, at_q) * turn(k_H, at_k).conj()).real.sum())
+        return float((rotate_head(q_H, at_q) * rotate_head(k_H, at_k).conj()).real.sum())
 
     assert position // 8192 == (position - back) // 8192
     exact = score(position, position - back, np.float64)
     within = jnp.array([position % 8192, (position - back) % 8192])
-    turned = rotate(jnp.array([q_H, k_H], jnp.float32), compute_angles(within, frequency_H))
-    ours = float(turned[0] @ turned[1])
+    rotated = rotate(jnp.array([q_H, k_H], jnp.float32), compute_angles(within, frequency_H))
+    ours = float(rotated[0] @ rotated[1])
     scale = np.linalg.norm(q_H) * np.linalg.norm(k_H)
     assert abs(ours - exact) / scale < 1e-5
     assert abs(score(position, position - back, np.float32) - exact) / scale > 1e-4
 
 
 def test_a_local_layer_computes_the_same_in_every_chunk():
-    """Bit for bit, at any distance: it knows nothing but the position within its chunk."""
+    """Bit for bit at any distance: its only input is the position within the chunk."""
     tiny, _ = models.load_golden("scout-8-text")
     text, rng = tiny.config.text, np.random.default_rng(0)
     module, params = Attention(text, False, PORTABLE), tiny.params["text"]["layer_0"]["attention"]
@@ -161,7 +161,7 @@ def test_a_local_layer_computes_the_same_in_every_chunk():
     np.testing.assert_array_equal(found[2], found[0])
 
 
-def test_temperature_is_one_up_to_the_last_position_of_the_first_stretch():
+def test_temperature_is_one_up_to_the_last_position_of_the_first_interval():
     found = compute_temperature(jnp.array([0, 8190, 8191, 16382, 16383]), 8192, 0.1)
     wanted = 1 + 0.1 * np.log1p(np.array([0, 0, 1, 1, 2]))
     np.testing.assert_allclose(found, wanted, rtol=1e-6)

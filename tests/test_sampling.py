@@ -1,4 +1,4 @@
-"""Each row is drawn by its own settings, and only by them."""
+"""Each row is sampled by its own parameters only."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from l4jax.sampling import SamplingMetadata, _filter, sample
 V = 50
 
 
-def make_controls(rows: int, **settings) -> SamplingMetadata:
+def make_metadata(rows: int, **settings) -> SamplingMetadata:
     defaults = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
     values = {**defaults, **settings}
     kinds = {"temperature": "f4", "top_k": "i4", "top_p": "f4", "min_p": "f4", "seed": "u4"}
@@ -28,23 +28,23 @@ def make_logits(rows: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 2, (rows, V)).astype(np.float32)
 
 
-def draw(logits, controls, position=7, logprobs=None):
+def sample_jitted(logits, metadata, position=7, logprobs=None):
     positions = np.broadcast_to(np.array(position, np.int32), len(logits))
-    return jax.jit(sample, static_argnums=3)(logits, controls, positions, logprobs)
+    return jax.jit(sample, static_argnums=3)(logits, metadata, positions, logprobs)
 
 
 def find_kept(logits, **settings) -> np.ndarray:
     return np.isfinite(
-        np.asarray(_filter(jnp.asarray(logits), make_controls(len(logits), **settings)))
+        np.asarray(_filter(jnp.asarray(logits), make_metadata(len(logits), **settings)))
     )
 
 
 def test_temperature_zero_is_the_likeliest_token():
     logits = make_logits(5)
-    np.testing.assert_array_equal(draw(logits, make_controls(5)).token_R, logits.argmax(1))
+    np.testing.assert_array_equal(sample_jitted(logits, make_metadata(5)).token_R, logits.argmax(1))
 
 
-def test_a_row_alone_draws_what_it_draws_in_a_batch():
+def test_a_row_samples_the_same_token_in_any_batch():
     logits = make_logits(6)
     settings = {
         "temperature": [0.0, 0.7, 1.0, 1.3, 0.7, 1.0],
@@ -53,28 +53,28 @@ def test_a_row_alone_draws_what_it_draws_in_a_batch():
         "min_p": [0.0, 0.0, 0.0, 0.1, 0.05, 0.0],
         "seed": [1, 2, 3, 4, 5, 2**32 - 1],
     }
-    together = draw(logits, make_controls(6, **settings)).token_R
+    together = sample_jitted(logits, make_metadata(6, **settings)).token_R
     for row in range(6):
         own = {key: values[row] for key, values in settings.items()}
-        alone = draw(logits[row : row + 1], make_controls(1, **own)).token_R
+        alone = sample_jitted(logits[row : row + 1], make_metadata(1, **own)).token_R
         assert int(alone[0]) == int(together[row])
 
 
-def test_draws_change_with_the_seed_and_with_the_position():
+def test_samples_change_with_the_seed_and_with_the_position():
     logits = np.zeros((40, V), np.float32)
-    by_seed = draw(logits, make_controls(40, temperature=1.0, seed=np.arange(40))).token_R
-    by_position = draw(logits, make_controls(40, temperature=1.0), np.arange(40)).token_R
+    by_seed = sample_jitted(logits, make_metadata(40, temperature=1.0, seed=np.arange(40))).token_R
+    by_position = sample_jitted(logits, make_metadata(40, temperature=1.0), np.arange(40)).token_R
     assert len(set(by_seed.tolist())) > 15
     assert len(set(by_position.tolist())) > 15
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draws_follow_the_softmax(temperature):
+def test_samples_follow_the_softmax(temperature):
     rows, logits = 20000, make_logits(1)[:, :6]
     seeds = np.arange(rows)
     many = np.repeat(logits, rows, axis=0)
     tokens = np.asarray(
-        draw(many, make_controls(rows, temperature=temperature, seed=seeds)).token_R
+        sample_jitted(many, make_metadata(rows, temperature=temperature, seed=seeds)).token_R
     )
     wanted = np.exp(logits[0] / temperature) / np.exp(logits[0] / temperature).sum()
     found = np.bincount(tokens, minlength=6) / rows
@@ -110,19 +110,19 @@ def test_min_p_keeps_what_is_at_least_that_fraction_of_the_likeliest():
 
 def test_top_p_counts_within_what_top_k_left():
     logits = np.log(np.array([[0.4, 0.3, 0.2, 0.1]], np.float32))
-    # Of the first two, 4/7 and 3/7: 0.5 is reached by the first alone.
+    # The first two have 4/7 and 3/7 of their sum: the first alone reaches 0.5.
     assert find_kept(logits, top_k=2, top_p=0.5).tolist() == [[True, False, False, False]]
     assert find_kept(logits, top_k=2, top_p=0.6).tolist() == [[True, True, False, False]]
 
 
-def test_a_row_that_keeps_all_keeps_the_unlikeliest_beside_rows_that_filter():
-    """Tokens so unlikely that the others add up to 1 in float32."""
+def test_a_row_without_filters_keeps_all_tokens_in_a_batch_with_filters():
+    """Even tokens so unlikely that the others sum to 1 in float32."""
     logits = make_logits(3) * 20
     kept = find_kept(logits, top_k=[0, 3, V], top_p=[1.0, 1.0, 0.5])
     assert kept.sum(1)[:2].tolist() == [V, 3]
 
 
-def test_filters_take_equal_logits_together_and_nothing_of_what_is_forbidden():
+def test_filters_treat_equal_logits_alike_and_keep_no_forbidden_token():
     logits = np.full((4, V), -np.inf, np.float32)
     logits[:, :6] = [-3, 2, 2, 0, -1, 2]
     kept = find_kept(logits, top_k=[2, 0, 0, 5], top_p=[1.0, 0.1, 1.0, 1.0], min_p=[0, 0, 0.1, 0])
@@ -133,9 +133,11 @@ def test_filters_take_equal_logits_together_and_nothing_of_what_is_forbidden():
     ]
 
 
-def test_logprobs_are_of_the_model_not_of_the_filters():
+def test_logprobs_are_those_of_the_unfiltered_model():
     logits = make_logits(3)
-    found = draw(logits, make_controls(3, temperature=0.3, top_k=2, seed=[1, 2, 3]), logprobs=5)
+    found = sample_jitted(
+        logits, make_metadata(3, temperature=0.3, top_k=2, seed=[1, 2, 3]), logprobs=5
+    )
     wanted = np.asarray(jax.nn.log_softmax(logits))
     for row in range(3):
         assert float(found.logprob_R[row]) == pytest.approx(
@@ -146,8 +148,11 @@ def test_logprobs_are_of_the_model_not_of_the_filters():
         np.testing.assert_allclose(found.top_logprob_RL[row], wanted[row, order], atol=1e-5)
 
 
-def test_only_what_was_asked_for_is_reported():
+def test_only_requested_logprobs_are_reported():
     logits = make_logits(2)
-    nothing, chosen = draw(logits, make_controls(2)), draw(logits, make_controls(2), logprobs=0)
+    nothing, chosen = (
+        sample_jitted(logits, make_metadata(2)),
+        sample_jitted(logits, make_metadata(2), logprobs=0),
+    )
     assert [value is None for value in dataclasses.astuple(nothing)] == [False, True, True, True]
     assert [value is None for value in dataclasses.astuple(chosen)] == [False, False, True, True]

@@ -19,7 +19,6 @@ from l4jax import cache, decode
 from l4jax.benchmark.cost import Cost, Format, count_step
 from l4jax.benchmark.report import Figure
 from l4jax.config import Config
-from l4jax.engine.capacity import find_longest
 from l4jax.engine.config import EngineConfig
 from l4jax.engine.engine import Engine
 from l4jax.engine.request import SamplingParams
@@ -170,12 +169,13 @@ class Bench:
             max_num_batched_tokens=max(tokens, rows),
             gpu_memory_utilization=0.92,
         )
-        limits = self.runner.reserve(engine_config)
+        limits = self.runner.allocate_kv_cache(engine_config)
+        geometry = limits.geometry
         if length is None:
-            length = find_longest(limits.count_pages, limits.pages // rows, limits.max_length)
-        global_pages = -(-length // limits.page)
-        local_pages = -(-min(length, limits.chunk) // limits.page)
-        each = limits.count_pages(length)
+            length = geometry.find_longest(limits.pages // rows, limits.max_length)
+        global_pages = geometry.count_global(length)
+        local_pages = geometry.count_local(length)
+        each = geometry.count(length)
         if limits.pages < rows * each:
             raise ValueError(
                 f"{rows} rows with {length} tokens each need {rows * each} pages, and "

@@ -1,1 +1,1 @@
-"""The engine: requests in, tokens out. Its bookkeeping knows no jax; its runner does."""
+"""The engine: scheduler, KV cache, programs and their runner. Scheduling does not import jax."""

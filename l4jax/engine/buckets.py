@@ -1,179 +1,122 @@
-"""Buckets: the shapes that are compiled, and the bucket that runs a scheduler output. No jax.
-
-A step is padded to a bucket. A server starts once the smallest and the largest buckets are
-compiled, which hold every step. The other buckets compile while it serves, and run once they are
-ready.
-"""
+"""Buckets: the shapes of compiled programs, and which one runs a step. No jax."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
-from l4jax.engine.scheduler import Limits, SchedulerOutput
+from l4jax.engine.scheduler import Limits
 
-# Decode loops between the coarse buckets, for engines of more than _MANY requests: one every
-# _FINE rows, or every quarter of the largest power of two below where that is more.
-_MANY = 64  # requests
-_FINE = 32  # rows
+_FINE_FROM = 64  # requests of a data shard, above which there are fine loops
+_FINE_ROWS = 32  # rows between fine loops, or a quarter of the rows where that is more
 
 
-@dataclasses.dataclass(frozen=True)
-class ProgramKey:
-    """The identity of a compiled program within a runner.
+class Bucket(NamedTuple):
+    """The shape of a program, per data shard. In a loop, tokens equal rows."""
 
-    Attributes:
-        kind: "step", "decode_loop" or "encode_tiles".
-        shape: (tokens, rows) of a step, (rows,) of a loop, (tiles,) of an encoder call; tokens and
-            rows count per data shard.
-        has_logits_processors: the program applies logits processors and returns logprobs.
-    """
+    is_loop: bool
+    tokens: int
+    rows: int
 
-    kind: str
-    shape: tuple[int, ...]
-    has_logits_processors: bool = False
+    @classmethod
+    def of_loop(cls, rows: int) -> "Bucket":
+        """Return the bucket of a decode loop."""
+        return cls(True, rows, rows)
 
-
-class Programs(Protocol):
-    """The readiness of programs, as `program_cache.ProgramCache` tells it."""
-
-    def is_ready(self, key: ProgramKey) -> bool:
-        """Return whether a program is compiled."""
-        ...
-
-    def is_known(self, key: ProgramKey) -> bool:
-        """Return whether a program is compiled, or is scheduled to be."""
-        ...
+    def fits(self, tokens: int, rows: int) -> bool:
+        """Return whether the bucket holds this many tokens and rows."""
+        return self.tokens >= tokens and self.rows >= rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """Compiled shapes per data shard: (tokens, rows) of steps, and rows of decode loops.
+    """The buckets of an engine: steps in ascending order, loops in ascending order, fine loops.
 
-    Attributes:
-        steps: (tokens, rows), ascending.
-        loops: rows, ascending.
-        between: rows of further loops, which spare padding in engines of many requests. A step
-            never waits for them.
+    The engine serves once the smallest and the largest of steps and of loops are compiled. The
+    others waste less padding, and are compiled while it serves: the coarse ones, then the rest.
+    Programs with logits processors, which are rarer, have the coarse buckets only. Fine loops
+    save padding of many rows; no step waits for their compilation.
     """
 
-    steps: tuple[tuple[int, int], ...]
-    loops: tuple[int, ...]
-    between: tuple[int, ...] = ()
+    steps: tuple[Bucket, ...]
+    loops: tuple[Bucket, ...]
+    fine_loops: tuple[Bucket, ...] = ()
 
     @classmethod
     def of(cls, limits: Limits) -> "Buckets":
-        """Return the buckets of an engine: tokens 16, 64, ... up to the budget, with rows to match;
-        loops 1, 4, 16, ... up to all requests.
+        """Make the buckets by factors of four: 16, 64 .. all tokens; loops of 1, 4, 16 .. all rows.
 
-        A factor of four bounds the number of programs: a row of padding costs little next to
-        reading the weights, and each program takes seconds to compile.
+        A row of padding costs little compared with reading the weights; one more program takes
+        seconds to compile.
         """
-        tokens, loops = [16], [1]
+        tokens, rows = [16], [1]
         while tokens[-1] < limits.tokens:
             tokens.append(min(4 * tokens[-1], limits.tokens))
-        while loops[-1] < limits.requests:
-            loops.append(min(4 * loops[-1], limits.requests))
+        while rows[-1] < limits.requests:
+            rows.append(min(4 * rows[-1], limits.requests))
         steps = [
-            (t, min(limits.requests + t // limits.chunk + 1, limits.rows)) for t in tokens[:-1]
+            Bucket(False, t, min(limits.requests + t // limits.chunk + 1, limits.rows))
+            for t in tokens[:-1]
         ]
-        between, rows = [], _FINE
-        while limits.requests > max(rows, _MANY):
-            between.append(rows)
-            rows += max(_FINE, 2 ** (rows.bit_length() - 1) // 4)
+        fine: list[int] = []
+        count = _FINE_ROWS
+        while limits.requests > max(count, _FINE_FROM):
+            fine.append(count)
+            count += max(_FINE_ROWS, 2 ** (count.bit_length() - 1) // 4)
         return cls(
-            (*steps, (tokens[-1], limits.rows)),
-            tuple(loops),
-            tuple(rows for rows in between if rows not in loops),
+            (*steps, Bucket(False, tokens[-1], limits.rows)),
+            tuple(map(Bucket.of_loop, rows)),
+            tuple(Bucket.of_loop(count) for count in fine if count not in rows),
         )
 
     @property
-    def first(self) -> "Buckets":
-        """The smallest and the largest buckets, which together hold every step."""
-        return Buckets(_take_ends(self.steps), _take_ends(self.loops))
+    def first(self) -> tuple[Bucket, ...]:
+        """The smallest and the largest step and loop: together they hold every batch."""
+        ends = (self.steps[0], self.steps[-1], self.loops[0], self.loops[-1])
+        return tuple(dict.fromkeys(ends))
 
     @property
-    def coarse(self) -> "Buckets":
-        """About every other bucket, the first ones included."""
-        return Buckets(_thin(self.steps), _thin(self.loops))
+    def coarse(self) -> tuple[Bucket, ...]:
+        """About every second step and loop, the first ones included."""
+        return _thin(self.steps) + _thin(self.loops)
 
-    def without(self, others: "Buckets") -> "Buckets":
-        """Return these buckets less the steps and loops of others."""
-        return Buckets(
-            tuple(shape for shape in self.steps if shape not in others.steps),
-            tuple(rows for rows in self.loops if rows not in others.loops),
-            self.between,
-        )
+    @property
+    def all(self) -> tuple[Bucket, ...]:
+        """All steps, loops and fine loops."""
+        return self.steps + self.loops + self.fine_loops
 
-    def list_keys(self, has_logits_processors: bool = False) -> Iterator[ProgramKey]:
-        """Yield the key of each bucket's program: steps, then loops, in ascending order."""
-        for shape in self.steps:
-            yield ProgramKey("step", shape, has_logits_processors)
-        for rows in (*self.loops, *self.between):
-            yield ProgramKey("decode_loop", (rows,), has_logits_processors)
-
-    def fit(
+    def choose(
         self,
+        *,
+        is_loop: bool,
         tokens: int,
         rows: int,
         has_logits_processors: bool = False,
-        *,
-        has: Callable[[tuple[int, int]], bool] = lambda shape: True,
-    ) -> tuple[int, int]:
-        """Return the smallest step bucket that holds these tokens and rows.
+        is_ready: Callable[[Bucket], bool] | None = None,
+    ) -> Bucket:
+        """Return the smallest bucket that fits, among those that may run now.
 
-        Candidates are the first buckets, and those that `has` reports as ready. With logits
-        processors, which are rarer, they are the coarse buckets.
+        Args:
+            is_loop: whether a decode loop runs, or a step.
+            tokens, rows: of the largest data shard.
+            has_logits_processors: allows the coarse buckets, whether or not they are compiled.
+            is_ready: whether the program of a bucket is compiled. The first buckets may run before:
+                their programs are awaited. None if programs are compiled at their first call;
+                then all but the fine loops may run.
         """
-        others = self.coarse.steps if has_logits_processors else filter(has, self.steps)
-        return min((t, r) for t, r in (*self.first.steps, *others) if t >= tokens and r >= rows)
-
-    def fit_loop(
-        self,
-        rows: int,
-        has_logits_processors: bool = False,
-        *,
-        has: Callable[[int], bool] = lambda rows: True,
-    ) -> int:
-        """Return the smallest loop bucket that holds these rows; candidates as for `fit`."""
-        others = (
-            self.coarse.loops
-            if has_logits_processors
-            else filter(has, (*self.loops, *self.between))
+        candidates: Iterable[Bucket]
+        if has_logits_processors:
+            candidates = self.coarse
+        elif is_ready is None:
+            candidates = self.steps + self.loops
+        else:
+            candidates = (*self.first, *filter(is_ready, self.all))
+        return min(
+            bucket
+            for bucket in candidates
+            if bucket.is_loop == is_loop and bucket.fits(tokens, rows)
         )
-        return min(r for r in (*self.first.loops, *others) if r >= rows)
-
-    def choose(self, output: SchedulerOutput, programs: Programs) -> ProgramKey:
-        """Return the key of the program that runs a scheduler output.
-
-        Without a warm-up no program is known, and each bucket compiles when it first runs; loops of
-        `between` are not worth that.
-        """
-        chunks = [chunk for shard in output.runs for chunk in shard]
-        has_processors = any(chunk.request.has_logits_processors for chunk in chunks)
-        rows = max(map(len, output.runs))
-
-        def can_run(key: ProgramKey) -> bool:
-            return programs.is_ready(key) or not programs.is_known(key)
-
-        if output.is_loop:
-
-            def has_loop(count: int) -> bool:
-                key = ProgramKey("decode_loop", (count,))
-                return programs.is_ready(key) if count in self.between else can_run(key)
-
-            found = self.fit_loop(rows, has_processors, has=has_loop)
-            return ProgramKey("decode_loop", (found,), has_processors)
-        tokens = max(sum(chunk.stop - chunk.start for chunk in shard) for shard in output.runs)
-        shape = self.fit(
-            tokens, rows, has_processors, has=lambda shape: can_run(ProgramKey("step", shape))
-        )
-        return ProgramKey("step", shape, has_processors)
 
 
-def _take_ends(shapes: tuple) -> tuple:
-    return tuple(dict.fromkeys((shapes[0], shapes[-1])))
-
-
-def _thin(shapes: tuple) -> tuple:
-    """Return the first shape, and every second of the rest up to the last."""
-    return shapes[:1] + shapes[1:][::-2][::-1]
+def _thin(buckets: tuple[Bucket, ...]) -> tuple[Bucket, ...]:
+    """Return the first bucket, and every second of the others, the last one included."""
+    return buckets[:1] + buckets[1:][::-2][::-1]

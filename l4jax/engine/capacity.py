@@ -1,19 +1,19 @@
-"""How much fits: from what is wanted and the memory there is to limits and shapes. No jax."""
+"""Sizes of the KV pool and of a step, computed from the requested sizes and the memory. No jax."""
 
 import math
-from collections.abc import Callable
 
 from l4jax.config import Config, TextConfig
 from l4jax.engine.config import CapacityError, EngineConfig
+from l4jax.engine.page_geometry import PageGeometry
 from l4jax.engine.scheduler import Limits
 
 TILES_PER_IMAGE = 17  # 16 tiles and the whole image, at most
-_LOGITS_AT_ONCE = 6  # arrays, one or two more than sampling holds
-_HIDDENS_AT_ONCE = 6  # arrays as wide as gate and up of an expert, 2 bytes each
+_LOGITS_ARRAYS = 6  # alive at once, one or two more than sampling needs
+_HIDDEN_ARRAYS = 6  # alive at once, as wide as gate and up of an expert, 2 bytes per number
 
 
 def choose_page(config: Config, engine_config: EngineConfig) -> int:
-    """Positions of a page: as asked, else 128 or what of it divides the attention chunk."""
+    """Return the positions of a page: `block_size`, or 128's common divisor with the chunk."""
     chunk = config.text.chunk
     page = engine_config.block_size or math.gcd(chunk, 128)
     if chunk % page:
@@ -21,85 +21,80 @@ def choose_page(config: Config, engine_config: EngineConfig) -> int:
     return page
 
 
-def plan_limits(
-    config: Config, engine_config: EngineConfig, shards: int, page_bytes: int, memory: int
+def compute_limits(
+    config: Config, engine_config: EngineConfig, shards: int, page_bytes: int, pool_bytes: int
 ) -> Limits:
-    """What the scheduler must keep within.
+    """Compute the sizes that the scheduler keeps within.
 
     Args:
         config: of the model.
         engine_config: the requested sizes.
         shards: data shards; requests and tokens are divided among them.
         page_bytes: bytes of one page id, over all arrays of the pool.
-        memory: bytes that the pool of a data shard may take.
+        pool_bytes: bytes that the pool of a data shard may take.
 
     Raises:
-        CapacityError: where a request as long as asked for would not fit, and what would.
+        CapacityError: if a request of `max_model_len` tokens does not fit.
     """
     text, page = config.text, choose_page(config, engine_config)
-    asked, chunk, local_groups = engine_config.max_model_len, text.chunk, text.nope_interval - 1
-    if asked is not None and asked > text.max_positions:
-        raise CapacityError(f"max_model_len is {asked}, and the model's is {text.max_positions}.")
-    wanted = asked or text.max_positions
-    requests, tokens = engine_config.divide(shards)
-
-    def count_pages(length: int) -> int:
-        return -(-length // page) + local_groups * -(-min(length, chunk) // page)
-
-    # A prompt that crosses boundaries in one step holds the local pages of all its chunks there.
-    spare = tokens // chunk * local_groups * (chunk // page)
-    pages = min(count_pages(wanted) * requests + spare, memory // page_bytes)
-    fits = find_longest(count_pages, pages, wanted)
-    if fits < (asked or 2):
+    geometry = PageGeometry(page, text.chunk, text.nope_interval - 1)
+    requested = engine_config.max_model_len
+    if requested is not None and requested > text.max_positions:
         raise CapacityError(
-            f"max_model_len {wanted} needs {count_pages(wanted) * page_bytes / 2**30:.2f} GiB "
-            f"of page pool, and there are {max(memory, 0) / 2**30:.2f}: give a max_model_len of at "
-            f"most {fits}, or raise kv_cache_memory_bytes or gpu_memory_utilization."
+            f"max_model_len is {requested}, and the model's is {text.max_positions}."
         )
+    length = requested or text.max_positions
+    requests, tokens = engine_config.divide(shards)
+    wanted = geometry.count(length) * requests + geometry.count_prefill_spare(tokens)
+    pages = min(wanted, pool_bytes // page_bytes)
+    longest = geometry.find_longest(pages, length)
+    if longest < (requested or 2):
+        raise CapacityError(
+            f"max_model_len {length} needs {geometry.count(length) * page_bytes / 2**30:.2f} GiB "
+            f"of page pool, and there are {max(pool_bytes, 0) / 2**30:.2f}: give a max_model_len "
+            f"of at most {longest}, or raise kv_cache_memory_bytes or gpu_memory_utilization."
+        )
+    speculation = engine_config.speculation
     return Limits(
         shards=shards,
         requests=requests,
         pages=pages,
         tokens=tokens,
-        rows=requests + tokens // chunk + 1,
+        rows=requests + tokens // geometry.chunk + 1,
         feature_slots=TILES_PER_IMAGE * engine_config.max_images if config.vision else 0,
         page=page,
-        chunk=chunk,
-        local_groups=local_groups,
+        chunk=geometry.chunk,
+        local_groups=geometry.local_groups,
         loop_steps=engine_config.loop_steps,
-        max_length=fits,
-        drafts=engine_config.speculation.num_speculative_tokens if engine_config.speculation else 0,
+        max_length=longest,
+        drafts=speculation.num_speculative_tokens if speculation else 0,
     )
 
 
-def find_free_bytes(
-    engine_config: EngineConfig, *, limit: int, in_use: int, programs: int, share: float = 1.0
+def count_pool_bytes(
+    engine_config: EngineConfig,
+    *,
+    limit: int,
+    in_use: int,
+    temporaries: int,
+    preallocated: float = 1.0,
 ) -> int:
-    """Bytes of one accelerator that the page pool may take.
+    """Count the bytes of one accelerator that the page pool may take.
 
     Args:
         engine_config: its `gpu_memory_utilization` bounds weights and pool, as in vLLM.
-        limit: bytes that this process may take.
-        in_use: of them, by now.
-        programs: of them, to be left for what programs take while they run.
-        share: of the accelerator's memory that `limit` is.
+        limit: bytes that this process may allocate.
+        in_use: bytes that it has allocated, by now.
+        temporaries: bytes to leave for running programs.
+        preallocated: the share of the accelerator's memory that `limit` is.
     """
-    allowed = min(engine_config.gpu_memory_utilization * limit / share, limit - programs)
+    allowed = min(engine_config.gpu_memory_utilization * limit / preallocated, limit - temporaries)
     return max(0, int(allowed) - in_use)
 
 
-def count_program_bytes(text: TextConfig, rows: int, tokens: int) -> int:
-    """Bytes of a device that a step of so many of its rows and tokens takes beside weights and
-    pages, or somewhat more: for sampling, and for the tokens between two products."""
+def count_temporary_bytes(text: TextConfig, rows: int, tokens: int) -> int:
+    """Bound the bytes that a step takes on a device in addition to weights and pages: logits while
+    sampling, and hidden states between two matrix products."""
     logits = 4 * rows * text.vocab
     hidden = 2 * tokens * 2 * text.expert_width
-    return _LOGITS_AT_ONCE * logits + _HIDDENS_AT_ONCE * hidden
-
-
-def find_longest(count_pages: Callable[[int], int], pages: int, wanted: int) -> int:
-    """The longest request, up to `wanted`, whose pages fit; by bisection."""
-    low, high = 0, wanted
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if count_pages(middle) <= pages else (low, middle - 1)
-    return low
+    return _LOGITS_ARRAYS * logits + _HIDDEN_ARRAYS * hidden

@@ -1,7 +1,7 @@
-"""Schedule, run, take note: the engine is a loop of these three.
+"""The engine: a loop of schedule, dispatch and postprocess.
 
-It keeps one plan ahead: the next is dispatched before the tokens of the last one are read, so that
-the devices never wait for the host.
+It stays one step ahead: the next step is dispatched before the sampled tokens of the last one are
+read, so that the devices do not wait for the host.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ import time
 import numpy as np
 
 from l4jax.engine.config import EngineConfig
-from l4jax.engine.input_batch import SampledTokens
 from l4jax.engine.ngram_proposer import NgramProposer
+from l4jax.engine.output_batch import SampledTokens
 from l4jax.engine.request import (
     Constraints,
     Request,
@@ -32,14 +32,14 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class RequestUpdate:
-    """What a step brought for one request.
+    """The new tokens of one request after a step.
 
     Attributes:
-        finish_reason: "stop" or "length"; "abort" where its time was up, "error" where its step
-            failed; None while it goes on.
-        prompt_logprobs: of each token of the prompt, the first one's None; with the first tokens,
-            where they were asked for.
-        cached_tokens: of the prompt, found in the prefix cache.
+        finish_reason: "stop" or "length"; "abort" after its timeout, "error" if its step failed;
+            None while the request goes on.
+        prompt_logprobs: of each prompt token, None for the first one; in the first update, if
+            requested.
+        cached_tokens: prompt tokens found in the prefix cache.
     """
 
     request_id: int
@@ -52,47 +52,48 @@ class RequestUpdate:
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """How the engine stands, and what it has done since it was made."""
+    """The engine's current state, and its counters since it was made."""
 
     running: int
     waiting: int
     pages: int  # of all data shards
-    pages_used: int  # owned by requests; what the prefix cache holds besides is free
+    pages_used: int  # owned by requests; other pages of the prefix cache are free
     prompt_tokens: int
     generation_tokens: int
-    prefix_queries: int  # tokens of prompts that were looked up in the prefix cache
-    prefix_hits: int  # of these, found
-    drafted: int  # tokens guessed
-    accepted: int  # of these, right
+    prefix_queries: int  # prompt tokens looked up in the prefix cache
+    prefix_hits: int  # prompt tokens found in it
+    drafted: int  # draft tokens
+    accepted: int  # accepted draft tokens
     preemptions: int
 
 
 class Engine:
-    """Requests in, tokens out, on a runner that has its weights; allocates the page pool.
+    """Continuous batching of requests on a runner that has its weights.
 
     Not thread-safe: one thread calls it.
     """
 
     def __init__(self, runner: Runner, engine_config: EngineConfig):
-        """Raises `CapacityError` where the capacity does not fit in memory."""
+        """Allocate the KV cache. Raises `CapacityError` if the sizes do not fit in memory."""
         self.runner, self.engine_config = runner, engine_config
-        self.limits = runner.reserve(engine_config)
+        self.limits = runner.allocate_kv_cache(engine_config)
+        speculation = engine_config.speculation
         self.scheduler = Scheduler(
             self.limits,
-            keeps_prefixes=engine_config.enable_prefix_caching,
-            guess=NgramProposer(engine_config.speculation) if engine_config.speculation else None,
+            enable_prefix_caching=engine_config.enable_prefix_caching,
+            proposer=NgramProposer(speculation) if speculation else None,
         )
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
         self._seeds = random.Random(engine_config.seed)
-        self._flight: PendingStep | None = None
+        self._pending: PendingStep | None = None  # dispatched, and not yet postprocessed
         self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
         self._counts = dict.fromkeys(("prompt", "generation", "queries", "hits"), 0)
-        self._guesses = {"drafted": 0, "accepted": 0}
+        self._drafts = {"drafted": 0, "accepted": 0}
 
     @property
     def has_work(self) -> bool:
-        """Whether a request waits or runs."""
+        """Whether a request is waiting or running."""
         return bool(self._requests)
 
     def add(
@@ -104,22 +105,22 @@ class Engine:
         constraints: Constraints | None = None,
         timeout: float | None = None,
     ) -> int:
-        """Take a request, for one answer; its id.
+        """Add a request for one output, and return its id.
 
         Args:
             token_ids: of the prompt.
-            params: how to sample; its n is not looked at.
+            params: sampling parameters; n is ignored.
             images: of the prompt, in order.
-            constraints: what the answer must keep to.
-            timeout: seconds after which it ends with what it has, as "abort".
+            constraints: on the output.
+            timeout: seconds after which it ends with its tokens so far, as "abort".
 
         Raises:
-            PromptError: for a prompt that cannot be run.
+            PromptError: if the prompt cannot run.
         """
         self.check(token_ids, images, params)
         config = self.runner.config
-        room = self.limits.max_length - len(token_ids)
-        # A grammar ends with one of them, whoever ignores them otherwise.
+        left = self.limits.max_length - len(token_ids)
+        # A grammar ends with an end-of-sequence id, even if `ignore_eos` is set.
         is_endless = params.ignore_eos and (constraints is None or constraints.matcher is None)
         eos_ids = () if is_endless else config.eos_ids
         positions = None
@@ -129,7 +130,7 @@ class Engine:
             id=next(self._ids),
             tokens=list(token_ids),
             prompt_length=len(token_ids),
-            max_length=len(token_ids) + min(room, params.max_tokens or room),
+            max_length=len(token_ids) + min(left, params.max_tokens or left),
             params=params,
             seed=self._seeds.getrandbits(32) if params.seed is None else params.seed,
             stop_ids=tuple(dict.fromkeys([*eos_ids, *(params.stop_token_ids or ())])),
@@ -145,43 +146,41 @@ class Engine:
         return request.id
 
     def cancel(self, request_id: int) -> None:
-        """Drop a request at any moment, and free what it owns. One that has ended is left alone."""
+        """End a request at any time, and release what it owns. Unknown ids are ignored."""
         request = self._requests.pop(request_id, None)
         self._prompt_logprobs.pop(request_id, None)
         if request is not None:
             request.finish_reason = request.finish_reason or "abort"
-            self.scheduler.end(request)
+            self.scheduler.finish(request)
 
     def step(self) -> list[RequestUpdate]:
-        """Start what is next, and say what the step before it brought.
+        """Start the next step, and return the updates of the one before it.
 
-        A failure ends the requests that were in it; those that only waited or were computed before
+        A failing step ends its requests. Waiting requests, and requests that were computed before,
         are computed again.
         """
         updates = self._expire()
-        if self.scheduler.must_know:
-            updates += self._land()
-        plan, flight = self.scheduler.plan(), None
-        if plan is not None:
-            try:
-                flight = self.runner.dispatch(plan)
-            except Exception as error:  # whatever it is, the other requests go on
-                return updates + self._land() + self._fail(plan, error)
-        landing, self._flight = self._flight, flight
-        return updates + self._take(landing)
+        if self.scheduler.needs_sampled_tokens:
+            previous, self._pending = self._pending, None
+            updates += self._postprocess(previous)
+        output = self.scheduler.schedule()
+        previous, error = self._dispatch(output)
+        updates += self._postprocess(previous)
+        if output is not None and error is not None:
+            updates += self._fail(output, error)
+        return updates
 
     def warm_up(self, *, progress: bool = False) -> None:
-        """Compile what every request needs now, so that none waits for it; what adjusted ones need
-        is compiled while others are served."""
+        """Compile the programs of the first buckets; the others compile while requests run."""
         self.runner.warm_up(progress=progress)
 
     @property
     def is_compiling(self) -> bool:
-        """Whether something is still being compiled, after the warm-up."""
+        """Whether programs are still compiling in the background, after the warm-up."""
         return self.runner.is_compiling
 
     def stats(self) -> Stats:
-        """How the engine stands."""
+        """Return the current state and the counters."""
         pages, counts = self.scheduler.pages, self._counts
         return Stats(
             running=len(self.scheduler.running),
@@ -192,8 +191,8 @@ class Engine:
             generation_tokens=counts["generation"],
             prefix_queries=counts["queries"],
             prefix_hits=counts["hits"],
-            drafted=self._guesses["drafted"],
-            accepted=self._guesses["accepted"],
+            drafted=self._drafts["drafted"],
+            accepted=self._drafts["accepted"],
             preemptions=self.scheduler.preemptions,
         )
 
@@ -203,23 +202,23 @@ class Engine:
         images: tuple[Tiles, ...] = (),
         params: SamplingParams | None = None,
     ) -> None:
-        """Raise `PromptError` for a prompt that cannot be run."""
-        config, longest = self.runner.config, self.limits.max_length
+        """Raise `PromptError` if a prompt cannot run."""
+        config, max_length = self.runner.config, self.limits.max_length
         if not token_ids:
             raise PromptError("the prompt is empty: give at least one token.")
-        if len(token_ids) >= longest:
+        if len(token_ids) >= max_length:
             raise PromptError(
-                f"the prompt has {len(token_ids)} tokens, and with the answer {longest} fit: "
-                f"shorten it to {longest - 1}, or raise max_model_len."
+                f"the prompt has {len(token_ids)} tokens, and with the answer {max_length} fit: "
+                f"shorten it to {max_length - 1}, or raise max_model_len."
             )
         vocab = config.text.vocab
         listed = [
             *((params and params.logit_bias) or ()),
             *((params and params.stop_token_ids) or ()),
         ]
-        strangers = [token for token in (*token_ids, *listed) if not 0 <= token < vocab]
-        if strangers:
-            raise PromptError(f"token id {strangers[0]} is not in the vocabulary of {vocab}.")
+        unknown = [token for token in (*token_ids, *listed) if not 0 <= token < vocab]
+        if unknown:
+            raise PromptError(f"token id {unknown[0]} is not in the vocabulary of {vocab}.")
         if images and config.vision is None:
             raise PromptError("the prompt holds an image, and this model only reads text.")
         if len(images) > self.engine_config.max_images:
@@ -238,68 +237,76 @@ class Engine:
             )
 
     def _expire(self) -> list[RequestUpdate]:
-        """End what has run out of time."""
+        """End requests that are past their deadline."""
         now = time.monotonic()
         late = [request for request in self._requests.values() if request.deadline < now]
         return [self._end(request, "abort") for request in late]
 
-    def _land(self) -> list[RequestUpdate]:
-        """Wait for what is under way."""
-        landing, self._flight = self._flight, None
-        return self._take(landing)
+    def _dispatch(
+        self, output: SchedulerOutput | None
+    ) -> tuple[PendingStep | None, Exception | None]:
+        """Start a step; return the pending step before it, and the error of the start."""
+        previous, self._pending = self._pending, None
+        try:
+            self._pending = None if output is None else self.runner.dispatch(output)
+        except Exception as error:  # of any kind: the other requests go on
+            return previous, error
+        return previous, None
 
-    def _take(self, landing: PendingStep | None) -> list[RequestUpdate]:
-        if landing is None:
+    def _postprocess(self, pending: PendingStep | None) -> list[RequestUpdate]:
+        """Wait for a dispatched step, and add its sampled tokens to their requests."""
+        if pending is None:
             return []
         try:
-            drawn = landing.result()
-        except Exception as error:  # whatever it is, the other requests go on
-            return self._fail(landing.output, error)
-        return [update for each in drawn if (update := self._note(each))]
+            sampled = pending.result()
+        except Exception as error:  # of any kind: the other requests go on
+            return self._fail(pending.scheduler_output, error)
+        return [update for each in sampled if (update := self._postprocess_chunk(each))]
 
-    def _note(self, drawn: SampledTokens) -> RequestUpdate | None:
-        """What a request drew becomes part of it; nothing to tell of one that is gone."""
-        run, request = drawn.chunk, drawn.chunk.request
-        request.pending -= run.draws
+    def _postprocess_chunk(self, sampled: SampledTokens) -> RequestUpdate | None:
+        """Add sampled tokens to their request; None if it has ended, or has no new token."""
+        chunk, request = sampled.chunk, sampled.chunk.request
+        request.pending -= chunk.max_sampled
         if request.id not in self._requests:
             return None
-        known = self._prompt_logprobs.get(request.id)
-        if known is not None:  # one that was computed again tells the same once more
-            known += drawn.prompt_logprobs[len(known) - drawn.prompt_start :]
-        if not drawn.token_ids:
+        prompt_logprobs = self._prompt_logprobs.get(request.id)
+        if prompt_logprobs is not None:  # after a preemption some are reported again
+            known = len(prompt_logprobs) - sampled.prompt_start
+            prompt_logprobs += sampled.prompt_logprobs[known:]
+        if not sampled.token_ids:
             return None
-        if run.drafts:
-            self._guesses["drafted"] += len(run.drafts)
-            self._guesses["accepted"] += len(drawn.token_ids) - 1
-            request.computed -= run.draws - len(drawn.token_ids)
+        if chunk.drafts:
+            self._drafts["drafted"] += len(chunk.drafts)
+            self._drafts["accepted"] += len(sampled.token_ids) - 1
+            request.computed -= chunk.max_sampled - len(sampled.token_ids)
         is_first = len(request.tokens) == request.prompt_length
-        tokens = _cut_at_stop(drawn.token_ids, request.stop_ids)
-        logprobs = drawn.logprobs[: len(tokens)]
-        request.take(tokens)
+        tokens = _cut_at_stop(sampled.token_ids, request.stop_ids)
+        logprobs = sampled.logprobs[: len(tokens)]
+        request.append(tokens)
         if is_first:
             self._counts["prompt"] += request.prompt_length
             self._counts["queries"] += request.prompt_length
-            self._counts["hits"] += request.cached or 0
+            self._counts["hits"] += request.cached_tokens or 0
         self._counts["generation"] += len(tokens)
-        if request.finish_reason is None and not _follow(request, tokens):
+        if request.finish_reason is None and not _advance_matcher(request, tokens):
             request.finish_reason = "error"
         update = RequestUpdate(
             request.id,
             tokens,
             logprobs,
             request.finish_reason,
-            known if is_first else None,
-            request.cached or 0,
+            prompt_logprobs if is_first else None,
+            request.cached_tokens or 0,
         )
         if request.finish_reason is not None:
             self.cancel(request.id)
         return update
 
-    def _fail(self, plan: SchedulerOutput, error: Exception) -> list[RequestUpdate]:
-        """End the requests of a plan; all others are computed again, on an empty pool."""
-        log.error("a step failed, and with it its requests", exc_info=error)
-        self._flight = None
-        failed = {run.request.id for shard in plan.runs for run in shard}
+    def _fail(self, output: SchedulerOutput, error: Exception) -> list[RequestUpdate]:
+        """End the requests of a failed step; all others are computed again, on an empty pool."""
+        log.error("a step failed; its requests end with an error", exc_info=error)
+        self._pending = None
+        failed = {chunk.request.id for shard in output.chunks for chunk in shard}
         updates = [
             self._end(request, "error")
             for request in list(self._requests.values())
@@ -309,36 +316,35 @@ class Engine:
             request.pending = 0
         for request in list(self.scheduler.running):
             self.scheduler.preempt(request)
-        self.scheduler.forget_prefixes()
-        self.runner.start()
+        self.scheduler.reset_prefix_cache()
+        self.runner.reset_state()
         return updates
 
     def _end(self, request: Request, finish_reason: str) -> RequestUpdate:
-        """End a request as it stands."""
+        """End a request with its tokens so far."""
         request.finish_reason = finish_reason
         self.cancel(request.id)
-        return RequestUpdate(request.id, [], [], finish_reason, cached_tokens=request.cached or 0)
+        cached_tokens = request.cached_tokens or 0
+        return RequestUpdate(request.id, [], [], finish_reason, cached_tokens=cached_tokens)
 
 
-def _follow(request: Request, tokens: list[int]) -> bool:
-    """Lead a request's grammar, if it has one, through the tokens that were drawn; whether it can
-    go on.
-    """
+def _advance_matcher(request: Request, tokens: list[int]) -> bool:
+    """Advance a request's grammar, if it has one, by sampled tokens; False if it fails."""
     matcher = request.constraints.matcher
     if matcher is None:
         return True
     try:
-        is_right = all([matcher.accept(token) for token in tokens])
-        matcher.mask()  # where it has outgrown its limits, only this request fails
+        is_allowed = all([matcher.accept(token) for token in tokens])
+        matcher.mask()  # raises if the grammar exceeds its limits; only this request fails then
     except ValueError as error:
         log.error("request %d: %s", request.id, error)
         return False
-    return is_right
+    return is_allowed
 
 
 def _cut_at_stop(tokens: list[int], stop_ids: tuple[int, ...]) -> list[int]:
-    """Up to the first stop id: the device watches for the first few of them only."""
-    for at, token in enumerate(tokens):
+    """Cut tokens after the first stop id; the device checks the first few stop ids only."""
+    for index, token in enumerate(tokens):
         if token in stop_ids:
-            return tokens[: at + 1]
+            return tokens[: index + 1]
     return tokens

@@ -1,6 +1,5 @@
-"""The arrays of a step: filled from a scheduler output on the host, and read back by request."""
+"""The input arrays of a step or a loop, filled on the host from the scheduler's output."""
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -12,35 +11,55 @@ from l4jax.engine.request import (
     MAX_STOP_IDS,
     Constraints,
     Request,
-    TokenLogprobs,
 )
 from l4jax.engine.scheduler import Limits, ScheduledChunk, SchedulerOutput
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """Inputs of `decode.step`, as numpy arrays."""
+def fill_batch(
+    output: SchedulerOutput,
+    limits: Limits,
+    config: Config,
+    tokens: int,
+    rows: int,
+    *,
+    has_logits_processors: bool,
+) -> list[tuple[Any, Any]]:
+    """Fill all inputs of `decode.step`, or of `decode.decode_loop` if the output is a loop.
 
-    batch: cache.Batch
-    logit_indices: decode.LogitIndices
-    sampling_metadata: sampling.SamplingMetadata
+    Args:
+        output: of the scheduler.
+        limits: sizes.
+        config: of the model.
+        tokens, rows: of the bucket, per data shard.
+        has_logits_processors: whether the program applies them and reports log-probabilities.
 
-
-@dataclasses.dataclass(frozen=True)
-class SampledTokens:
-    """The tokens that a step sampled for a scheduled chunk.
-
-    Attributes:
-        token_ids: sampled tokens, in order.
-        logprobs: logprobs of each token, if prompt for.
-        prompt_logprobs: logprobs of the prompt from position `prompt_start` on, if prompt for.
+    Returns:
+        Each argument after the state, with the logical names of its axes.
     """
-
-    chunk: ScheduledChunk
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
-    prompt_start: int = 0
+    metadata = fill_sampling_metadata(output, limits, rows), sampling.SAMPLING_METADATA_AXES
+    processors = None, None
+    if has_logits_processors:
+        processors = (
+            fill_logits_processors(output, limits, rows, config.text.vocab),
+            sampling.LOGITS_PROCESSORS_AXES,
+        )
+    if output.is_loop:
+        decode_rows, tables = fill_loop(output, limits, rows)
+        return [
+            (decode_rows, decode.DECODE_ROWS_AXES),
+            (tables, cache.name_axes().tables),
+            metadata,
+            processors,
+        ]
+    batch, logit_indices = fill_step(
+        output, limits, config, tokens, rows, has_targets=has_logits_processors
+    )
+    return [
+        (batch, cache.name_axes(has_features=batch.feature_T is not None)),
+        (logit_indices, decode.name_logit_indices_axes(has_targets=has_logits_processors)),
+        metadata,
+        processors,
+    ]
 
 
 def fill_step(
@@ -51,8 +70,8 @@ def fill_step(
     rows: int,
     *,
     has_targets: bool = False,
-) -> Step:
-    """Fill the arrays of a step of `tokens` tokens and `rows` rows per data shard, with padding."""
+) -> tuple[cache.Batch, decode.LogitIndices]:
+    """Fill the tokens of a step, padded to this many tokens and rows per data shard."""
     size, slots = limits.shards * tokens, limits.shards * limits.requests
     batch = cache.Batch(
         token_T=np.zeros(size, np.int32),
@@ -62,34 +81,34 @@ def fill_step(
         feature_T=np.full(size, -1, np.int32) if limits.feature_slots else None,
     )
     logit_indices = decode.LogitIndices(
-        at_RW=np.zeros((limits.shards * rows, 1 + limits.drafts), np.int32),
+        index_RW=np.zeros((limits.shards * rows, 1 + limits.drafts), np.int32),
         slot_R=np.full(limits.shards * rows, slots, np.int32),
         target_T=np.full(size, -1, np.int32) if has_targets else None,
     )
-    for shard, chunks in enumerate(output.runs):
-        at = shard * tokens
-        for row, chunk in enumerate(chunks):
-            here = slice(at, at + chunk.stop - chunk.start)
-            at, number = here.stop, shard * rows + row
-            batch.token_T[here] = _find_tokens(chunk)
+    for shard, chunks in enumerate(output.chunks):
+        stop = shard * tokens
+        for row_in_shard, chunk in enumerate(chunks):
+            here = slice(stop, stop + chunk.stop - chunk.start)
+            stop, row = here.stop, shard * rows + row_in_shard
+            batch.token_T[here] = _list_tokens(chunk)
             batch.position_T[here] = np.arange(chunk.start, chunk.stop)
-            batch.row_T[here] = row
-            _fill_tables(batch.tables, number, chunk)
+            batch.row_T[here] = row_in_shard
+            _fill_tables(batch.tables, row, chunk)
             if batch.feature_T is not None and config.vision is not None:
                 _fill_features(batch.feature_T[here], chunk, config.vision.features)
-            first = at - 1 - len(chunk.drafts)
-            logit_indices.at_RW[number] = np.minimum(first + np.arange(1 + limits.drafts), at - 1)
-            if chunk.draws:
-                logit_indices.slot_R[number] = chunk.request.slot
+            first = stop - 1 - len(chunk.drafts)
+            logit_indices.index_RW[row] = np.minimum(first + np.arange(1 + limits.drafts), stop - 1)
+            if chunk.max_sampled:
+                logit_indices.slot_R[row] = chunk.request.slot
             if logit_indices.target_T is not None:
                 _fill_targets(logit_indices.target_T[here], chunk)
-    return Step(batch, logit_indices, fill_sampling_metadata(output, limits, rows))
+    return batch, logit_indices
 
 
 def fill_loop(
     output: SchedulerOutput, limits: Limits, rows: int
-) -> tuple[decode.DecodeRows, cache.PageTables, sampling.SamplingMetadata]:
-    """Fill the arrays of a decode loop of `rows` rows per data shard."""
+) -> tuple[decode.DecodeRows, cache.PageTables]:
+    """Fill the rows of a decode loop, padded to this many rows per data shard."""
     size = limits.shards * rows
     decode_rows = decode.DecodeRows(
         token_R=np.zeros(size, np.int32),
@@ -101,20 +120,20 @@ def fill_loop(
     )
     tables = _make_tables(limits, rows)
     for row, chunk in enumerate_rows(output, rows):
-        decode_rows.token_R[row] = _find_token(chunk.request, chunk.start)
+        decode_rows.token_R[row] = _get_token(chunk.request, chunk.start)
         decode_rows.position_R[row] = chunk.start
         decode_rows.slot_R[row] = chunk.request.slot
-        decode_rows.limit_R[row] = chunk.draws
-        stops = chunk.request.stop_ids[:MAX_STOP_IDS]  # the engine checks all of them
-        decode_rows.stop_RL[row, : len(stops)] = stops
+        decode_rows.limit_R[row] = chunk.max_sampled
+        stop_ids = chunk.request.stop_ids[:MAX_STOP_IDS]  # the engine checks further ones
+        decode_rows.stop_RL[row, : len(stop_ids)] = stop_ids
         _fill_tables(tables, row, chunk)
-    return decode_rows, tables, fill_sampling_metadata(output, limits, rows)
+    return decode_rows, tables
 
 
 def fill_sampling_metadata(
     output: SchedulerOutput, limits: Limits, rows: int
 ) -> sampling.SamplingMetadata:
-    """Fill the sampling settings of each row; padding is greedy."""
+    """Fill the sampling parameters of each row; padding is greedy."""
     size = limits.shards * rows
     metadata = sampling.SamplingMetadata(
         temperature_R=np.zeros(size, np.float32),
@@ -136,52 +155,52 @@ def fill_sampling_metadata(
 def fill_logits_processors(
     output: SchedulerOutput, limits: Limits, rows: int, vocab: int
 ) -> sampling.LogitsProcessors:
-    """Fill the logits processors of each row; padding changes nothing."""
+    """Fill the logits processors of each row; those of padding change nothing."""
     size = limits.shards * rows
-    found = sampling.LogitsProcessors(
+    processors = sampling.LogitsProcessors(
         slot_R=np.full(size, limits.shards * limits.requests, np.int32),
         presence_R=np.zeros(size, np.float32),
         frequency_R=np.zeros(size, np.float32),
         repetition_R=np.ones(size, np.float32),
         bias_token_RL=np.full((size, MAX_BIASES), -1, np.int32),
         bias_RL=np.zeros((size, MAX_BIASES), np.float32),
-        floor_R=np.zeros(size, np.int32),
+        first_stop_R=np.zeros(size, np.int32),
         stop_RL=np.full((size, MAX_STOP_IDS), -1, np.int32),
         allowed_RL=np.full((size, -(-vocab // 32)), -1, np.int32),
     )
     for row, chunk in enumerate_rows(output, rows):
         request, params = chunk.request, chunk.request.params
         if params.has_penalties:
-            found.slot_R[row] = request.slot
-        found.presence_R[row] = params.presence_penalty
-        found.frequency_R[row] = params.frequency_penalty
-        found.repetition_R[row] = params.repetition_penalty
+            processors.slot_R[row] = request.slot
+        processors.presence_R[row] = params.presence_penalty
+        processors.frequency_R[row] = params.frequency_penalty
+        processors.repetition_R[row] = params.repetition_penalty
         biases = params.logit_bias or {}
-        found.bias_token_RL[row, : len(biases)] = list(biases)
-        found.bias_RL[row, : len(biases)] = list(biases.values())
+        processors.bias_token_RL[row, : len(biases)] = list(biases)
+        processors.bias_RL[row, : len(biases)] = list(biases.values())
         matcher = request.constraints.matcher
-        if matcher is None:  # a grammar decides itself where the answer ends
-            found.floor_R[row] = request.prompt_length + params.min_tokens
-        elif chunk.draws:
-            found.allowed_RL[row] = matcher.mask()
-        stops = request.stop_ids[:MAX_STOP_IDS]
-        found.stop_RL[row, : len(stops)] = stops
+        if matcher is None:  # a grammar allows the stop ids by itself
+            processors.first_stop_R[row] = request.prompt_length + params.min_tokens
+        elif chunk.max_sampled:
+            processors.allowed_RL[row] = matcher.mask()
+        stop_ids = request.stop_ids[:MAX_STOP_IDS]
+        processors.stop_RL[row, : len(stop_ids)] = stop_ids
         for token in find_banned_tokens(request.constraints, request.output):
-            found.allowed_RL[row, token // 32] &= ~np.int32(
+            processors.allowed_RL[row, token // 32] &= ~np.int32(
                 np.uint32(1 << token % 32).view(np.int32)
             )
-    return found
+    return processors
 
 
 def count_seen(request: Request, vocab: int) -> np.ndarray:
-    """int32 [V]: token counts of prompt and answer, as `sampling.LogitsProcessors` reads them."""
+    """Return int32 [V]: token counts of prompt and output, as in `sampling.LogitsProcessors`."""
     seen_V = np.bincount(request.output, minlength=vocab).astype(np.int32)
     seen_V[request.tokens[: request.prompt_length]] += sampling.IN_PROMPT
     return seen_V
 
 
 def find_banned_tokens(constraints: Constraints, output: list[int]) -> list[int]:
-    """Return the tokens that would complete a banned word."""
+    """Return the tokens that would complete a bad word."""
     return [
         word[-1]
         for word in constraints.bad_words
@@ -190,64 +209,26 @@ def find_banned_tokens(constraints: Constraints, output: list[int]) -> list[int]
 
 
 def enumerate_rows(output: SchedulerOutput, rows: int) -> list[tuple[int, ScheduledChunk]]:
-    """Return each scheduled chunk with its row index over all data shards."""
+    """Return each scheduled chunk with its row's index over all data shards."""
     return [
         (shard * rows + row, chunk)
-        for shard, chunks in enumerate(output.runs)
+        for shard, chunks in enumerate(output.chunks)
         for row, chunk in enumerate(chunks)
     ]
 
 
-def read_step(
-    output: SchedulerOutput, sampled: Any, prompt_logprobs: Any, tokens: int, rows: int
-) -> list[SampledTokens]:
-    """Read the sampled tokens of each chunk: the accepted draft tokens, and one more."""
-    found = []
-    width = len(sampled.token_R) // (len(output.runs) * rows)
-    for shard, chunks in enumerate(output.runs):
-        at = shard * tokens
-        for row, chunk in enumerate(chunks):
-            start, at = at, at + chunk.stop - chunk.start
-            first = (shard * rows + row) * width
-            sampled_ids = sampled.token_R[first : first + chunk.draws].tolist()
-            right = _count_accepted(sampled_ids, chunk.drafts) if chunk.draws else 0
-            sampled_ids, logprobs = sampled_ids[: right + 1], []
-            for place in range(len(sampled_ids)):
-                logprobs += _read_logprobs(chunk.request, sampled, first + place)
-            prompt = (
-                []
-                if prompt_logprobs is None
-                else _read_prompt_logprobs(chunk, prompt_logprobs, slice(start, at))
-            )
-            if sampled_ids or prompt:
-                found.append(SampledTokens(chunk, sampled_ids, logprobs, prompt, chunk.start + 1))
-    return found
+def _get_token(request: Request, position: int) -> int:
+    """Return a token; -1 - slot for a pending one, which the device has in its decode state."""
+    return request.tokens[position] if position < len(request.tokens) else -1 - request.slot
 
 
-def read_loop(output: SchedulerOutput, decoded: Any, rows: int) -> list[SampledTokens]:
-    """Read the sampled tokens of each row of a decode loop."""
-    found = []
-    for row, chunk in enumerate_rows(output, rows):
-        sampled_ids = [token for token in decoded.token_SR[:, row].tolist() if token >= 0]
-        logprobs: list[TokenLogprobs] = []
-        for step in range(len(sampled_ids)):
-            logprobs += _read_logprobs(chunk.request, _take_step(decoded, step), row)
-        found.append(SampledTokens(chunk, sampled_ids, logprobs))
-    return found
-
-
-def _find_token(request: Request, at: int) -> int:
-    """Return the token at a position, or -1 - slot where only the device knows it."""
-    return request.tokens[at] if at < len(request.tokens) else -1 - request.slot
-
-
-def _find_tokens(chunk: ScheduledChunk) -> list[int]:
+def _list_tokens(chunk: ScheduledChunk) -> list[int]:
     known = chunk.request.tokens[chunk.start : chunk.stop - len(chunk.drafts)]
-    return [*(known or [_find_token(chunk.request, chunk.start)]), *chunk.drafts]
+    return [*(known or [_get_token(chunk.request, chunk.start)]), *chunk.drafts]
 
 
 def _fill_features(feature_T: np.ndarray, chunk: ScheduledChunk, features: int) -> None:
-    """Fill the index of each image token in the flat feature buffer; text stays -1."""
+    """Fill the indices of a chunk's image tokens into the flattened feature buffer; -1 is text."""
     positions = chunk.request.patch_positions
     if not chunk.feature_slots or positions is None:
         return
@@ -260,7 +241,7 @@ def _fill_features(feature_T: np.ndarray, chunk: ScheduledChunk, features: int) 
 
 
 def _fill_targets(target_T: np.ndarray, chunk: ScheduledChunk) -> None:
-    """Fill the next prompt token at each token of a chunk, if its request asks for logprobs."""
+    """Fill the prompt token that follows each token, if the request has `prompt_logprobs`."""
     request = chunk.request
     if request.params.prompt_logprobs is None:
         return
@@ -269,11 +250,12 @@ def _fill_targets(target_T: np.ndarray, chunk: ScheduledChunk) -> None:
 
 
 def _make_tables(limits: Limits, rows: int) -> cache.PageTables:
-    size, page = limits.shards * rows, limits.page
-    whole = -(-limits.max_length // page)
-    chunk = -(-min(limits.chunk, limits.max_length) // page)
+    size, geometry = limits.shards * rows, limits.geometry
+    global_pages = geometry.count_global(limits.max_length)
+    local_pages = geometry.count_local(limits.max_length)
     return cache.PageTables(
-        np.zeros((size, whole), np.int32), np.zeros((limits.local_groups, size, chunk), np.int32)
+        np.zeros((size, global_pages), np.int32),
+        np.zeros((limits.local_groups, size, local_pages), np.int32),
     )
 
 
@@ -281,47 +263,3 @@ def _fill_tables(tables: cache.PageTables, row: int, chunk: ScheduledChunk) -> N
     tables.global_RB[row, : len(chunk.request.global_pages)] = chunk.request.global_pages
     for group, pages in enumerate(chunk.local_pages):
         tables.local_GRB[group, row, : len(pages)] = pages
-
-
-def _count_accepted(sampled_ids: list[int], drafts: tuple[int, ...]) -> int:
-    """Count the leading draft tokens that equal the sampled ones."""
-    right = 0
-    while right < len(drafts) and drafts[right] == sampled_ids[right]:
-        right += 1
-    return right
-
-
-def _read_logprobs(request: Request, sampled: Any, row: int) -> list[TokenLogprobs]:
-    """Read the logprobs of a row's token: one entry, or none if not prompt for."""
-    count = request.params.logprobs
-    if count is None or sampled.logprob_R is None:
-        return []
-    top = _read_top(sampled.top_token_RL[row], sampled.top_logprob_RL[row], count)
-    return [TokenLogprobs(float(sampled.logprob_R[row]), top)]
-
-
-def _read_prompt_logprobs(
-    chunk: ScheduledChunk, prompt_logprobs: Any, here: slice
-) -> list[TokenLogprobs]:
-    """Read the prompt logprobs of a chunk, if its request asks for them."""
-    count, last = chunk.request.params.prompt_logprobs, chunk.request.prompt_length - 1
-    if count is None:
-        return []
-    return [
-        TokenLogprobs(
-            float(prompt_logprobs.logprob_T[at]),
-            _read_top(prompt_logprobs.top_token_TL[at], prompt_logprobs.top_logprob_TL[at], count),
-        )
-        for at in range(here.start, here.start + max(0, min(chunk.stop, last) - chunk.start))
-    ]
-
-
-def _read_top(token_L: np.ndarray, logprob_L: np.ndarray, count: int) -> dict[int, float]:
-    return dict(zip(token_L[:count].tolist(), logprob_L[:count].tolist(), strict=True))
-
-
-def _take_step(decoded: Any, step: int) -> sampling.Sampled:
-    """Return one step of a decode loop's results."""
-    fields = (getattr(decoded, field.name) for field in dataclasses.fields(decoded))
-    token_R, *rest = (None if leaf is None else leaf[step] for leaf in fields)
-    return sampling.Sampled(token_R, *rest)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Guesses at what comes next, found in what was already said: prompt lookup. No jax."""
+"""Draft tokens by n-gram lookup in the request's own text (prompt lookup decoding). No jax."""
 
 import dataclasses
 import weakref
@@ -10,13 +10,13 @@ from l4jax.engine.request import Request
 
 @dataclasses.dataclass(frozen=True)
 class SpeculativeConfig:
-    """How to guess; names as in vLLM's `--speculative-config`.
+    """Parameters of speculative decoding; names as in vLLM's `--speculative-config`.
 
     Attributes:
-        num_speculative_tokens: tokens that are guessed at a time, at most.
-        prompt_lookup_max: the longest ending of the text that is looked for in it.
-        prompt_lookup_min: the shortest.
-        method: "ngram", the only one.
+        num_speculative_tokens: draft tokens of a step, at most.
+        prompt_lookup_max: the longest n-gram that is matched.
+        prompt_lookup_min: the shortest n-gram.
+        method: "ngram", the only method.
     """
 
     num_speculative_tokens: int
@@ -40,7 +40,7 @@ class SpeculativeConfig:
 
 
 class NgramProposer:
-    """Finds where a text has ended like this before, and guesses that it goes on alike."""
+    """Drafts the tokens that followed an earlier occurrence of the text's last n tokens."""
 
     def __init__(self, speculation: SpeculativeConfig):
         self.speculation = speculation
@@ -48,7 +48,7 @@ class NgramProposer:
         self._lengths: weakref.WeakKeyDictionary[Request, int] = weakref.WeakKeyDictionary()
 
     def __call__(self, request: Request, count: int) -> list[int]:
-        """At most `count` tokens that may follow those of a request; none if nothing is alike."""
+        """Draft at most `count` tokens that may come next; none without a matching n-gram."""
         text, length = self._read(request), len(request.tokens)
         count = min(count, self.speculation.num_speculative_tokens)
         for n in range(
@@ -56,19 +56,19 @@ class NgramProposer:
         ):
             if n >= length:
                 continue
-            # Where n tokens like the last n end, themselves left out.
+            # Ends of earlier occurrences of the last n tokens.
             ends = np.flatnonzero(text[n - 1 : length - 1] == text[length - 1]) + n
             for back in range(2, n + 1):
                 ends = ends[text[ends - back] == text[length - back]]
             if len(ends):
-                # The latest that goes on for long enough; else the one that goes on longest.
+                # The latest occurrence with enough tokens after it; else the one with most.
                 enough = ends[ends + count <= length]
                 end = int(enough[-1] if len(enough) else ends[0])
                 return text[end : min(end + count, length)].tolist()
         return []
 
     def _read(self, request: Request) -> np.ndarray:
-        """A request's tokens as an array, of which only the new ones are copied each time."""
+        """Return a request's tokens as an array; only new tokens are copied."""
         if request not in self._texts:
             self._texts[request] = np.empty(request.max_length, np.int32)
             self._lengths[request] = 0

@@ -1,4 +1,4 @@
-"""Who owns which page, what free pages still hold, and which feature slots are free. No jax."""
+"""Ownership of pages and of feature slots, and the prefix cache over free pages. No jax."""
 
 import collections
 from collections.abc import Hashable, Iterable, Sequence
@@ -14,98 +14,99 @@ class Freelist:
 
     @property
     def free(self) -> int:
-        """How many ids are free."""
+        """The number of free ids."""
         return len(self._free)
 
-    def take(self, count: int) -> list[int]:
-        """Own `count` ids. The caller has checked that they are there."""
-        assert count <= self.free, f"{count} ids asked for, {self.free} free"
+    def allocate(self, count: int) -> list[int]:
+        """Own `count` ids. The caller has checked that as many are free."""
+        assert count <= self.free, f"{count} ids requested, {self.free} free"
         if count == 0:
             return []
-        taken = self._free[-count:][::-1]
+        ids = self._free[-count:][::-1]
         del self._free[-count:]
-        for i in taken:
-            self._is_free[i] = False
-        return taken
-
-    def give_back(self, ids: Iterable[int]) -> None:
-        """Free ids. Each was owned: giving one back twice is a bug of the caller."""
         for i in ids:
-            assert not self._is_free[i], f"id {i} given back twice"
+            self._is_free[i] = False
+        return ids
+
+    def release(self, ids: Iterable[int]) -> None:
+        """Free owned ids. Releasing an id twice is a bug of the caller."""
+        for i in ids:
+            assert not self._is_free[i], f"id {i} released twice"
             self._is_free[i] = True
             self._free.append(i)
 
 
 class PageAllocator:
-    """Ids of pages: owned by one caller or several, or free; a free one may still hold what its
-    last owner named, and is found by that name until it is taken for something else.
+    """Page ids, each owned by one caller or several, or free.
+
+    The prefix cache maps keys to pages. A cached page stays in it while it is free, until it is
+    evicted: allocated for other contents.
     """
 
-    def __init__(self, size: int, *, keeps: bool = True):
-        """`keeps` is whether free pages can be found again at all."""
-        self.size, self._keeps = size, keeps
+    def __init__(self, size: int, *, enable_caching: bool = True):
+        self.size, self._enable_caching = size, enable_caching
         self._empty = Freelist(size)
         self._owners = [0] * size
-        self._names: dict[int, Hashable] = {}
-        self._by_name: dict[Hashable, int] = {}
-        # Free, and named: the one that has been so for longest comes first.
-        self._idle: collections.OrderedDict[int, None] = collections.OrderedDict()
+        self._keys: dict[int, Hashable] = {}
+        self._pages: dict[Hashable, int] = {}
+        # Free and cached pages, the least recently used first.
+        self._evictable: collections.OrderedDict[int, None] = collections.OrderedDict()
 
     @property
     def free(self) -> int:
-        """How many pages can be taken."""
-        return self._empty.free + len(self._idle)
+        """The number of pages that can be allocated, evictable ones included."""
+        return self._empty.free + len(self._evictable)
 
-    def take(self, count: int) -> list[int]:
-        """Own `count` pages, empty ones first. The caller has checked that they are there."""
-        assert count <= self.free, f"{count} pages asked for, {self.free} free"
+    def allocate(self, count: int) -> list[int]:
+        """Own `count` pages, empty ones first. The caller has checked that as many are free."""
+        assert count <= self.free, f"{count} pages requested, {self.free} free"
         for _ in range(count - self._empty.free):
-            page, _ = self._idle.popitem(last=False)
-            self._forget(page)
-            self._empty.give_back([page])
-        taken = self._empty.take(count)
-        for page in taken:
+            page, _ = self._evictable.popitem(last=False)
+            self._evict(page)
+            self._empty.release([page])
+        pages = self._empty.allocate(count)
+        for page in pages:
             self._owners[page] = 1
-        return taken
+        return pages
 
-    def give_back(self, pages: Sequence[int]) -> None:
-        """Give up owning these pages, the first of a prefix first: the last will be taken first."""
+    def release(self, pages: Sequence[int]) -> None:
+        """Give up ownership of pages, in the order of their prefix: the last is evicted first."""
         for page in reversed(pages):
-            assert self._owners[page], f"page {page} given back twice"
+            assert self._owners[page], f"page {page} released twice"
             self._owners[page] -= 1
             if not self._owners[page]:
-                if page in self._names:
-                    self._idle[page] = None
+                if page in self._keys:
+                    self._evictable[page] = None
                 else:
-                    self._empty.give_back([page])
+                    self._empty.release([page])
 
-    def name(self, page: int, name: Hashable) -> None:
-        """Say what an owned page holds, so that others can find it. The first of a name stays."""
-        assert self._owners[page], f"page {page} is nobody's"
-        if self._keeps and name not in self._by_name:
-            self._names[page], self._by_name[name] = name, page
+    def cache(self, page: int, key: Hashable) -> None:
+        """Add an owned page to the prefix cache; the first page of a key stays."""
+        assert self._owners[page], f"page {page} has no owner"
+        if self._enable_caching and key not in self._pages:
+            self._keys[page], self._pages[key] = key, page
 
-    def find(self, name: Hashable) -> int | None:
-        """The page that holds what is named so."""
-        return self._by_name.get(name)
+    def find_cached(self, key: Hashable) -> int | None:
+        """Return the page that is cached under a key."""
+        return self._pages.get(key)
 
     def share(self, pages: Iterable[int]) -> None:
-        """Own pages that were found, beside their other owners if they have any."""
+        """Own cached pages, together with their other owners if they have any."""
         for page in pages:
             if not self._owners[page]:
-                del self._idle[page]
+                del self._evictable[page]
             self._owners[page] += 1
 
-    def count_idle(self, pages: Iterable[int]) -> int:
-        """How many of these are free now, and would not be once they are shared."""
+    def count_evictable(self, pages: Iterable[int]) -> int:
+        """Count the pages among these that are free, and would not be after `share`."""
         return sum(not self._owners[page] for page in pages)
 
-    def forget_all(self) -> None:
-        """Forget what every page holds: the pool is gone."""
-        self._empty.give_back(self._idle)
-        self._idle.clear()
-        self._names.clear()
-        self._by_name.clear()
+    def reset_cache(self) -> None:
+        """Empty the prefix cache, when the contents of the pool are lost."""
+        self._empty.release(self._evictable)
+        self._evictable.clear()
+        self._keys.clear()
+        self._pages.clear()
 
-    def _forget(self, page: int) -> None:
-        del self._by_name[self._names.pop(page)]
+    def _evict(self, page: int) -> None:
+        del self._pages[self._keys.pop(page)]

@@ -1,13 +1,12 @@
-"""The program cache: compiled programs by key, in memory and on disk.
+"""The program cache: compiles several programs at once, some while requests run, and keeps the
+executables on disk for the next start.
 
-Several programs compile at once, some of them while the engine serves. JAX's own compilation cache
-finds a program by its lowered text, and lowering a step of 48 layers takes seconds of Python. This
-cache finds it by the inputs of the lowering: sources, versions, devices, shapes and static
-arguments. A second start therefore lowers and compiles nothing.
+jax's compilation cache finds an executable by its lowered program, and lowering a program of 48
+layers takes seconds of Python. This cache finds it by the inputs of lowering: sources, versions,
+devices, shapes.
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -18,110 +17,92 @@ import pickle
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jaxlib.version
-from flax import linen as nn
 from jax.experimental import serialize_executable
 
 logger = logging.getLogger(__name__)
 
-_COMPILERS = 16  # threads
-_CORES_PER_COMPILER = 4  # of background compilation
-_KEPT = 100  # programs on disk; a model on a mesh has about 20
+_COMPILERS = 16  # threads of `compile`
+_CORES_PER_COMPILER = 4  # in the background, while requests run
+_KEPT = 100  # executables on disk; a model on a mesh has about 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A jitted function with its static arguments: it traces for the arrays that it is called with.
+class Program(NamedTuple):
+    """A jitted function, and arguments for which it is compiled."""
 
-    Attributes:
-        function: a jitted function.
-        static: its static keyword arguments.
-    """
+    key: Hashable
+    fn: Any
+    args: tuple[Any, ...]
 
-    function: Any
-    static: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.function(*arguments, **self.static)
-
-    def lower(self, *arguments: Any) -> Any:
-        """Trace and lower for arrays, or for descriptions of arrays."""
-        return self.function.lower(*arguments, **self.static)
-
-
-# A program and its arguments: arrays, or descriptions of their shapes and shardings.
-Call: TypeAlias = tuple[Program, tuple[Any, ...]]
+    def abstract(self) -> "Program":
+        """Replace arrays by their shapes and shardings, so that they can be donated meanwhile."""
+        return self._replace(args=jax.tree.map(_abstract, self.args))
 
 
 class ProgramCache:
-    """The compiled programs of one runner.
+    """The compiled programs of one runner, by key.
 
     Args:
-        about: text of what programs depend on in addition to sources, arguments and static values.
-        devices: the devices that run the programs.
-        context: makes the context in which programs are traced.
-        folder: the folder of programs on disk; None keeps none.
+        context: describes all that the programs depend on besides key, sources and arguments.
+        devices: of the programs.
+        activate: returns the context manager that they are traced in.
+        folder: of the executables on disk; None keeps none.
     """
 
     def __init__(
         self,
-        about: str,
+        context: str,
         devices: Sequence[Any],
-        context: Callable[[], contextlib.AbstractContextManager[None]],
+        activate: Callable[[], contextlib.AbstractContextManager[None]],
         folder: Path | None,
     ):
-        self._about, self._devices, self._context = about, devices, context
+        self._context, self._devices, self._activate = context, devices, activate
         self._folder = folder
-        self._compiled: dict[Hashable, Future[Any]] = {}
+        self._executables: dict[Hashable, Future[Any]] = {}
         self._lowering = threading.Lock()
 
-    def run(self, key: Hashable, program: Program, arguments: tuple[Any, ...]) -> Any:
-        """Run the compiled program of a key; wait for it if it is being compiled.
+    def run(self, key: Hashable, fn: Any, args: tuple[Any, ...]) -> Any:
+        """Run the program of a key, awaiting it if it is compiling.
 
-        A key that was never compiled here runs through `jax.jit`, which compiles it now.
+        If it was not compiled ahead, `fn` compiles at this call.
         """
-        future = self._compiled.get(key)
-        return program(*arguments) if future is None else future.result()(*arguments)
+        future = self._executables.get(key)
+        return (fn if future is None else future.result())(*args)
 
-    def compile(self, calls: Mapping[Any, Call], *, progress: bool = False) -> None:
-        """Compile programs, several at once, and wait for them.
-
-        They are lowered in this order: put programs first that take long to compile.
+    def compile(self, programs: Sequence[Program], *, progress: bool = False) -> None:
+        """Compile programs, several at once, and wait for all. They are lowered in this order: put
+        those that compile longest first.
         """
         futures: dict[Hashable, Future[Any]] = {}
         with ThreadPoolExecutor(min(os.cpu_count() or 1, _COMPILERS)) as threads:
-            before = None
-            for key, call in calls.items():
+            previous = None
+            for program in programs:
                 lowered = threading.Event()
-                futures[key] = threads.submit(self._make, call, before, lowered)
-                before = lowered
-            for future in _watch(futures.values(), "compiling", progress):
+                futures[program.key] = threads.submit(self._compile, program, previous, lowered)
+                previous = lowered
+            for future in _show_progress(futures.values(), "compiling", progress):
                 future.result()
-        self._compiled |= futures
+        self._executables |= futures
 
-    def compile_in_background(self, calls: Mapping[Any, Call]) -> None:
-        """Compile programs in this order while others run; on many cores several at once."""
-        # Descriptions instead of arrays: the engine donates the arrays meanwhile.
-        todo = [
-            (Future(), (program, jax.tree.map(_describe, arguments)))
-            for program, arguments in calls.values()
-        ]
-        self._compiled |= zip(calls, (future for future, _ in todo), strict=True)
-        left = iter(todo)  # shared by the threads
+    def compile_in_background(self, programs: Sequence[Program]) -> None:
+        """Compile programs in this order while others run, a few at once if there are cores."""
+        todo = [(Future[Any](), program.abstract()) for program in programs]
+        self._executables |= {program.key: future for future, program in todo}
+        left = iter(todo)  # of all threads
 
         def work() -> None:
-            for future, call in left:
-                if not threading.main_thread().is_alive():  # the process ends
+            for future, program in left:
+                if not threading.main_thread().is_alive():  # the process is ending
                     future.cancel()
                     continue
                 try:
-                    future.set_result(self._make(call))
+                    future.set_result(self._compile(program))
                 except Exception as error:  # raised by `run`
                     future.set_exception(error)
 
@@ -129,78 +110,76 @@ class ProgramCache:
             threading.Thread(target=work, name="compiling").start()
 
     def is_ready(self, key: Hashable) -> bool:
-        """Return whether a program is compiled, so that running it does not wait."""
-        future = self._compiled.get(key)
+        """Return whether a program is compiled."""
+        future = self._executables.get(key)
         if future is None or not future.done() or future.cancelled():
             return False
         return future.exception() is None
 
-    def is_known(self, key: Hashable) -> bool:
-        """Return whether a program is compiled, or is scheduled to be."""
-        return key in self._compiled
+    @property
+    def is_empty(self) -> bool:
+        """Whether no program was compiled ahead: each compiles at its first call."""
+        return not self._executables
 
     @property
     def is_compiling(self) -> bool:
-        """Whether a program is being compiled."""
-        return not all(future.done() for future in self._compiled.values())
+        """Whether programs are compiling in the background."""
+        return not all(future.done() for future in self._executables.values())
 
     def wait(self, *, progress: bool = False) -> None:
-        """Wait for all programs that are being compiled."""
-        left = [future for future in self._compiled.values() if not future.done()]
-        for _ in _watch(left, "compiling the rest", progress):
+        """Wait for the programs that are compiling in the background."""
+        left = [future for future in self._executables.values() if not future.done()]
+        for _ in _show_progress(left, "compiling the rest", progress):
             pass
 
-    def _make(
+    def _compile(
         self,
-        call: Call,
-        before: threading.Event | None = None,
-        after: threading.Event | None = None,
+        program: Program,
+        previous: threading.Event | None = None,
+        lowered: threading.Event | None = None,
     ) -> Any:
-        """Read a program from disk, or compile it: lower once `before` is set, then set `after`."""
-        (program, arguments), file, made, lowered = call, None, None, None
+        """Load a program from disk, or compile it: lowered after `previous` is set; then `lowered`
+        is."""
+        file, executable, lowering = None, None, None
         try:
-            file = self._locate(call)
-            made = _read(file, self._devices) if file else None
-            if made is None:
-                if before is not None:
-                    before.wait()
-                # Lowering is Python and holds one lock; compiling, which takes longer, does not.
-                with self._lowering, self._context():
-                    lowered = program.lower(*arguments)
+            file = self._locate(program)
+            executable = _read(file, self._devices) if file else None
+            if executable is None:
+                if previous is not None:
+                    previous.wait()
+                # Lowering holds Python's lock; compiling takes longer, and does not.
+                with self._lowering, self._activate():
+                    lowering = program.fn.lower(*program.args)
         finally:
-            if after is not None:
-                after.set()
-        if lowered is not None:
-            made = lowered.compile()
+            if lowered is not None:
+                lowered.set()
+        if lowering is not None:
+            executable = lowering.compile()
             if file:
-                _write(file, made)
-        return made
+                _write(file, executable)
+        return executable
 
-    def _locate(self, call: Call) -> Path | None:
-        """Return the file of a program: a digest of all that its lowering depends on."""
+    def _locate(self, program: Program) -> Path | None:
         if self._folder is None:
             return None
-        program, arguments = call
-        leaves = jax.tree_util.tree_leaves_with_path(jax.tree.map(_describe, arguments))
+        leaves = jax.tree_util.tree_leaves_with_path(program.abstract().args)
         shapes = [f"{jax.tree_util.keystr(path)} {x} {x.sharding}" for path, x in leaves]
-        # `about` describes modules: the repr of a module holds addresses of its kernels.
-        static = [pair for pair in program.static.items() if not isinstance(pair[1], nn.Module)]
         client = self._devices[0].client
         words = [
-            *(self._about, hash_sources(), jax.__version__, jaxlib.version.__version__),
+            *(self._context, hash_sources(), jax.__version__, jaxlib.version.__version__),
             *(client.platform_version, self._devices[0].device_kind),
             *(str([device.id for device in self._devices]), os.environ.get("XLA_FLAGS", "")),
-            *(program.function.__name__, repr(static), *shapes),
+            *(repr(program.key), *shapes),
         ]
         return self._folder / hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 
 def find_program_folder(device: Any) -> Path | None:
-    """Return the folder of programs on disk, inside JAX's compilation cache; None without one.
+    """Return the folder of executables inside jax's compilation cache; None if nothing is kept.
 
-    Only GPU programs of one process are kept. A CPU compiles faster, and for its exact processor.
+    Only programs of one process on GPUs are kept: a CPU compiles faster, and for its exact model.
     """
-    settings: Any = jax.config  # its type declares no settings
+    settings: Any = jax.config  # its type has no settings
     parent = settings.jax_compilation_cache_dir
     if not parent or "://" in parent or not settings.jax_enable_compilation_cache:
         return None
@@ -209,7 +188,7 @@ def find_program_folder(device: Any) -> Path | None:
 
 
 def enable_compilation_cache(folder: Path) -> None:
-    """Keep compiled programs in a folder for the next start, unless the user configured JAX's."""
+    """Let jax keep compiled programs in a folder, unless the environment configures its cache."""
     if os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "").lower() in ("false", "0"):
         return
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -222,7 +201,7 @@ def enable_compilation_cache(folder: Path) -> None:
 
 @functools.cache
 def hash_sources() -> str:
-    """Return a digest of the sources that programs are made of."""
+    """Hash the sources of the packages that programs are made of."""
     digest = hashlib.sha256()
     for package in ("l4jax", "sharding"):
         spec = importlib.util.find_spec(package)
@@ -233,34 +212,41 @@ def hash_sources() -> str:
     return digest.hexdigest()
 
 
-def _watch(futures: Collection[Future[Any]], label: str, progress: bool) -> Iterator[Future[Any]]:
-    """Yield futures as they finish, with a progress bar."""
+def _show_progress(
+    futures: Collection[Future[Any]], description: str, progress: bool
+) -> Iterator[Future[Any]]:
+    """Yield programs as they are compiled, with a progress bar."""
     from tqdm import tqdm
 
-    bar: Any = {"desc": label, "total": len(futures), "unit": "program", "disable": not progress}
+    bar: Any = {
+        "desc": description,
+        "total": len(futures),
+        "unit": "program",
+        "disable": not progress,
+    }
     yield from tqdm(as_completed(futures), **bar)
 
 
-def _describe(leaf: Any) -> jax.ShapeDtypeStruct:
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 
 def _read(file: Path, devices: Sequence[Any]) -> Any:
-    """Read a program; None where there is none, or none that loads."""
+    """Load an executable; None if there is none, or it cannot be used."""
     try:
         kept = pickle.loads(file.read_bytes())
-        made = serialize_executable.deserialize_and_load(*kept, execution_devices=devices)
+        executable = serialize_executable.deserialize_and_load(*kept, execution_devices=devices)
         _mark_used(file)
-        return made
+        return executable
     except FileNotFoundError:
         return None
-    except Exception as error:  # truncated, or of another version: compile it again
+    except Exception as error:  # truncated, or written by another version
         logger.warning("compiling again: %s: %s", file, error)
         return None
 
 
 def _mark_used(file: Path) -> None:
-    """Set a file's time to now, for eviction by last use (the file system ticks every 4 ms)."""
+    """Set a file's time to now, in nanoseconds; the file system's own clock ticks every 4 ms."""
     now = time.time_ns()
     os.utime(file, ns=(now, now))
 
@@ -272,16 +258,16 @@ def _find_last_use(file: Path) -> float:
         return math.inf
 
 
-def _write(file: Path, made: Any) -> None:
-    """Write a program, whole or not at all, and evict the least recently used ones."""
+def _write(file: Path, executable: Any) -> None:
+    """Write an executable atomically, and evict those that were used longest ago."""
     try:
-        kept = pickle.dumps(serialize_executable.serialize(made))
+        kept = pickle.dumps(serialize_executable.serialize(executable))
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as draft:
-            draft.write(kept)
-        _mark_used(Path(draft.name))
-        os.replace(draft.name, file)
+        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
+            temporary.write(kept)
+        _mark_used(Path(temporary.name))
+        os.replace(temporary.name, file)
         for old in sorted(file.parent.iterdir(), key=_find_last_use)[:-_KEPT]:
             old.unlink(missing_ok=True)
-    except Exception as error:  # a full disk, or a race with another process: this start goes on
+    except Exception as error:  # such as a full disk; the start goes on
         logger.warning("a compiled program was not kept: %s", error)

@@ -1,4 +1,4 @@
-"""What a caller asks for, and where that stands. No jax."""
+"""Sampling parameters, and requests with their tokens and pages. No jax."""
 
 import dataclasses
 import functools
@@ -6,25 +6,26 @@ import hashlib
 import math
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import field
 from typing import Any, Protocol
 
 import numpy as np
 
 from l4jax.text.image import Tiles
 
-MAX_LOGPROBS = 20  # as OpenAI's API allows
+MAX_LOGPROBS = 20  # the limit of OpenAI's API
 MAX_BIASES = 320  # entries of logit_bias; OpenAI allows 300
-MAX_STOP_IDS = 32  # that are known to the device; a request may have more unless it has min_tokens
+MAX_STOP_IDS = 32  # on the device; the host checks further ones
 
 
 @dataclasses.dataclass(frozen=True)
 class StructuredOutputsParams:
-    """What an answer must look like: one of these, spelled as in vLLM.
+    """The required form of an output: exactly one of the fields, named as in vLLM.
 
     Attributes:
         json: a JSON schema, as an object or as text.
-        regex: a regular expression that the whole answer matches.
-        choice: the answers that are allowed.
+        regex: a regular expression that the whole output matches.
+        choice: the allowed outputs.
         grammar: a grammar in Lark's notation.
         json_object: any JSON object.
     """
@@ -36,7 +37,7 @@ class StructuredOutputsParams:
     json_object: bool | None = None
 
     def __post_init__(self) -> None:
-        given = [field.name for field in dataclasses.fields(self) if self._has(field.name)]
+        given = [each.name for each in dataclasses.fields(self) if self._has(each.name)]
         if len(given) != 1:
             raise ValueError(
                 f"structured_outputs has {', '.join(given) or 'nothing'}: give exactly one of "
@@ -48,43 +49,43 @@ class StructuredOutputsParams:
 
     @property
     def kind(self) -> str:
-        """The name of the one that is given."""
-        return next(field.name for field in dataclasses.fields(self) if self._has(field.name))
+        """The name of the field that is set."""
+        return next(each.name for each in dataclasses.fields(self) if self._has(each.name))
 
     @property
     def value(self) -> Any:
-        """What it says."""
+        """The value of the field that is set."""
         return getattr(self, self.kind)
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How to sample one request; names, defaults and meanings as in vLLM's class of this name.
+    """Sampling parameters of a request; names, defaults and meanings are those of vLLM's class.
 
     Attributes:
-        n: answers to the prompt, each drawn on its own.
+        n: outputs for the prompt, sampled independently.
         temperature: 0 is greedy.
         top_k: keep the likeliest k; 0 or -1 keeps all.
         top_p: keep the likeliest tokens that together reach this probability.
         min_p: drop tokens less likely than this fraction of the likeliest.
-        presence_penalty: taken off the logit of each token that the answer holds.
-        frequency_penalty: the same, for each time that the answer holds it.
-        repetition_penalty: logits of tokens that prompt or answer hold are divided by it where
-            they are positive, and multiplied where not.
-        logit_bias: token id -> what is added to its logit; -100 forbids in practice.
-        seed: the same request with the same seed gives the same tokens, whatever else runs; None
-            draws one. Answer i of n takes seed + i.
-        min_tokens: tokens before which no stop id is drawn.
-        max_tokens: tokens to generate at most; None is up to the model's length.
-        stop: strings that end the text; they are not part of it unless
+        presence_penalty: subtracted from the logit of each token that occurs in the output.
+        frequency_penalty: subtracted once per occurrence.
+        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that
+            occur in prompt or output.
+        logit_bias: token id -> value added to its logit; -100 forbids in practice.
+        seed: the same request with the same seed gives the same tokens in any batch; None takes a
+            random seed. Output i of n takes seed + i.
+        min_tokens: output tokens before which no stop id is sampled.
+        max_tokens: output tokens, at most; None is up to the model's length.
+        stop: strings that end the text; they are cut off unless
             `include_stop_str_in_output`.
-        stop_token_ids: ids that end the text, beside the model's own unless `ignore_eos`.
-        bad_words: words that the answer may not hold.
-        logprobs: how many of the likeliest tokens to report for each position; 0 reports the chosen
-            one.
-        prompt_logprobs: the same, for the tokens of the prompt.
+        stop_token_ids: ids that end the text, in addition to the model's own unless `ignore_eos`.
+        bad_words: words that the output may not contain.
+        logprobs: number of likeliest tokens to report for each position; 0 reports the sampled
+            token only.
+        prompt_logprobs: number of likeliest tokens to report for each prompt token.
         skip_special_tokens: leave special tokens out of the text.
-        structured_outputs: what the answer must look like.
+        structured_outputs: the required form of the output.
     """
 
     n: int = 1
@@ -157,22 +158,22 @@ class SamplingParams:
             )
 
     def replace(self, **changes: Any) -> "SamplingParams":
-        """A copy with some of them changed."""
+        """Return a copy with some parameters changed."""
         return dataclasses.replace(self, **changes)
 
     def split(self) -> list["SamplingParams"]:
-        """The settings of each of the n answers, which are drawn as if asked for one by one."""
+        """Return the parameters of each of the n outputs, sampled like separate requests."""
         seeds = [None if self.seed is None else (self.seed + i) % 2**63 for i in range(self.n)]
         return [dataclasses.replace(self, n=1, seed=seed) for seed in seeds]
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop strings, however they were given."""
+        """The stop strings as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def has_penalties(self) -> bool:
-        """Whether the tokens so far change what comes next."""
+        """Whether logits depend on earlier tokens through a penalty."""
         penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
         return penalties != (0, 0, 1)
 
@@ -182,24 +183,24 @@ class TokenLogprobs:
     """Log-probabilities at one position: the model's own, before temperature and filters."""
 
     chosen: float
-    top: dict[int, float]  # the likeliest tokens asked for, the likeliest first
+    top: dict[int, float]  # the requested number of likeliest tokens, the likeliest first
 
 
 class Matcher(Protocol):
-    """Follows an answer through its grammar."""
+    """The state of an output in its grammar."""
 
     def mask(self) -> np.ndarray:
-        """int32 [vocab / 32]: bit i of word w says whether token 32 w + i may come next."""
+        """Return int32 [vocab / 32]: bit i of word w is set if token 32 w + i may come next."""
         ...
 
     def accept(self, token: int) -> bool:
-        """Go on by a token; whether it was allowed."""
+        """Advance by a token; return whether it was allowed."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Constraints:
-    """What an answer must keep to, in token ids."""
+    """Constraints on an output, in token ids."""
 
     bad_words: tuple[tuple[int, ...], ...] = ()
     matcher: Matcher | None = None
@@ -207,11 +208,11 @@ class Constraints:
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """A prompt on its way: what was asked, the tokens so far, and the pages it owns.
+    """A request: its parameters, its tokens so far, and the pages that it owns.
 
-    `tokens` is prompt and output in one, as far as the host knows it; `pending` more have been
-    drawn on the device, or will be by what has been dispatched. Keys and values of the first
-    `computed` tokens are cached, or will be by what has been dispatched.
+    `tokens` is prompt and output, as far as the host knows it. `pending` more tokens have been
+    sampled on the device, or will be by the dispatched steps. Keys and values of the first
+    `computed` tokens are in the KV cache, or will be by the dispatched steps.
     """
 
     id: int
@@ -228,41 +229,46 @@ class Request:
     computed: int = 0
     pending: int = 0
     finish_reason: str | None = None
-    # Where it runs: filled in by the scheduler at admission.
+    # Set by the scheduler at admission.
     shard: int = 0
-    slot: int = 0  # of what the device remembers of it
-    cached: int | None = None  # tokens found in the prefix cache when it was first admitted
-    global_pages: list[int] = dataclasses.field(default_factory=list)
-    local_pages: list[list[int]] = dataclasses.field(default_factory=list)  # of each local group
-    feature_slots: list[int] = dataclasses.field(default_factory=list)  # of each tile
-    is_fresh: bool = False  # admitted, and not yet in a plan
-    named_blocks: int = 0  # whose pages the prefix cache knows
-    _block_hashes: list[bytes] = dataclasses.field(default_factory=list)
+    slot: int = 0  # of the decode state on the device
+    cached_tokens: int | None = None  # prefix cache hit at the first admission
+    global_pages: list[int] = field(default_factory=list[int])
+    local_pages: list[list[int]] = field(default_factory=list[list[int]])  # of each local group
+    feature_slots: list[int] = field(default_factory=list[int])  # of each tile
+    is_fresh: bool = False  # admitted, and not yet scheduled
+    cached_blocks: int = 0  # leading blocks whose pages are in the prefix cache
+    _block_hashes: list[bytes] = field(default_factory=list[bytes])
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and output, those that only the device knows included."""
+        """Tokens of prompt and output, pending ones included."""
         return len(self.tokens) + self.pending
 
     @property
+    def owned_pages(self) -> int:
+        """Pages of all groups that the request owns."""
+        return len(self.global_pages) + sum(map(len, self.local_pages))
+
+    @property
     def is_prefilling(self) -> bool:
-        """Whether more than its last token has yet to be run, or an image is in that token."""
+        """Whether more than its last token is not computed yet, or that token is an image token."""
         return self.length - self.computed > 1 or self.computed < self.patches_end
 
     @property
     def is_complete(self) -> bool:
-        """Whether all its tokens have been drawn, or will be by what has been dispatched."""
+        """Whether all its tokens have been sampled, or will be by the dispatched steps."""
         return self.length >= self.max_length
 
     @property
     def is_host_driven(self) -> bool:
-        """Whether the host must know a token before the next can be drawn."""
+        """Whether the host must know a token before the next one is sampled."""
         matcher, bad_words = self.constraints.matcher, self.constraints.bad_words
         return matcher is not None or any(len(word) > 1 for word in bad_words)
 
     @property
     def has_logits_processors(self) -> bool:
-        """Whether its logits are changed before a token is drawn, or asked about."""
+        """Whether its logits are changed before sampling, or reported."""
         params = self.params
         return bool(
             params.has_penalties
@@ -281,8 +287,8 @@ class Request:
 
     @functools.cached_property
     def tile_hashes(self) -> list[bytes]:
-        """A digest of the pixels of each image tile of the prompt."""
-        return [name for image in self.images for name in image.hashes]
+        """A hash of the pixels of each image tile of the prompt."""
+        return [tile_hash for image in self.images for tile_hash in image.hashes]
 
     @property
     def tiles(self) -> int:
@@ -291,20 +297,20 @@ class Request:
 
     @property
     def patches_end(self) -> int:
-        """The position behind the last image token; 0 without images."""
+        """The position after the last image token; 0 without images."""
         positions = self.patch_positions
         return 0 if positions is None or not len(positions) else int(positions[-1]) + 1
 
     def hash_block(self, index: int, page: int) -> bytes:
-        """The name of the contents of tokens index * page .. of the request, and of all before.
+        """Hash the tokens of block `index`, of `page` tokens, and all tokens before it.
 
-        Two blocks of one name hold the same keys and values: image tokens are named after their
-        pixels. The tokens must be known.
+        Blocks with the same hash have the same keys and values: image tokens are hashed by their
+        pixels. The host must know the tokens.
         """
-        names = self._block_hashes
-        while len(names) <= index:
-            start = len(names) * page
-            digest = hashlib.blake2b(names[-1] if names else b"", digest_size=16)
+        hashes = self._block_hashes
+        while len(hashes) <= index:
+            start = len(hashes) * page
+            digest = hashlib.blake2b(hashes[-1] if hashes else b"", digest_size=16)
             digest.update(array("i", self.tokens[start : start + page]).tobytes())
             if self.patch_positions is not None and start < self.patches_end:
                 first, last = np.searchsorted(self.patch_positions, (start, start + page))
@@ -313,11 +319,11 @@ class Request:
                     digest.update(int(first % features).to_bytes(4, "little"))
                     for tile in range(first // features, (last - 1) // features + 1):
                         digest.update(self.tile_hashes[tile])
-            names.append(digest.digest())
-        return names[index]
+            hashes.append(digest.digest())
+        return hashes[index]
 
-    def take(self, tokens: Sequence[int]) -> None:
-        """Append chosen tokens; says so where they end the request."""
+    def append(self, tokens: Sequence[int]) -> None:
+        """Append sampled tokens, and set `finish_reason` if they end the request."""
         self.tokens.extend(tokens)
         if self.tokens[-1] in self.stop_ids:
             self.finish_reason = "stop"

@@ -1,60 +1,67 @@
-"""The runner: the only module that knows devices. Weights, KV cache and features live here."""
+"""The runner: weights, KV cache and programs on a mesh of devices, and the dispatch of steps."""
 
 import contextlib
 import dataclasses
 import functools
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l4jax import axes, cache, checkpoint, decode, sampling
+from l4jax import axes, cache, checkpoint, decode
 from l4jax.config import Config
-from l4jax.engine import calibrate, input_batch
-from l4jax.engine.buckets import Buckets, ProgramKey
-from l4jax.engine.capacity import (
-    choose_page,
-    count_program_bytes,
-    find_free_bytes,
-    plan_limits,
-)
+from l4jax.engine import input_batch, kv_cache, output_batch, weights
+from l4jax.engine.buckets import Bucket, Buckets
+from l4jax.engine.capacity import choose_page, compute_limits
 from l4jax.engine.config import EngineConfig
 from l4jax.engine.local_kernels import choose_kernels, make_kernels, resolve_kernels
-from l4jax.engine.program_cache import Call, Program, ProgramCache, find_program_folder
+from l4jax.engine.program_cache import Program, ProgramCache, find_program_folder
 from l4jax.engine.request import MAX_LOGPROBS
 from l4jax.engine.scheduler import Limits, ScheduledChunk, SchedulerOutput
-from l4jax.kernels.formats import FP8, upcast_scales
-from l4jax.model import Llama4, VisionTower, declare_parameters
+from l4jax.kernels.formats import FP8
+from l4jax.model import Llama4, VisionTower
 from l4jax.strategies import STRATEGIES, activate, check_mesh
-from sharding import Layout, find_gpu_share, make_mesh, prepare_devices
+from sharding import Layout, make_mesh, prepare_devices
 
-TILES = (1, 4)  # image tiles of an encoder call
-CPU_POOL_BYTES = 2**28  # default size of the KV cache on a CPU: what a laptop can spare
+TILES = (1, 4)  # image tiles that are encoded in one call
 
 
 @dataclasses.dataclass(frozen=True)
 class PendingStep:
-    """A step that was dispatched, and its results to come."""
+    """A dispatched step or loop, and its results once the devices have computed them."""
 
-    output: SchedulerOutput
-    key: ProgramKey
-    results: Future[tuple[Any, Any]]  # sampled tokens; prompt logprobs, where asked for
+    scheduler_output: SchedulerOutput
+    bucket: Bucket
+    outputs: Future[tuple[Any, Any]]  # sampled tokens; prompt logprobs, if requested
 
-    def result(self) -> list[input_batch.SampledTokens]:
-        """Wait for the step, and read each request's sampled tokens. Raises the step's error."""
-        sampled, prompt_logprobs = jax.device_get(self.results.result())
-        if self.output.is_loop:
-            return input_batch.read_loop(self.output, sampled, *self.key.shape)
-        return input_batch.read_step(self.output, sampled, prompt_logprobs, *self.key.shape)
+    def result(self) -> list[output_batch.SampledTokens]:
+        """Wait for the step, and read each request's results; raises the error of a failed step."""
+        _, tokens, rows = self.bucket
+        sampled, prompt_logprobs = jax.device_get(self.outputs.result())
+        if self.scheduler_output.is_loop:
+            return output_batch.read_loop(self.scheduler_output, sampled, rows)
+        return output_batch.read_step(self.scheduler_output, sampled, prompt_logprobs, tokens, rows)
+
+
+class _Batch(NamedTuple):
+    """The inputs of a step or a loop on the devices, without the state that it updates."""
+
+    bucket: Bucket
+    has_logits_processors: bool
+    inputs: tuple[Any, ...]
+
+    @property
+    def key(self) -> Hashable:
+        """The key of its program."""
+        return self.bucket, self.has_logits_processors
 
 
 class Runner:
-    """A model on a mesh: `load` or `initialize`, then `reserve`, then `dispatch` for each step."""
+    """A model on a mesh: `load` or `initialize` weights, `allocate_kv_cache`, then `dispatch`."""
 
     def __init__(
         self,
@@ -64,11 +71,11 @@ class Runner:
         strategy: str = "tensor",
         kernels: str = "auto",
     ):
-        """Make the mesh and the model.
+        """Make the mesh and choose the kernels.
 
         Raises:
-            sharding.MeshError: for a mesh that does not divide the model.
-            ValueError: for kernels that the devices cannot run.
+            sharding.MeshError: if the mesh does not divide the model.
+            ValueError: if the devices do not run these kernels.
         """
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.notice = prepare_devices(mesh)
@@ -76,14 +83,15 @@ class Runner:
         check_mesh(config, self.layout)
         device = self.layout.mesh.devices.flat[0]
         self.kernels = resolve_kernels(kernels, device)
-        chosen = choose_kernels(self.kernels, device)
-        self.model = Llama4(config.text, make_kernels(chosen, self.layout.local))
+        bundle = choose_kernels(self.kernels, device)
+        self.model = Llama4(config.text, make_kernels(bundle, self.layout.local))
         self.tower = VisionTower(config.vision, config.text.width) if config.vision else None
-        self.kv_scales: tuple[np.ndarray, np.ndarray] | None = None  # the checkpoint's
-        # A program with loops or branches blocks its calling thread until they are decided, unless
-        # it is a CUDA graph. One thread launches all programs in order while the host schedules.
+        self.kv_scales: kv_cache.Scales | None = None  # of the checkpoint
+        # Without CUDA graphs, a program with a branch or a loop blocks the calling thread until the
+        # condition is computed. One thread calls all programs in order, while the next step is
+        # scheduled.
         self._launcher = ThreadPoolExecutor(1, "launching")
-        # By default a GPU multiplies float32 as TF32, which has 13 bits less; bfloat16 is the same.
+        # GPUs multiply float32 as TF32 by default, 13 bits less precise; bfloat16 is not affected.
         self._precision = "highest" if self.dtype == jnp.float32 else "default"
 
     def load(
@@ -95,29 +103,18 @@ class Runner:
         lora: Path | None = None,
         progress: bool = True,
     ) -> None:
-        """Read the weights, each device its own shards.
-
-        Args:
-            folder: the checkpoint.
-            quantization: "fp8" or "int4" quantizes weights while they load.
-            quantize_attention: whether to quantize attention's projections; None is yes for fp8, no
-                for int4.
-            lora: the folder of a PEFT adapter, merged before quantization.
-            progress: show a progress bar.
-        """
-        self.params = checkpoint.load(
+        """Load the weights of a checkpoint; see `weights.load_params`."""
+        self.params = weights.load_params(
             folder,
             self.config,
             self.dtype,
             self.layout.place,
-            online_quantization=checkpoint.OnlineQuantization.choose(
-                quantization, quantize_attention
-            ),
-            lora=checkpoint.read_adapter(lora, self.config) if lora else None,
+            quantization=quantization,
+            quantize_attention=quantize_attention,
+            lora=lora,
+            upcasts_scales=self.kernels == "hopper",
             progress=progress,
         )
-        if self.kernels == "hopper":  # its kernels read float32 scales
-            self.params = upcast_scales(self.params)
         self.kv_scales = checkpoint.load_kv_scales(folder, self.config)
 
     def initialize(
@@ -127,266 +124,250 @@ class Runner:
         quantization: str | None = None,
         quantize_attention: bool | None = None,
     ) -> None:
-        """Make random weights on the devices, for benchmarks; quantized as in `load`."""
-        online_quantization = checkpoint.OnlineQuantization.choose(quantization, quantize_attention)
-        shapes, names = declare_parameters(self.config, self.dtype)
+        """Make random weights, for measurements; see `weights.initialize_params`."""
+        self.params = weights.initialize_params(
+            seed,
+            self.config,
+            self.dtype,
+            self.layout.place,
+            quantization=quantization,
+            quantize_attention=quantize_attention,
+        )
 
-        # One program for each shape: one with all hundred generators took minutes to compile.
-        @functools.partial(jax.jit, static_argnames=("shape", "place"))
-        def draw(salt: Any, shape: tuple[int, ...], place: Any) -> jax.Array:
-            key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), salt)
-            values = 0.02 * jax.random.normal(key, shape, self.dtype)
-            return jax.lax.with_sharding_constraint(values, place)
+    def allocate_kv_cache(self, engine_config: EngineConfig) -> Limits:
+        """Allocate the KV cache, and return all sizes.
 
-        def fill(path: Any, leaf: jax.ShapeDtypeStruct, names: tuple[str, ...]) -> Any:
-            salt = np.uint32(zlib.crc32(jax.tree_util.keystr(path).encode()))
-            array = draw(salt, leaf.shape, self.layout.place(names))
-            inner = online_quantization and online_quantization.count_in_axes(
-                "/".join(key.key for key in path)
-            )
-            if not online_quantization or not inner:
-                return array
-            return online_quantization.quantize(array, inner, names, self.layout.place)
-
-        self.params = jax.tree_util.tree_map_with_path(fill, shapes, names)
-
-    def reserve(self, engine_config: EngineConfig) -> Limits:
-        """Allocate the KV cache, and return the limits of the scheduler. Raises `CapacityError`."""
-        self._free_cache()
-        text, shards = self.config.text, self.layout.count(axes.ROWS)
+        Raises:
+            CapacityError: if the sizes do not fit in memory.
+        """
+        self._free_state()
         page = choose_page(self.config, engine_config)
-        dtype = self.dtype if engine_config.kv_cache_dtype == "auto" else FP8
-        page_bytes = cache.count_page_bytes(text, page, dtype)
-        self._scales = self._find_kv_scales(engine_config, page) if dtype == FP8 else None
-        pool_bytes = self._find_pool_bytes(engine_config)
-        self.limits = plan_limits(self.config, engine_config, shards, page_bytes, pool_bytes)
+        self._cache_dtype = self.dtype if engine_config.kv_cache_dtype == "auto" else FP8
+        self._scales = None
+        if self._cache_dtype == FP8:
+            self._scales = self._find_scales(page, calibrates=engine_config.calculate_kv_scales)
+        self.limits = compute_limits(
+            self.config,
+            engine_config,
+            self.layout.count(axes.ROWS),
+            cache.count_page_bytes(self.config.text, page, self._cache_dtype),
+            kv_cache.measure_pool_bytes(self.config, engine_config, self.layout),
+        )
         self.buckets = Buckets.of(self.limits)
-        self._pool_dtype = dtype
-        about = (self.config, self.layout, self.kernels, self.dtype, self._precision)
+        context = (self.config, self.layout, self.kernels, self.dtype, self._precision)
         devices = list(self.layout.mesh.devices.flat)
-        folder = find_program_folder(devices[0])
-        self.programs = ProgramCache(repr(about), devices, self._tracing, folder)
-        self.start()
+        self.programs = ProgramCache(
+            repr((*context, self.limits.loop_steps)),
+            devices,
+            self.activate,
+            find_program_folder(devices[0]),
+        )
+        self.reset_state()
         return self.limits
 
-    def start(self) -> None:
-        """Allocate an empty KV cache and decode state, at the start or after a failed step."""
-        self._free_cache()  # there may be no room for two
-        text, vision, limits = self.config.text, self.config.vision, self.limits
-        place = self.layout.place_all
-        make_pool = functools.partial(
-            cache.make_pool, text, limits.shards * limits.pages, limits.page, self._pool_dtype
+    def reset_state(self) -> None:
+        """Allocate an empty KV cache and decode state, at first or after a failed step."""
+        self._free_state()  # two may not fit
+        state, shardings = kv_cache.allocate_state(
+            self.config,
+            self.limits,
+            self.layout,
+            dtype=self.dtype,
+            cache_dtype=self._cache_dtype,
+            scales=self._scales,
         )
-        pool_shardings = place(cache.name_pool_axes(jax.eval_shape(make_pool)))
-        self.pool = jax.jit(make_pool, out_shardings=pool_shardings)()
-        if self._scales is not None:
-            k_scale, v_scale = self._put(self._scales, ((axes.LAYERS,), (axes.LAYERS,)))
-            self.pool = dataclasses.replace(self.pool, k_scale=k_scale, v_scale=v_scale)
-        slots, state_shardings = limits.shards * limits.requests, place(decode.DECODE_STATE_AXES)
-        make_state = functools.partial(decode.make_decode_state, slots, text.vocab)
-        self.state = jax.jit(make_state, out_shardings=state_shardings)()
-        features_sharding = place((axes.TILES, axes.FEATURES, axes.WIDTH))
-        if limits.feature_slots and vision is not None:
-            shape = (limits.feature_slots, vision.features, text.width)
-            make_features = functools.partial(jnp.zeros, shape, self.dtype)
-            self.features = jax.jit(make_features, out_shardings=features_sharding)()
-        self.functions = decode.jit_functions(pool_shardings, state_shardings, features_sharding)
+        self.pool, self.decode_state, self.features = (
+            state.pool,
+            state.decode_state,
+            state.features,
+        )
+        pool, decode_state, steps = shardings.pool, shardings.decode_state, self.limits.loop_steps
+        model: Any = self.model  # to pyright, Linen modules are not hashable
+        tower: Any = self.tower
+        self.functions: dict[Hashable, Any] = {
+            "set_token_counts": decode.jit_set_token_counts(decode_state)
+        }
+        for has_processors, logprobs in ((False, None), (True, MAX_LOGPROBS)):
+            step = decode.jit_step(model, logprobs, pool, decode_state)
+            loop = decode.jit_decode_loop(model, steps, logprobs, pool, decode_state)
+            self.functions |= {("step", has_processors): step, ("loop", has_processors): loop}
+        if tower is not None:
+            self.functions["tiles"] = decode.jit_encode_tiles(tower, shardings.features)
 
     def dispatch(self, output: SchedulerOutput) -> PendingStep:
-        """Start a step after those dispatched before it; does not wait."""
-        chunks = [chunk for shard in output.runs for chunk in shard]
-        work: list[Callable[[], Any]] = []  # in launch order
+        """Start a step or a loop after all steps before it, without waiting for them."""
+        chunks = [chunk for shard in output.chunks for chunk in shard]
+        has_processors = any(chunk.request.has_logits_processors for chunk in chunks)
+        has_prompt_logprobs = any(
+            chunk.request.params.prompt_logprobs is not None for chunk in chunks
+        )
+        launches: list[Callable[[], Any]] = []  # in this order, on the launcher's thread
         for chunk in (chunk for chunk in chunks if chunk.is_first):
             if chunk.feature_slots:
-                work.append(functools.partial(self._encode_images, chunk))
+                launches.append(functools.partial(self._encode_images, chunk))
             if chunk.request.params.has_penalties:
                 seen_V = input_batch.count_seen(chunk.request, self.config.text.vocab)
-                work.append(functools.partial(self._set_counts, chunk.request.slot, seen_V))
-        has_targets = any(chunk.request.params.prompt_logprobs is not None for chunk in chunks)
-        with self._tracing():
-            key = self.buckets.choose(output, self.programs)
-            work.append(functools.partial(self._run, key, self._make_inputs(key, output)))
+                launches.append(
+                    functools.partial(self._set_token_counts, chunk.request.slot, seen_V)
+                )
+        with self.activate():
+            bucket = self._choose_bucket(output, has_processors)
+            batch = self._put_batch(output, bucket, has_processors)
 
         def launch() -> tuple[Any, Any]:
-            with self._tracing():
-                sampled, prompt_logprobs = [call() for call in work][-1]
-            return sampled, prompt_logprobs if has_targets else None
+            with self.activate():
+                for start in launches:
+                    start()
+                sampled, prompt_logprobs = self._run(batch)
+                return sampled, prompt_logprobs if has_prompt_logprobs else None
 
-        return PendingStep(output, key, self._launcher.submit(launch))
+        return PendingStep(output, bucket, self._launcher.submit(launch))
 
     def warm_up(self, *, progress: bool = False) -> None:
-        """Compile the programs that hold every step, and run each on padding.
-
-        The other buckets, and the programs with logits processors, compile while the engine serves.
+        """Compile the programs of the first buckets and of image tiles, several at once, and run
+        each on padding. The other programs compile in the background while requests run: coarse
+        buckets, those with logits processors, then the rest.
         """
+        empty: list[list[ScheduledChunk]] = [[] for _ in range(self.limits.shards)]
+
+        def put_all(buckets: Iterable[Bucket], has_processors: bool = False) -> list[_Batch]:
+            return [
+                self._put_batch(SchedulerOutput(empty, bucket.is_loop), bucket, has_processors)
+                for bucket in buckets
+            ]
+
         first, coarse = self.buckets.first, self.buckets.coarse
-        tiles = [] if self.features is None else [ProgramKey("encode_tiles", (n,)) for n in TILES]
-        steps = [key for key in first.list_keys() if key.kind == "step"]
-        loops = [key for key in first.list_keys() if key.kind == "decode_loop"]
-        later = (
-            *coarse.without(first).list_keys(),
-            *coarse.list_keys(has_logits_processors=True),
-            *self.buckets.without(coarse).list_keys(),
-        )
-        with self._tracing():
-            # Large steps take longest to compile, loops least: they are lowered in this order.
-            order = (*reversed(steps), *tiles, *loops)
-            inputs = {key: self._make_padding(key) for key in order}
-            calls = {key: self._bind(key, arguments) for key, arguments in inputs.items()}
-            self.programs.compile(calls, progress=progress)
-            self._set_counts(0, np.zeros(self.config.text.vocab, np.int32))
-            for key, arguments in inputs.items():
-                self._run(key, arguments)
-            self.programs.compile_in_background(
-                {key: self._bind(key, self._make_padding(key)) for key in later}
+        with self.activate():
+            batches = put_all(first)
+            steps = [batch for batch in batches if not batch.bucket.is_loop]
+            loops = [batch for batch in batches if batch.bucket.is_loop]
+            tiles = [] if self.features is None else [self._put_blank_tiles(n) for n in TILES]
+            # Steps take longest to compile, those of most tokens first.
+            self.programs.compile(
+                [
+                    *map(self._make_program, steps[::-1]),
+                    *(self._make_tiles_program(*its) for its in tiles),
+                    *map(self._make_program, loops),
+                ],
+                progress=progress,
             )
+            self._set_token_counts(0, np.zeros(self.config.text.vocab, np.int32))
+            for pixels, slot_I in tiles:
+                self._run_tiles(pixels, slot_I)
+            for batch in batches:
+                self._run(batch)
+            rest = (
+                *put_all(bucket for bucket in coarse if bucket not in first),
+                *put_all(coarse, has_processors=True),
+                *put_all(bucket for bucket in self.buckets.all if bucket not in coarse),
+            )
+            self.programs.compile_in_background([*map(self._make_program, rest)])
         jax.block_until_ready(self.pool)
 
     @property
     def is_compiling(self) -> bool:
-        """Whether programs are still being compiled in the background."""
+        """Whether programs are compiling in the background, after the warm-up."""
         return self.programs.is_compiling
 
     def wait_for_compilers(self, *, progress: bool = False) -> None:
         """Wait for the programs that compile in the background."""
         self.programs.wait(progress=progress)
 
-    def _make_inputs(self, key: ProgramKey, output: SchedulerOutput) -> tuple[Any, ...]:
-        """Make the host's inputs of a step or a decode loop, and put them on the devices."""
-        has_processors, rows = key.has_logits_processors, key.shape[-1]
-        if key.kind == "step":
-            step = input_batch.fill_step(
-                output, self.limits, self.config, *key.shape, has_targets=has_processors
-            )
-            has_features = self.features is not None
-            names = (
-                cache.name_axes(has_features=has_features),
-                decode.name_logit_indices_axes(has_targets=has_processors),
-                sampling.SAMPLING_METADATA_AXES,
-            )
-            parts = (step.batch, step.logit_indices, step.sampling_metadata)
-        else:
-            parts = input_batch.fill_loop(output, self.limits, rows)
-            tables = cache.name_axes().tables
-            names = (decode.DECODE_ROWS_AXES, tables, sampling.SAMPLING_METADATA_AXES)
-        placed = tuple(self._put(part, name) for part, name in zip(parts, names, strict=True))
-        if not has_processors:
-            return (*placed, None)
-        processors = input_batch.fill_logits_processors(
-            output, self.limits, rows, self.config.text.vocab
-        )
-        return (*placed, self._put(processors, sampling.LOGITS_PROCESSORS_AXES))
-
-    def _make_tile_inputs(self, pixels_ICYX: np.ndarray, slots: Sequence[int]) -> tuple[Any, ...]:
-        """Put the pixels of a few tiles on the devices; tiles beyond the slots are padding."""
-        out_of_range = self.limits.feature_slots
-        slot_I = [*slots, *[out_of_range] * (len(pixels_ICYX) - len(slots))]
-        names = (axes.TILES, axes.CHANNELS, axes.PIXELS_Y, axes.PIXELS_X)
-        return self._put(pixels_ICYX, names), np.array(slot_I, np.int32)
-
-    def _make_padding(self, key: ProgramKey) -> tuple[Any, ...]:
-        """Make the inputs of a program without requests."""
-        if key.kind == "encode_tiles":
-            assert self.config.vision is not None
-            c = self.config.vision
-            return self._make_tile_inputs(
-                np.zeros((*key.shape, c.channels, c.tile, c.tile), np.float32), ()
-            )
-        empty: list[list[ScheduledChunk]] = [[] for _ in range(self.limits.shards)]
-        return self._make_inputs(key, SchedulerOutput(empty, key.kind == "decode_loop"))
-
-    def _bind(self, key: ProgramKey, inputs: tuple[Any, ...]) -> Call:
-        """Return a program and all its arguments: weights, the devices' state, inputs."""
-        logprobs = MAX_LOGPROBS if key.has_logits_processors else None
-        static: dict[str, Any] = {"model": self.model, "logprobs": logprobs}
-        if key.kind == "step":
-            arguments = (self.params, self.pool, self.state, *inputs, self.features)
-        elif key.kind == "decode_loop":
-            arguments = (self.params, self.pool, self.state, *inputs)
-            static["steps"] = self.limits.loop_steps
-        else:
-            arguments, static = (self.params, self.features, *inputs), {"tower": self.tower}
-        return Program(self.functions[key.kind], static), arguments
-
-    def _run(self, key: ProgramKey, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
-        """Launch a program, keep the donated state that it returns, and return its results.
-
-        Call it when all earlier launches have returned: each takes the state of the one before.
-        """
-        result = self.programs.run(key, *self._bind(key, inputs))
-        if key.kind == "encode_tiles":
-            self.features = result
-            return None, None
-        self.pool, self.state, sampled, *prompt_logprobs = result
-        return sampled, prompt_logprobs[0] if prompt_logprobs else None
-
-    def _set_counts(self, slot: int, seen_V: np.ndarray) -> None:
-        """Set the token counts of a request's slot, for its penalties."""
-        self.state = self.functions["set_token_counts"](self.state, np.int32(slot), seen_V)
-
-    def _encode_images(self, chunk: ScheduledChunk) -> None:
-        """Encode a request's image tiles into its feature slots, a few tiles a call."""
-        pixels_ICYX = np.concatenate([image.pixels_ICHW for image in chunk.request.images])
-        at = 0
-        while at < len(pixels_ICYX):
-            count = next((n for n in TILES if n >= len(pixels_ICYX) - at), TILES[-1])
-            part = pixels_ICYX[at : at + count]
-            padding = ((0, count - len(part)), (0, 0), (0, 0), (0, 0))
-            slots = chunk.feature_slots[at : at + count]
-            key = ProgramKey("encode_tiles", (count,))
-            self._run(key, self._make_tile_inputs(np.pad(part, padding), slots))
-            at += count
-
-    def _free_cache(self) -> None:
-        """Free the KV cache and the decode state, once all dispatched steps are launched."""
-        self._launcher.submit(lambda: None).result()
-        self.pool = self.state = self.features = None
-
     @contextlib.contextmanager
-    def _tracing(self) -> Iterator[None]:
-        """The context of every trace and launch: mesh, axis rules, matmul precision."""
+    def activate(self) -> Iterator[None]:
+        """Trace and run under the runner's layout and matmul precision."""
         with activate(self.layout), jax.default_matmul_precision(self._precision):
             yield
 
-    def _find_kv_scales(
-        self, engine_config: EngineConfig, page: int
-    ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return the scales of an fp8 KV cache: the checkpoint's, or calibrated ones; None is 1."""
-        if self.kv_scales is not None or not engine_config.calculate_kv_scales:
+    def _choose_bucket(self, output: SchedulerOutput, has_processors: bool) -> Bucket:
+        rows = max(map(len, output.chunks))
+        tokens = max(sum(chunk.stop - chunk.start for chunk in shard) for shard in output.chunks)
+
+        def is_ready(bucket: Bucket) -> bool:
+            return self.programs.is_ready((bucket, has_processors))
+
+        return self.buckets.choose(
+            is_loop=output.is_loop,
+            tokens=rows if output.is_loop else tokens,
+            rows=rows,
+            has_logits_processors=has_processors,
+            is_ready=None if self.programs.is_empty else is_ready,
+        )
+
+    def _put_batch(self, output: SchedulerOutput, bucket: Bucket, has_processors: bool) -> _Batch:
+        """Fill the inputs of a step or a loop, and put them on the devices."""
+        pairs = input_batch.fill_batch(
+            output,
+            self.limits,
+            self.config,
+            bucket.tokens,
+            bucket.rows,
+            has_logits_processors=has_processors,
+        )
+        return _Batch(bucket, has_processors, tuple(self._put(*pair) for pair in pairs))
+
+    def _make_program(self, batch: _Batch) -> Program:
+        """Return a batch's program with the current state, which the program donates."""
+        args = (self.params, self.pool, self.decode_state, *batch.inputs)
+        if batch.bucket.is_loop:
+            return Program(batch.key, self.functions["loop", batch.has_logits_processors], args)
+        step = self.functions["step", batch.has_logits_processors]
+        return Program(batch.key, step, (*args, self.features))
+
+    def _run(self, batch: _Batch) -> tuple[Any, Any]:
+        """Run a batch; return sampled tokens, and prompt logprobs of a step."""
+        results = self.programs.run(*self._make_program(batch))
+        self.pool, self.decode_state, sampled, *prompt_logprobs = results
+        return sampled, prompt_logprobs[0] if prompt_logprobs else None
+
+    def _set_token_counts(self, slot: int, seen_V: np.ndarray) -> None:
+        self.decode_state = self.functions["set_token_counts"](
+            self.decode_state, np.int32(slot), seen_V
+        )
+
+    def _encode_images(self, chunk: ScheduledChunk) -> None:
+        """Encode the image tiles of a request into its feature slots."""
+        pixels_ICYX = np.concatenate([image.pixels_ICHW for image in chunk.request.images])
+        start = 0
+        while start < len(pixels_ICYX):
+            count = next((n for n in TILES if n >= len(pixels_ICYX) - start), TILES[-1])
+            part = pixels_ICYX[start : start + count]
+            padding = ((0, count - len(part)), (0, 0), (0, 0), (0, 0))
+            slots = chunk.feature_slots[start : start + count]
+            self._run_tiles(*self._put_tiles(np.pad(part, padding), slots))
+            start += count
+
+    def _put_blank_tiles(self, count: int) -> tuple[Any, np.ndarray]:
+        assert self.config.vision is not None
+        c = self.config.vision
+        return self._put_tiles(np.zeros((count, c.channels, c.tile, c.tile), np.float32), [])
+
+    def _put_tiles(self, pixels_ICYX: np.ndarray, slots: Sequence[int]) -> tuple[Any, np.ndarray]:
+        """Put pixels on the devices; tiles without a slot are padding."""
+        padding = [self.limits.feature_slots] * (len(pixels_ICYX) - len(slots))
+        pixels = self._put(pixels_ICYX, (axes.TILES, axes.CHANNELS, axes.PIXELS_Y, axes.PIXELS_X))
+        return pixels, np.array([*slots, *padding], np.int32)
+
+    def _make_tiles_program(self, pixels: Any, slot_I: np.ndarray) -> Program:
+        args = (self.params, self.features, pixels, slot_I)
+        return Program(("tiles", len(slot_I)), self.functions["tiles"], args)
+
+    def _run_tiles(self, pixels: Any, slot_I: np.ndarray) -> None:
+        self.features = self.programs.run(*self._make_tiles_program(pixels, slot_I))
+
+    def _find_scales(self, page: int, *, calibrates: bool) -> kv_cache.Scales | None:
+        """Return the scales of an fp8 cache: the checkpoint's, else calibrated ones; None is 1."""
+        if self.kv_scales is not None or not calibrates:
             return self.kv_scales
-        shards = self.layout.count(axes.ROWS)
-        batch = calibrate.make_batch(self.config, page, shards)
-        with self._tracing():
-            largest = calibrate.find_largest(
-                self.params,
-                self._put(batch, cache.name_axes()),
-                model=self.model,
-                page=page,
-                shards=shards,
-                dtype=self.dtype,
+        with self.activate():
+            return kv_cache.calibrate_scales(
+                self.config, self.params, self.model, page, self.layout, self.dtype
             )
-        k_largest, v_largest = jax.device_get(largest)
-        return calibrate.choose_scales(k_largest), calibrate.choose_scales(v_largest)
+
+    def _free_state(self) -> None:
+        """Free the state, once all dispatched steps have been launched."""
+        self._launcher.submit(lambda: None).result()
+        self.pool = self.decode_state = self.features = None
 
     def _put(self, tree: Any, names: Any) -> Any:
         return jax.device_put(tree, self.layout.place_all(names))
-
-    def _find_pool_bytes(self, engine_config: EngineConfig) -> int:
-        """Return the bytes of one data shard's page pool, over the devices of the shard."""
-        if engine_config.kv_cache_memory_bytes is not None:
-            return engine_config.kv_cache_memory_bytes
-        device = self.layout.mesh.devices.flat[0]
-        stats = device.memory_stats()
-        if not stats or "bytes_limit" not in stats:
-            return CPU_POOL_BYTES
-        share = find_gpu_share() if device.platform == "gpu" else 1.0
-        rows, tokens = engine_config.divide(self.layout.count(axes.ROWS))
-        programs = count_program_bytes(self.config.text, rows=rows, tokens=tokens)
-        free = find_free_bytes(
-            engine_config,
-            limit=stats["bytes_limit"],
-            in_use=stats["bytes_in_use"],
-            programs=programs,
-            share=share,
-        )
-        return free * self.layout.count(axes.KV_HEADS)

@@ -1,32 +1,40 @@
-"""Which tokens run next, in which pages: pure bookkeeping, no jax.
+"""The scheduler: which tokens run next, in which pages. Pure bookkeeping, no jax.
 
-Those who wait, wait in order of arrival, and are admitted when there are pages for their prompt and
-some for the answers of all. A step takes the next token of every request that decodes, then prompt
-chunks, up to a budget of tokens. When no prompt is left to run, requests decode many steps at once;
-fewer while somebody waits, whose turn comes when one of them ends. Pages are taken as tokens come;
-when there are none left, the youngest request gives up its own, waits, and is computed again later:
-its tokens so far are kept, so nothing is lost but time. The oldest always goes on.
+Requests wait in order of arrival. A request is admitted when there are pages for its prompt and
+some for the next output tokens of all running requests. A step takes the next token of every
+decoding request, then prompt chunks, up to a token budget. Once no prompt is left to prefill,
+requests decode many steps in one device loop; fewer while requests wait, because a waiting request
+is admitted when a running one ends.
 
-A plan counts on the plans before it: it is made before their tokens are known. Whatever the device
-runs later, it runs in that order, so pages may change hands as soon as a plan is made.
+Pages are allocated as tokens come. When none are free, the youngest request is preempted: it
+releases its pages, waits, and is computed again later. Its tokens are kept, so only time is lost.
+The oldest request always goes on.
+
+A step is scheduled before the sampled tokens of the last one are known. The device runs steps in
+order, so pages may change owners as soon as a step is scheduled.
 """
 
 import bisect
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import TypeAlias
 
+from l4jax.engine.page_geometry import PageGeometry
 from l4jax.engine.pages import Freelist, PageAllocator
 from l4jax.engine.request import Request
 
-_HURRY = 4  # a loop is so many times shorter while somebody waits
-_AHEAD = 2  # loops that whoever runs is left pages for before another one is admitted
-WHOLE = -1  # the group of the global layers, in the names of pages
+_WAITING_DIVISOR = 4  # a loop is this many times shorter while requests wait
+_LOOPS_AHEAD = 2  # loops for which running requests keep pages before another one is admitted
+GLOBAL_GROUP = -1  # group of the global layers, in cache keys of pages
+
+Proposer: TypeAlias = Callable[[Request, int], list[int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What the scheduler must keep within: of each data shard, where nothing else is said."""
+    """Sizes that the scheduler keeps within: of each data shard, unless stated otherwise."""
 
     shards: int
     requests: int
@@ -39,389 +47,403 @@ class Limits:
     local_groups: int
     loop_steps: int
     max_length: int
-    drafts: int = 0  # tokens that a row may guess in a step
+    drafts: int = 0  # draft tokens of a row in a step, at most
 
-    def count_pages(self, length: int) -> int:
-        """Pages that a request of this length, prompt and output, owns at most."""
-        local = -(-min(length, self.chunk) // self.page)
-        return -(-length // self.page) + self.local_groups * local
+    @functools.cached_property
+    def geometry(self) -> PageGeometry:
+        """The page counts of requests."""
+        return PageGeometry(self.page, self.chunk, self.local_groups)
 
 
 @dataclasses.dataclass(frozen=True)
 class ScheduledChunk:
-    """A row of a step: tokens start .. stop of a request, in one chunk, and its local pages.
+    """A row of a step: tokens start .. stop of a request, in one attention chunk.
 
-    In a loop, tokens start .. stop are those that it may run.
+    In a loop, tokens start .. stop are the most that may run.
     """
 
     request: Request
     start: int
     stop: int
-    local_pages: list[list[int]]
-    draws: int = 0  # tokens that it draws, at most; of what was guessed, what proves right and one
-    drafts: tuple[int, ...] = ()  # what was guessed: the last of its tokens
-    feature_slots: tuple[int, ...] = ()  # of the request's image tiles, if they are still needed
+    local_pages: list[list[int]]  # of each local group
+    max_sampled: int = 0  # sampled tokens, at most; with drafts, the accepted ones and one
+    drafts: tuple[int, ...] = ()  # the last of its tokens
+    feature_slots: tuple[int, ...] = ()  # of the request's image tiles, while they are needed
     is_first: bool = False  # of the request since it was admitted
 
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerOutput:
-    """What to run: the rows of each data shard, in one step or in a loop of decode steps."""
+    """The rows of each data shard, for one step or for a loop of decode steps."""
 
-    runs: list[list[ScheduledChunk]]
+    chunks: list[list[ScheduledChunk]]
     is_loop: bool
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where a request may begin: the pages of what it finds computed there, and those left over."""
+class _Placement:
+    """A data shard that can admit a request: its prefix cache hit, and the pages left over."""
 
     shard: int
-    room: int
-    whole: list[int]
-    chunks: list[list[int]]
+    spare_pages: int
+    global_pages: list[int]
+    local_pages: list[list[int]]
 
 
 class Scheduler:
-    """Requests wait, run, and end; their pages go with them.
+    """Waiting and running requests, and the pages that they own.
 
     Args:
-        limits: what to keep within.
-        keeps_prefixes: whether a prompt is searched for what others have computed.
-        guess: gives at most so many tokens that may come next in a request; None never guesses.
+        limits: sizes to keep within.
+        enable_prefix_caching: whether prompts share pages with the same beginning.
+        proposer: drafts at most n tokens that may come next in a request; None drafts nothing.
     """
 
     def __init__(
         self,
         limits: Limits,
         *,
-        keeps_prefixes: bool = True,
-        guess: Callable[[Request, int], list[int]] | None = None,
+        enable_prefix_caching: bool = True,
+        proposer: Proposer | None = None,
     ):
         self.limits = limits
         self.waiting: collections.deque[Request] = collections.deque()  # in order of arrival
         self.running: list[Request] = []  # in order of arrival
         self.pages = [
-            PageAllocator(limits.pages, keeps=keeps_prefixes) for _ in range(limits.shards)
+            PageAllocator(limits.pages, enable_caching=enable_prefix_caching)
+            for _ in range(limits.shards)
         ]
         self.slots = [Freelist(limits.requests) for _ in range(limits.shards)]
         self.features = Freelist(limits.feature_slots)
         self.preemptions = 0
-        self._keeps_prefixes, self._guess = keeps_prefixes, guess
+        self._enable_prefix_caching, self._proposer = enable_prefix_caching, proposer
 
     @property
-    def must_know(self) -> bool:
-        """Whether all tokens drawn so far have to be known before the next plan."""
-        return self._guess is not None or any(request.is_host_driven for request in self.running)
+    def needs_sampled_tokens(self) -> bool:
+        """Whether all sampled tokens must be known before the next step is scheduled."""
+        return self._proposer is not None or any(r.is_host_driven for r in self.running)
 
     def add(self, request: Request) -> None:
-        """Let a request wait for its turn."""
+        """Add a request to the waiting ones."""
         self.waiting.append(request)
 
-    def plan(self) -> SchedulerOutput | None:
-        """What to run now, admitting whoever fits; None when there is nothing to do."""
+    def schedule(self) -> SchedulerOutput | None:
+        """Admit requests, and return the next step or loop; None if there is nothing to do."""
         self._admit()
-        drafts = self._draft()
+        drafts = self._propose_drafts()
         is_loop = not drafts and not any(r.is_prefilling or r.is_host_driven for r in self.running)
-        runs: list[list[ScheduledChunk]] = [[] for _ in range(self.limits.shards)]
-        # Next tokens first: a long prompt never stalls who decodes. Iterated over a copy, since
-        # the youngest may have to leave for an older one.
+        chunks: list[list[ScheduledChunk]] = [[] for _ in range(self.limits.shards)]
+        # Decoding requests come first, so that a long prompt never stalls them. The loop runs over
+        # a copy: an older request may preempt the youngest.
         for request in list(self.running):
             if not request.is_prefilling and not request.is_complete:
-                self._plan_token(request, runs, is_loop, drafts.get(request, ()))
-        # Local pages of the chunks that this step completes. They are freed last: a page freed
-        # while the step is planned could get a second owner within it, and has no name yet.
-        done: list[tuple[int, list[list[int]]]] = []
+                self._schedule_decode(request, chunks, is_loop, drafts.get(request, ()))
+        # Local pages of the chunks that this step completes. They are released last: a page that is
+        # released while the step is scheduled could get a second owner within it, before it is
+        # cached.
+        completed: list[tuple[int, list[list[int]]]] = []
         for request in list(self.running):
             if request.is_prefilling:
-                self._plan_prompt(request, runs, done)
-        for run in (run for shard in runs for run in shard):
-            run.request.computed = run.stop
-            run.request.pending += run.draws
-            self._name_pages(run)
-            if run.request.feature_slots and run.stop >= run.request.patches_end:
-                self._free_features(run.request)
-        for shard, groups in done:
-            self._give_back(shard, groups)
-        return SchedulerOutput(runs, is_loop) if any(runs) else None
+                self._schedule_prefill(request, chunks, completed)
+        for chunk in (chunk for shard in chunks for chunk in shard):
+            chunk.request.computed = chunk.stop
+            chunk.request.pending += chunk.max_sampled
+            self._cache_pages(chunk)
+            if chunk.request.feature_slots and chunk.stop >= chunk.request.patches_end:
+                self._release_features(chunk.request)
+        for shard, groups in completed:
+            self._release_pages(shard, groups)
+        return SchedulerOutput(chunks, is_loop) if any(chunks) else None
 
-    def end(self, request: Request) -> None:
-        """Take a request out, wherever it is, and free what it owns."""
+    def finish(self, request: Request) -> None:
+        """Remove a waiting or running request, and release what it owns."""
         if request in self.waiting:
             self.waiting.remove(request)
         elif request in self.running:
             self._release(request)
 
     def preempt(self, request: Request) -> None:
-        """Take a running request's pages; it waits to be computed again."""
+        """Release a running request's pages; it waits to be computed again."""
         self._release(request)
-        request.computed = request.named_blocks = 0
+        request.computed = request.cached_blocks = 0
         self.preemptions += 1
-        at = bisect.bisect_left([other.id for other in self.waiting], request.id)
-        self.waiting.insert(at, request)
+        index = bisect.bisect_left([other.id for other in self.waiting], request.id)
+        self.waiting.insert(index, request)
 
-    def forget_prefixes(self) -> None:
-        """Forget what pages hold: the pool is gone. Nothing may be running."""
+    def reset_prefix_cache(self) -> None:
+        """Empty the prefix cache, when the pool is lost. No request may be running."""
         for pages in self.pages:
-            pages.forget_all()
+            pages.reset_cache()
 
     def _admit(self) -> None:
         while self.waiting:
             request = self.waiting[0]
-            if request.pending:  # preempted with tokens under way: they will be known soon
+            if request.pending:  # preempted before its sampled tokens were known; they come soon
                 return
-            found = [self._find_place(request, shard) for shard in range(self.limits.shards)]
-            places = [place for place in found if place is not None]
-            if not places:
+            found = [self._find_placement(request, shard) for shard in range(self.limits.shards)]
+            placements = [placement for placement in found if placement is not None]
+            if not placements:
                 return
-            # Room counts, and so does what need not be computed again.
-            place = max(places, key=lambda place: place.room + len(place.whole))
-            length, shard = len(place.whole) * self.limits.page, place.shard
+            # Free pages count, and so do pages that need not be computed again.
+            best = max(placements, key=lambda found: found.spare_pages + len(found.global_pages))
+            length, shard = len(best.global_pages) * self.limits.page, best.shard
             needs_features = length < request.patches_end
             if needs_features and request.tiles > self.features.free:
                 return
             self.waiting.popleft()
             request.shard = shard
-            request.slot = shard * self.limits.requests + self.slots[shard].take(1)[0]
-            for ids in (place.whole, *place.chunks):
+            request.slot = shard * self.limits.requests + self.slots[shard].allocate(1)[0]
+            for ids in (best.global_pages, *best.local_pages):
                 self.pages[shard].share(ids)
-            request.global_pages, request.local_pages = place.whole, place.chunks
-            request.computed, request.named_blocks = length, length // self.limits.page
-            if request.cached is None:
-                request.cached = length
+            request.global_pages, request.local_pages = best.global_pages, best.local_pages
+            request.computed, request.cached_blocks = length, len(best.global_pages)
+            if request.cached_tokens is None:
+                request.cached_tokens = length
             if needs_features:
-                request.feature_slots = self.features.take(request.tiles)
+                request.feature_slots = self.features.allocate(request.tiles)
             request.is_fresh = True
             bisect.insort(self.running, request, key=lambda other: other.id)
 
-    def _find_place(self, request: Request, shard: int) -> "_Place | None":
-        """Where a request would begin in a shard; None if there is no room for its tokens besides
-        those of who runs there, and for what they all will draw next: else the last to come would
-        soon have to leave, and all that it had computed would be lost.
+    def _find_placement(self, request: Request, shard: int) -> _Placement | None:
+        """Return a request's placement in a shard; None if its pages do not fit.
+
+        Pages must suffice for the request, for the running requests of the shard, and for the next
+        output tokens of all of them. Otherwise the last request to be admitted would soon be
+        preempted, and its computation lost.
         """
         if not self.slots[shard].free:
             return None
-        pages, ahead = self.pages[shard], _AHEAD * self.limits.loop_steps
+        pages, ahead = self.pages[shard], _LOOPS_AHEAD * self.limits.loop_steps
 
         def count(its: Request) -> int:
-            return self.limits.count_pages(min(its.length + ahead, its.max_length))
+            return self.limits.geometry.count(min(its.length + ahead, its.max_length))
 
-        promised = sum(
-            max(0, count(other) - self._count_owned(other))
+        reserved = sum(
+            max(0, count(other) - other.owned_pages)
             for other in self.running
             if other.shard == shard
         )
-        whole, chunks = self._find_hit(request, shard)
-        found = (whole, *chunks)
-        needed = count(request) - sum(len(ids) - pages.count_idle(ids) for ids in found)
-        room = pages.free - promised - needed
-        return _Place(shard, room, whole, chunks) if room >= 0 else None
+        global_pages, local_pages = self._find_prefix(request, shard)
+        hits = (global_pages, *local_pages)
+        needed = count(request) - sum(len(ids) - pages.count_evictable(ids) for ids in hits)
+        spare = pages.free - reserved - needed
+        return _Placement(shard, spare, global_pages, local_pages) if spare >= 0 else None
 
-    def _find_hit(self, request: Request, shard: int) -> tuple[list[int], list[list[int]]]:
-        """The pages that hold what a request's tokens begin with: global, and of each local group
-        those of the last chunk.
+    def _find_prefix(self, request: Request, shard: int) -> tuple[list[int], list[list[int]]]:
+        """Find the cached pages of a request's beginning: global ones, and those of the last chunk
+        in each local group.
 
-        At the beginning of a chunk the global layers' pages suffice; within it the local ones have
-        to be there, too. The last token is always left: somebody has to say what comes next.
+        At the start of a chunk the global pages suffice; within a chunk the local pages must be
+        cached, too. The last token is never taken from the cache: its logits are needed.
         """
         limits, pages = self.limits, self.pages[shard]
-        whole, chunks = [], self._make_groups()
-        if not self._keeps_prefixes or request.params.prompt_logprobs is not None:
-            return whole, chunks
+        global_pages: list[int] = []
+        local_pages = self._make_groups()
+        if not self._enable_prefix_caching or request.params.prompt_logprobs is not None:
+            return global_pages, local_pages
         for block in range((len(request.tokens) - 1) // limits.page):
-            page = pages.find((WHOLE, request.hash_block(block, limits.page)))
+            page = pages.find_cached((GLOBAL_GROUP, request.hash_block(block, limits.page)))
             if page is None:
                 break
-            whole.append(page)
-        first = len(whole) * limits.page // limits.chunk * limits.chunk // limits.page
-        for block in range(first, len(whole)):
-            name = request.hash_block(block, limits.page)
-            ids = [pages.find((group, name)) for group in range(limits.local_groups)]
-            if None in ids:
+            global_pages.append(page)
+        first = limits.geometry.find_chunk_block(len(global_pages) * limits.page)
+        for block in range(first, len(global_pages)):
+            key = request.hash_block(block, limits.page)
+            ids = [pages.find_cached((group, key)) for group in range(limits.local_groups)]
+            cached = [page for page in ids if page is not None]
+            if len(cached) < len(ids):
                 break
-            for group, page in zip(chunks, ids, strict=True):
-                group.append(page)  # type: ignore[arg-type]
-        return whole[: first + len(chunks[0])], chunks
+            for group, page in zip(local_pages, cached, strict=True):
+                group.append(page)
+        return global_pages[: first + len(local_pages[0])], local_pages
 
-    def _draft(self) -> dict[Request, tuple[int, ...]]:
-        """What may come next in each request that decodes: within its chunk, its length, and the
-        tokens of a step.
+    def _propose_drafts(self) -> dict[Request, tuple[int, ...]]:
+        """Draft tokens of decoding requests: within the chunk, the length and the step's tokens.
 
-        What is guessed never crosses into another chunk: its local pages would take the place of
-        those that are still needed if the guess is wrong.
+        Drafts never cross into another chunk: its local pages would replace pages that are still
+        needed if the drafts are rejected.
         """
-        if self._guess is None:
+        if self._proposer is None:
             return {}
-        limits, found = self.limits, {}
-        rooms = [limits.tokens - limits.requests] * limits.shards
+        limits = self.limits
+        found: dict[Request, tuple[int, ...]] = {}
+        budgets = [limits.tokens - limits.requests] * limits.shards
         for request in self.running:
-            # What a penalty or a grammar does to a token depends on those just before it.
-            is_history = request.params.has_penalties or request.is_host_driven
-            if request.is_prefilling or request.is_complete or is_history:
+            # Penalties and grammars change the logits of a token by the tokens just before it.
+            depends_on_output = request.params.has_penalties or request.is_host_driven
+            if request.is_prefilling or request.is_complete or depends_on_output:
                 continue
-            at = request.computed
-            room = min(
+            start = request.computed
+            most = min(
                 limits.drafts,
-                limits.chunk - 1 - at % limits.chunk,
-                request.max_length - at - 2,
-                rooms[request.shard],
+                limits.chunk - 1 - start % limits.chunk,
+                request.max_length - start - 2,
+                budgets[request.shard],
             )
-            guess = tuple(self._guess(request, room)) if room > 0 else ()
-            if guess:
-                found[request] = guess
-                rooms[request.shard] -= len(guess)
+            drafts = tuple(self._proposer(request, most)) if most > 0 else ()
+            if drafts:
+                found[request] = drafts
+                budgets[request.shard] -= len(drafts)
         return found
 
-    def _plan_token(
+    def _schedule_decode(
         self,
         request: Request,
-        runs: list[list[ScheduledChunk]],
+        chunks: list[list[ScheduledChunk]],
         is_loop: bool,
         drafts: tuple[int, ...],
     ) -> None:
-        """The row of a request that decodes, if there are pages for it."""
-        limits, at = self.limits, request.computed
-        if request not in self.running:
+        """Schedule the row of a decoding request, if there are pages for it."""
+        limits, start = self.limits, request.computed
+        if request not in self.running:  # preempted for an older request
             return
-        self._enter_chunk(request, at)
-        steps = 1 + len(drafts)
+        self._enter_chunk(request, start)
+        tokens = 1 + len(drafts)
         if is_loop:
-            left = limits.chunk - at % limits.chunk
-            most = limits.loop_steps if not self.waiting else -(-limits.loop_steps // _HURRY)
-            steps = min(most, left, request.max_length - at - 1)
-            if self._count_missing(request, at, at + steps) > self.pages[request.shard].free:
-                steps = 1
-        if self._grow(request, at, at + steps, runs):
-            run = ScheduledChunk(
+            left = limits.chunk - start % limits.chunk
+            most = limits.loop_steps
+            if self.waiting:
+                most = -(-limits.loop_steps // _WAITING_DIVISOR)
+            tokens = min(most, left, request.max_length - start - 1)
+            if self._count_missing(request, start, start + tokens) > self.pages[request.shard].free:
+                tokens = 1
+        if self._allocate_or_preempt(request, start, start + tokens, chunks):
+            chunk = ScheduledChunk(
                 request,
-                at,
-                at + steps,
+                start,
+                start + tokens,
                 request.local_pages,
-                draws=steps,
+                max_sampled=tokens,
                 drafts=drafts,
                 is_first=request.is_fresh,
             )
             request.is_fresh = False
-            runs[request.shard].append(run)
+            chunks[request.shard].append(chunk)
 
-    def _plan_prompt(
+    def _schedule_prefill(
         self,
         request: Request,
-        runs: list[list[ScheduledChunk]],
-        done: list[tuple[int, list[list[int]]]],
+        chunks: list[list[ScheduledChunk]],
+        completed: list[tuple[int, list[list[int]]]],
     ) -> None:
-        """The next rows of a prompt: one a chunk, as many as the step's tokens, rows and pages
-        allow.
+        """Schedule the next rows of a prompt, one per attention chunk, within the step's tokens,
+        rows and pages.
 
-        The first goes on in the chunk pages that the request owns. Each further one takes its own,
-        since all run in one step; the request keeps the last one's.
+        The first row continues in the local pages that the request owns. Each further row has local
+        pages of its own, since all rows run in one step; the request keeps the last row's.
         """
-        limits, planned = self.limits, runs[request.shard]
-        at, length = request.computed, len(request.tokens)
-        is_first = True
-        while at < length and request in self.running and len(planned) < limits.rows:
-            budget = limits.tokens - sum(run.stop - run.start for run in planned)
-            stop = min(length, at + budget, (at // limits.chunk + 1) * limits.chunk)
-            if stop == at:
+        limits, scheduled = self.limits, chunks[request.shard]
+        start, length = request.computed, len(request.tokens)
+        is_first_row = True
+        while start < length and request in self.running and len(scheduled) < limits.rows:
+            budget = limits.tokens - sum(chunk.stop - chunk.start for chunk in scheduled)
+            chunk_end = limits.geometry.find_chunk_start(start) + limits.chunk
+            stop = min(length, start + budget, chunk_end)
+            if stop == start:
                 return
-            if is_first:
-                self._enter_chunk(request, at)
-                if not self._grow(request, at, stop, runs):
+            if is_first_row:
+                self._enter_chunk(request, start)
+                if not self._allocate_or_preempt(request, start, stop, chunks):
                     return
             else:
                 old, request.local_pages = request.local_pages, self._make_groups()
-                done.append((request.shard, old))
-                # It must not cost others their pages: it can wait for its turn.
-                if not self._grow_if_free(request, at, stop):
+                completed.append((request.shard, old))
+                # A further row does not preempt other requests: it can run in the next step.
+                if not self._allocate(request, start, stop):
                     return
-            planned.append(
+            scheduled.append(
                 ScheduledChunk(
                     request,
-                    at,
+                    start,
                     stop,
                     request.local_pages,
-                    draws=int(stop == length),
+                    max_sampled=int(stop == length),
                     feature_slots=tuple(request.feature_slots),
                     is_first=request.is_fresh,
                 )
             )
-            request.is_fresh = is_first = False
-            at = stop
-            if at % limits.chunk:  # one row a chunk, even if somebody's leaving made room for more
+            request.is_fresh = is_first_row = False
+            start = stop
+            if start % limits.chunk:  # one row per chunk, even if a preemption freed tokens
                 return
 
-    def _enter_chunk(self, request: Request, at: int) -> None:
-        """Give the pages of the chunk before back, where position `at` is the first of its own."""
-        if at % self.limits.chunk == 0:
-            self._give_back(request.shard, request.local_pages)
+    def _enter_chunk(self, request: Request, start: int) -> None:
+        """Release the previous chunk's local pages if `start` is the first position of a chunk."""
+        if start % self.limits.chunk == 0:
+            self._release_pages(request.shard, request.local_pages)
             request.local_pages = self._make_groups()
 
-    def _grow(self, request: Request, at: int, stop: int, runs: list[list[ScheduledChunk]]) -> bool:
-        """Own the pages of positions at .. stop; the youngest make room. False if that is it."""
-        while not self._grow_if_free(request, at, stop):
+    def _allocate_or_preempt(
+        self, request: Request, start: int, stop: int, chunks: list[list[ScheduledChunk]]
+    ) -> bool:
+        """Allocate the pages of positions start .. stop, preempting the youngest requests.
+
+        Returns:
+            False if the request itself was preempted.
+        """
+        while not self._allocate(request, start, stop):
             youngest = [other for other in self.running if other.shard == request.shard][-1]
-            runs[request.shard][:] = [
-                run for run in runs[request.shard] if run.request is not youngest
+            chunks[request.shard][:] = [
+                chunk for chunk in chunks[request.shard] if chunk.request is not youngest
             ]
             self.preempt(youngest)
             if youngest is request:
                 return False
         return True
 
-    def _grow_if_free(self, request: Request, at: int, stop: int) -> bool:
+    def _allocate(self, request: Request, start: int, stop: int) -> bool:
+        """Allocate the pages of positions start .. stop; False if too few are free."""
         pages = self.pages[request.shard]
-        if self._count_missing(request, at, stop) > pages.free:
+        if self._count_missing(request, start, stop) > pages.free:
             return False
-        whole, local = self._count_new(request, at, stop)
-        request.global_pages += pages.take(whole)
+        missing_global, missing_local = self._count_missing_by_group(request, start, stop)
+        request.global_pages += pages.allocate(missing_global)
         for group in request.local_pages:
-            group += pages.take(local)
+            group += pages.allocate(missing_local)
         return True
 
-    def _count_missing(self, request: Request, at: int, stop: int) -> int:
-        whole, local = self._count_new(request, at, stop)
-        return whole + self.limits.local_groups * local
+    def _count_missing(self, request: Request, start: int, stop: int) -> int:
+        missing_global, missing_local = self._count_missing_by_group(request, start, stop)
+        return missing_global + self.limits.local_groups * missing_local
 
-    def _count_new(self, request: Request, at: int, stop: int) -> tuple[int, int]:
-        """Pages that positions at .. stop of one chunk need beyond those owned: global, local."""
-        page, chunk = self.limits.page, self.limits.chunk
-        whole = -(-stop // page) - len(request.global_pages)
-        local = -(-(stop - at // chunk * chunk) // page) - len(request.local_pages[0])
-        return max(0, whole), max(0, local)
+    def _count_missing_by_group(self, request: Request, start: int, stop: int) -> tuple[int, int]:
+        return self.limits.geometry.count_missing(
+            start,
+            stop,
+            owned_global=len(request.global_pages),
+            owned_local=len(request.local_pages[0]),
+        )
 
-    def _name_pages(self, run: ScheduledChunk) -> None:
-        """Tell the prefix cache what the pages hold that a run fills."""
-        if not self._keeps_prefixes:
+    def _cache_pages(self, chunk: ScheduledChunk) -> None:
+        """Add the pages that a scheduled chunk fills to the prefix cache."""
+        if not self._enable_prefix_caching:
             return
-        request, page, chunk = run.request, self.limits.page, self.limits.chunk
-        pages, first = self.pages[request.shard], run.start // chunk * chunk // page
-        blocks = min(run.stop, len(request.tokens)) // page
-        for block in range(request.named_blocks, blocks):
-            name = request.hash_block(block, page)
-            pages.name(request.global_pages[block], (WHOLE, name))
-            if block >= first:  # else those of a chunk before, named too late
-                for group, ids in enumerate(run.local_pages):
-                    pages.name(ids[block - first], (group, name))
-        request.named_blocks = max(request.named_blocks, blocks)
+        request, page = chunk.request, self.limits.page
+        pages, first = self.pages[request.shard], self.limits.geometry.find_chunk_block(chunk.start)
+        blocks = min(chunk.stop, len(request.tokens)) // page
+        for block in range(request.cached_blocks, blocks):
+            key = request.hash_block(block, page)
+            pages.cache(request.global_pages[block], (GLOBAL_GROUP, key))
+            if block >= first:  # the local pages of earlier chunks have been released
+                for group, ids in enumerate(chunk.local_pages):
+                    pages.cache(ids[block - first], (group, key))
+        request.cached_blocks = max(request.cached_blocks, blocks)
 
     def _release(self, request: Request) -> None:
-        """Take a request out of those that run, with all that it owns."""
+        """Remove a request from the running ones, and release what it owns."""
         self.running.remove(request)
-        self.slots[request.shard].give_back([request.slot - request.shard * self.limits.requests])
-        self._give_back(request.shard, [request.global_pages, *request.local_pages])
+        self.slots[request.shard].release([request.slot - request.shard * self.limits.requests])
+        self._release_pages(request.shard, [request.global_pages, *request.local_pages])
         request.global_pages, request.local_pages = [], []
-        self._free_features(request)
+        self._release_features(request)
 
-    def _free_features(self, request: Request) -> None:
-        self.features.give_back(request.feature_slots)
+    def _release_features(self, request: Request) -> None:
+        self.features.release(request.feature_slots)
         request.feature_slots = []
 
-    def _give_back(self, shard: int, groups: list[list[int]]) -> None:
+    def _release_pages(self, shard: int, groups: list[list[int]]) -> None:
         for ids in groups:
-            self.pages[shard].give_back(ids)
+            self.pages[shard].release(ids)
 
     def _make_groups(self) -> list[list[int]]:
         return [[] for _ in range(self.limits.local_groups)]
-
-    def _count_owned(self, request: Request) -> int:
-        return len(request.global_pages) + sum(map(len, request.local_pages))

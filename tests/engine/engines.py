@@ -1,4 +1,4 @@
-"""Engines on the golden models, read from disk once for each mesh."""
+"""Engines on the golden models, loaded once per mesh."""
 
 import functools
 import tempfile
@@ -17,7 +17,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
 
 @functools.cache
 def load_runner(name: str, mesh: str) -> Runner:
-    """A runner in float32 with the weights of a golden; `reserve` anew for each engine."""
+    """Load a float32 runner with the weights of a golden; each engine allocates its KV cache."""
     golden = weights.read_golden(name)
     with tempfile.TemporaryDirectory() as folder:
         weights.write_checkpoint(folder, golden.config, golden.weights_seed)
@@ -27,7 +27,7 @@ def load_runner(name: str, mesh: str) -> Runner:
 
 
 def make_engine(name: str, mesh: str = "1", **engine_args) -> Engine:
-    """An engine with a pool of its own."""
+    """Make an engine with an empty KV cache."""
     defaults = {
         "max_model_len": 256,
         "max_num_seqs": 4,
@@ -39,7 +39,7 @@ def make_engine(name: str, mesh: str = "1", **engine_args) -> Engine:
 
 
 def run_all(engine: Engine, max_steps: int = 2000) -> dict[int, list[int]]:
-    """Run until nothing is left: the tokens of each request."""
+    """Run all requests to their ends; return their output tokens."""
     found: dict[int, list[int]] = {}
     for _ in range(max_steps):
         if not engine.has_work:
@@ -50,13 +50,13 @@ def run_all(engine: Engine, max_steps: int = 2000) -> dict[int, list[int]]:
 
 
 def find_tiles(golden: weights.Golden) -> tuple[Tiles, ...]:
-    """The image of a golden: one row of two tiles, and the whole."""
+    """Return the image of a golden: one row of two tiles, and the whole image."""
     return () if golden.pixels is None else (Tiles(golden.pixels, 1, 2),)
 
 
 def assert_all_free(engine: Engine) -> None:
-    """Every page and every feature slot is back, and every slot of what the device remembers."""
-    engine.step()  # what was under way for those that ended
+    """Assert that all pages, feature slots and request slots are free."""
+    engine.step()  # the pending step of requests that ended
     for pages in engine.scheduler.pages:
         assert pages.free == pages.size
     assert engine.scheduler.features.free == engine.limits.feature_slots

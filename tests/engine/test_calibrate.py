@@ -1,4 +1,4 @@
-"""Calculated scales of an fp8 cache: powers of two that hold twice what fixed prompts reach."""
+"""Calibrated scales of an fp8 cache: powers of two with room for twice the measured values."""
 
 import dataclasses
 import functools
@@ -28,20 +28,20 @@ CALCULATED = EngineConfig(
 
 
 def find_scales(runner: Runner) -> tuple[np.ndarray, np.ndarray]:
-    """What a runner reserves its pool with."""
-    runner.reserve(CALCULATED)
+    """Return the calibrated scales of a runner's pool."""
+    runner.allocate_kv_cache(CALCULATED)
     assert runner.pool.k_scale is not None and runner.pool.v_scale is not None
     return np.asarray(runner.pool.k_scale), np.asarray(runner.pool.v_scale)
 
 
 def choose_scales(largest: np.ndarray) -> np.ndarray:
-    """The least power of two that 448 of hold twice the largest."""
+    """Return the least power of two s with 448 s >= 2 largest."""
     return np.float32(2) ** np.ceil(np.log2(largest * 2 / 448))
 
 
 @pytest.mark.parametrize("name", ["scout-8-text", "maverick-32-text"])
 def test_scales_are_those_of_the_keys_and_values_that_are_stored(name):
-    """As they are handed to the kernel that stores them, whatever the pool makes of them."""
+    """Compared with keys and values as the attention kernel gets them, before they are cached."""
     tiny, _ = models.load_golden(name)
     text = tiny.config.text
     batch = jax.tree.map(jnp.asarray, calibrate.make_batch(tiny.config, 4, 1))
@@ -63,7 +63,7 @@ def test_scales_are_those_of_the_keys_and_values_that_are_stored(name):
     np.testing.assert_array_equal(found, choose_scales(np.array(largest).T))
 
 
-def test_prompts_begin_as_prompts_do_and_stay_within_a_chunk():
+def test_calibration_prompts_begin_with_bos_and_stay_within_a_chunk():
     tiny, _ = models.load_golden("scout-8-text")
     for shards in (1, 2):
         batch = calibrate.make_batch(tiny.config, 4, shards)
@@ -84,18 +84,18 @@ def test_scales_are_the_same_on_every_mesh_and_for_every_page():
         found = find_scales(load_runner("scout-8-text", mesh))
         np.testing.assert_array_equal(found, wanted)
     runner = load_runner("scout-8-text", "1")
-    runner.reserve(dataclasses.replace(CALCULATED, block_size=8))
+    runner.allocate_kv_cache(dataclasses.replace(CALCULATED, block_size=8))
     np.testing.assert_array_equal(runner.pool.k_scale, wanted[0])
 
 
-def test_scales_of_the_checkpoint_come_first_and_one_is_what_nobody_calculates(monkeypatch):
+def test_the_checkpoints_scales_come_first_and_the_default_is_one(monkeypatch):
     runner = load_runner("scout-8-text", "1")
     stored = np.full((2, runner.config.text.layers), 0.25, np.float32)
     monkeypatch.setattr(runner, "kv_scales", tuple(stored))
     np.testing.assert_array_equal(find_scales(runner), stored)
     monkeypatch.setattr(runner, "kv_scales", None)
     assert (np.array(find_scales(runner)) < 0.1).all()
-    runner.reserve(dataclasses.replace(CALCULATED, calculate_kv_scales=False))
+    runner.allocate_kv_cache(dataclasses.replace(CALCULATED, calculate_kv_scales=False))
     np.testing.assert_array_equal(runner.pool.k_scale, 1)
 
 
@@ -106,7 +106,7 @@ def test_layers_of_zeros_have_the_scale_one_and_powers_of_two_are_not_doubled():
 
 
 def scale_keys_and_values(tiny: models.Tiny, factor: float) -> models.Tiny:
-    """The same function: keys and values times a factor, queries and what reads values over it."""
+    """Multiply keys and values by a factor, divide queries and the output projection by it."""
 
     def change(attention):
         each_J = jnp.full(attention["qkv"].shape[1], 1 / factor).at[-2:].set(factor)
@@ -122,8 +122,10 @@ def scale_keys_and_values(tiny: models.Tiny, factor: float) -> models.Tiny:
 
 @functools.cache
 def measure(factor: float) -> dict[str, tuple[float, float]]:
-    """KL divergence from a float32 cache, and agreement on the likeliest token, with each scale."""
-    tiny, golden = models.load_golden("maverick-32-text")  # without the norm that would undo it
+    """Return KL divergence from a float32 cache, and top-1 agreement, without and with scales."""
+    tiny, golden = models.load_golden(
+        "maverick-32-text"
+    )  # no q/k norm, which would undo the factor
     changed = scale_keys_and_values(tiny, factor)
     runner = load_runner("maverick-32-text", "1")
     plain, runner.params = runner.params, changed.params
@@ -140,20 +142,20 @@ def measure(factor: float) -> dict[str, tuple[float, float]]:
 
 
 @pytest.mark.parametrize("factor", [2.0**10, 2.0**-10])
-def test_they_save_keys_and_values_that_e4m3_cannot_hold_unscaled(factor):
-    """Times 1024 most are beyond 448, over 1024 below its smallest step. What is left is what e4m3
-    costs this random model anyway: not a bit differs."""
+def test_scales_keep_keys_and_values_within_the_range_of_e4m3(factor):
+    """Times 1024, most values exceed 448; over 1024, most are below e4m3's smallest step. With
+    scales the results have the same bits as at factor 1."""
     assert measure(factor)["calculated"] == measure(1.0)["calculated"]
     (kl, same), (kl_one, same_one) = measure(factor)["calculated"], measure(factor)["one"]
     assert kl_one > 10 * kl and same_one < same - 0.5
 
 
-def test_they_cost_nothing_where_one_would_do():
+def test_scales_cost_no_accuracy_where_one_suffices():
     (kl, same), (kl_one, same_one) = measure(1.0)["calculated"], measure(1.0)["one"]
     assert kl < 1.05 * kl_one and same > same_one - 0.05
 
 
-def test_a_cache_that_is_not_fp8_has_no_scales_to_calculate():
+def test_scales_of_a_cache_that_is_not_fp8_are_refused():
     with pytest.raises(CapacityError, match=r"calculate_kv_scales is for an fp8 cache, .* 'auto'"):
         EngineConfig(calculate_kv_scales=True)
 
@@ -161,7 +163,7 @@ def test_a_cache_that_is_not_fp8_has_no_scales_to_calculate():
 @pytest.mark.parametrize(
     ("is_calculated", "says"), [(False, "uses 1: .*--calculate-kv-scales"), (True, "512 random")]
 )
-def test_where_scales_come_from_is_said(is_calculated, says, tmp_path, capfd):
+def test_the_source_of_scales_is_reported(is_calculated, says, tmp_path, capfd):
     write_model(tmp_path / "tiny", TINY)
     llm = LLM(
         tmp_path / "tiny",

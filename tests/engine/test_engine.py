@@ -1,4 +1,4 @@
-"""The engine's laws: the reference's tokens, on any mesh, in any company; nothing stays behind."""
+"""The engine samples the reference's tokens on any mesh and in any batch, and frees everything."""
 
 import jax
 import numpy as np
@@ -50,8 +50,8 @@ def test_sharded_equals_unsharded(name, mesh):
         pytest.param(2048, "1", marks=pytest.mark.slow),
     ],
 )
-def test_a_row_alone_equals_the_row_in_a_batch(tokens, mesh):
-    """Prompts of all lengths around the chunk, more of them than run at once, greedy and drawn."""
+def test_a_request_has_the_same_output_in_a_batch_as_at_batch_size_1(tokens, mesh):
+    """Prompts of all lengths around the chunk, more than run at once, greedy and sampled."""
     name, rng = "scout-8-text", np.random.default_rng(0)
     prompts = [rng.integers(4, 300, n).tolist() for n in (1, 7, 8, 9, 16, 29, 50, 2)]
     params = [
@@ -80,48 +80,45 @@ def test_decode_compiles_once_per_bucket():
         run_all(engine)
 
     functions = engine.runner.functions
-
-    def count_compilations() -> tuple[int, int]:
-        return functions["decode_loop"]._cache_size(), functions["step"]._cache_size()
-
-    before = count_compilations()
+    loop, step = functions["loop", False], functions["step", False]
+    before = loop._cache_size(), step._cache_size()
     for count in (1, 2, 4, 3, 1, 4, 2):
         run(count)
-    after = count_compilations()
+    after = loop._cache_size(), step._cache_size()
     assert after[0] - before[0] == len(engine.runner.buckets.loops) == 2
     assert after[1] - before[1] <= len(engine.runner.buckets.steps)
     for count in (4, 1, 2):
         run(count)
-    assert count_compilations() == after
+    assert (loop._cache_size(), step._cache_size()) == after
 
 
 def find_addresses(pool: cache.PagePool) -> set[int]:
-    """Where the first device's part of each array lies."""
+    """Return the address of the first device's shard of each array."""
     parts = (leaf.addressable_shards[0].data for leaf in jax.tree.leaves(pool))
     return {part.unsafe_buffer_pointer() for part in parts}
 
 
 @pytest.mark.parametrize("mesh", tiers.every(2, ["8", "1"]))
 def test_the_pool_is_donated_and_updated_in_place(mesh):
-    """Read off the compiled executables: every byte of the KV pool and of the decode
-    state is aliased to an output."""
+    """Read from the executables: every byte of the pool and of the decode state is aliased to an
+    output."""
     engine = make_engine("scout-8-text", mesh, max_num_seqs=1)
     compiled = {}
-    for function in ("step", "decode_loop"):
-        jitted = engine.runner.functions[function]
+    for name in ("step", "loop"):
+        jitted = engine.runner.functions[name, False]
 
-        def spy(*args, _name=function, _jitted=jitted, **kwargs):
-            compiled[_name] = _jitted.lower(*args, **kwargs).compile()
-            return _jitted(*args, **kwargs)
+        def spy(*args, _name=name, _jitted=jitted):
+            compiled[_name] = _jitted.lower(*args).compile()
+            return _jitted(*args)
 
-        engine.runner.functions = {**engine.runner.functions, function: spy}
+        engine.runner.functions[name, False] = spy
     pool = engine.runner.pool
     addresses = {
         a.addressable_shards[0].data.unsafe_buffer_pointer() for a in jax.tree.leaves(pool)
     }
     engine.add([5, 6, 7], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     run_all(engine)
-    kept = jax.tree.leaves((engine.runner.pool, engine.runner.state))
+    kept = jax.tree.leaves((engine.runner.pool, engine.runner.decode_state))
     kept_bytes = sum(leaf.addressable_shards[0].data.nbytes for leaf in kept)
     for name, executable in compiled.items():
         aliased = executable.memory_analysis().alias_size_in_bytes
@@ -131,7 +128,7 @@ def test_the_pool_is_donated_and_updated_in_place(mesh):
 
 
 @pytest.mark.parametrize("mesh", tiers.every(2, ["2x4", "8"]))
-def test_what_a_step_returns_lives_where_the_table_says(mesh):
+def test_the_pool_stays_sharded_as_the_strategy_says(mesh):
     engine = make_engine("scout-8-image", mesh)
     golden = weights.read_golden("scout-8-image")
     engine.add(golden.ids.tolist(), GREEDY, find_tiles(golden))
@@ -153,7 +150,7 @@ def test_what_a_step_returns_lives_where_the_table_says(mesh):
     assert layer["feed_forward"]["down"].sharding.spec[2] == "model"
 
 
-def test_logits_leave_a_step_cut_by_vocabulary():
+def test_logits_are_sharded_by_vocabulary():
     runner = load_runner("scout-8-text", "8")
     engine = make_engine("scout-8-text", "8", max_num_seqs=1)
     batch = cache.Batch(
@@ -179,7 +176,7 @@ def test_a_stop_id_ends_a_request_within_the_loop_and_after_it():
     params = SamplingParams(temperature=0, max_tokens=64, stop_token_ids=[stop], ignore_eos=True)
     engine.add(golden.ids.tolist(), params)
     assert run_all(engine)[0] == tokens[: first + 1]
-    # More ids than the device watches for: the host does.
+    # More stop ids than the device checks: the host checks them all.
     many = [300 + i for i in range(20)] + [stop]
     engine.add(golden.ids.tolist(), params.__class__(**{**vars(params), "stop_token_ids": many}))
     found = run_all(engine)[1]
@@ -187,27 +184,27 @@ def test_a_stop_id_ends_a_request_within_the_loop_and_after_it():
     assert_all_free(engine)
 
 
-def test_logprobs_come_for_who_asks_and_change_nothing():
+def test_logprobs_come_for_requests_that_ask_and_change_no_token():
     golden = weights.read_golden("scout-8-text")
     engine = make_engine("scout-8-text")
-    asks = engine.add(golden.ids.tolist(), GREEDY.replace(logprobs=3, max_tokens=20))
-    silent = engine.add(golden.ids.tolist(), GREEDY.replace(max_tokens=20))
-    tokens: dict[int, list[int]] = {asks: [], silent: []}
-    logprobs: dict[int, list] = {asks: [], silent: []}
+    asking = engine.add(golden.ids.tolist(), GREEDY.replace(logprobs=3, max_tokens=20))
+    plain = engine.add(golden.ids.tolist(), GREEDY.replace(max_tokens=20))
+    tokens: dict[int, list[int]] = {asking: [], plain: []}
+    logprobs: dict[int, list] = {asking: [], plain: []}
     while engine.has_work:
         for update in engine.step():
             tokens[update.request_id] += update.token_ids
             logprobs[update.request_id] += update.logprobs
-    assert tokens[asks] == tokens[silent] == golden.greedy_tokens[:20].tolist()
-    assert logprobs[silent] == [] and len(logprobs[asks]) == 20
-    for token, entry in zip(tokens[asks], logprobs[asks], strict=True):
+    assert tokens[asking] == tokens[plain] == golden.greedy_tokens[:20].tolist()
+    assert logprobs[plain] == [] and len(logprobs[asking]) == 20
+    for token, entry in zip(tokens[asking], logprobs[asking], strict=True):
         best = next(iter(entry.top))
         assert len(entry.top) == 3 and best == token
         assert entry.chosen == pytest.approx(entry.top[best], abs=1e-6) and entry.chosen < 0
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
-def test_cancelling_at_any_moment_frees_everything(steps):
+def test_cancelling_at_any_step_frees_everything(steps):
     golden = weights.read_golden("scout-8-image")
     engine = make_engine("scout-8-image", max_num_batched_tokens=16)
     ids = [engine.add(golden.ids.tolist(), GREEDY, find_tiles(golden)) for _ in range(6)]
@@ -222,10 +219,10 @@ def test_cancelling_at_any_moment_frees_everything(steps):
 
 def fill(request: Request, start: int, stop: int) -> np.ndarray:
     engine = make_engine("scout-8-image")
-    run = ScheduledChunk(request, start, stop, [], feature_slots=tuple(request.feature_slots))
-    return fill_step(
-        SchedulerOutput([[run]], is_loop=False), engine.limits, engine.runner.config, 16, 8
-    ).batch.feature_T
+    chunk = ScheduledChunk(request, start, stop, [], feature_slots=tuple(request.feature_slots))
+    output = SchedulerOutput([[chunk]], is_loop=False)
+    batch, _ = fill_step(output, engine.limits, engine.runner.config, 16, 8)
+    return batch.feature_T
 
 
 def make_image_request(tokens: list[int], slots: list[int]) -> Request:
@@ -236,20 +233,20 @@ def make_image_request(tokens: list[int], slots: list[int]) -> Request:
 
 
 def test_image_tokens_take_the_features_of_their_tiles_in_order():
-    """Four features a tile; the tiles lie in slots 5 and 2, and the step begins in the first."""
+    """Four features per tile; the tiles are in slots 5 and 2, and the step begins in the first."""
     patch = weights.PATCH_ID
     request = make_image_request([9, *[patch] * 4, 8, *[patch] * 4, 7], [5, 2])
     assert fill(request, 2, 11).tolist() == [21, 22, 23, -1, 8, 9, 10, 11, -1, *[-1] * 7]
 
 
-def test_a_patch_token_in_an_answer_is_a_token_like_any_other():
-    """By then the request has given its features back, and none is read."""
+def test_a_patch_token_in_an_output_is_a_text_token():
+    """The request has released its features by then, and none is read."""
     request = make_image_request([9, weights.PATCH_ID], [])
     assert (fill(request, 1, 2) == -1).all()
 
 
-def test_features_are_made_anew_for_other_limits():
-    """A buffer of fewer slots would drop the tiles of the images beyond it without a word."""
+def test_features_are_allocated_again_for_other_limits():
+    """A buffer of fewer slots would silently drop the tiles of further images."""
     golden = weights.read_golden("scout-8-image")
     for max_images in (1, 3):
         engine = make_engine("scout-8-image", limit_mm_per_prompt={"image": max_images})
@@ -270,7 +267,7 @@ def test_features_are_made_anew_for_other_limits():
         ([5], 11, "11 images, and 10 are allowed"),
     ],
 )
-def test_a_prompt_that_cannot_be_run_is_refused_in_words(tokens, images, says):
+def test_a_prompt_that_cannot_run_is_refused(tokens, images, says):
     engine = make_engine("scout-8-image")
     tiles = find_tiles(weights.read_golden("scout-8-image")) * images
     with pytest.raises(PromptError, match=says):

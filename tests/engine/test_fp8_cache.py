@@ -1,4 +1,4 @@
-"""Keys and values in fp8: half the bytes, scaled as the checkpoint says, and close to the rest."""
+"""An fp8 KV cache has half the bytes, the checkpoint's scales, and close logits."""
 
 import json
 
@@ -21,20 +21,20 @@ from tests.engine.engines import GREEDY, assert_all_free, make_engine, run_all
 
 
 def test_pages_per_gibibyte_double():
-    narrow, wide = (cache.count_page_bytes(SCOUT.text, 128, dtype) for dtype in (FP8, jnp.bfloat16))
-    assert 2 * narrow == wide
+    fp8, bf16 = (cache.count_page_bytes(SCOUT.text, 128, dtype) for dtype in (FP8, jnp.bfloat16))
+    assert 2 * fp8 == bf16
     runner = make_engine("scout-8-text").runner
     limits = [
-        runner.reserve(
+        runner.allocate_kv_cache(
             EngineConfig(kv_cache_dtype=dtype, kv_cache_memory_bytes=2**20, block_size=4)
         )
         for dtype in ("auto", "fp8")
     ]
-    assert limits[1].pages == 4 * limits[0].pages  # against float32 here
+    assert limits[1].pages == 4 * limits[0].pages  # compared with float32
     assert runner.pool.k[0].dtype == FP8 and runner.pool.k[0].itemsize == 1
 
 
-def test_what_e4m3_cannot_hold_is_cut_and_not_nan():
+def test_values_beyond_the_range_of_e4m3_are_clamped_and_not_nan():
     pages = jnp.zeros((1, 1, 4, 2), FP8)
     k = jnp.array([[[1000.0, -1e9]], [[0.3, 448.0]]])
     where = (jnp.zeros((1, 1), jnp.int32), jnp.zeros(2, jnp.int32), jnp.arange(2))
@@ -60,9 +60,9 @@ def compute_logits(tiny: models.Tiny, ids: np.ndarray, dtype, scales=None) -> np
 
 
 @pytest.mark.parametrize("name", ["scout-8-text", "maverick-32-text"])
-def test_scales_change_where_rounding_falls_and_nothing_else(name):
-    """In a float32 pool any scales give the same logits; in fp8 a power of two gives the same bits,
-    as long as nothing leaves e4m3's range."""
+def test_scales_change_rounding_only(name):
+    """In a float32 pool any scales give the same logits; in fp8 a power of two gives the same bits
+    within e4m3's range."""
     tiny, golden = models.load_golden(name)
     layers = tiny.config.text.layers
     plain = compute_logits(tiny, golden.ids, jnp.float32)
@@ -101,10 +101,10 @@ def test_scales_are_read_from_the_checkpoint(tmp_path, form, prefix):
     config = write_with_scales(tmp_path, scales)
     runner = Runner(config, "2x4", "float32")
     runner.load(tmp_path, progress=False)
-    runner.reserve(EngineConfig(max_model_len=64, kv_cache_dtype="fp8"))
+    runner.allocate_kv_cache(EngineConfig(max_model_len=64, kv_cache_dtype="fp8"))
     np.testing.assert_array_equal(runner.pool.k_scale, 0.5 + np.arange(layers))
     np.testing.assert_array_equal(runner.pool.v_scale, 10.5 + np.arange(layers))
-    runner.reserve(EngineConfig(max_model_len=64))
+    runner.allocate_kv_cache(EngineConfig(max_model_len=64))
     assert runner.pool.k_scale is None
 
 
@@ -115,7 +115,7 @@ def test_scales_of_some_layers_only_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("mesh", [pytest.param("1", marks=pytest.mark.slow), "2x4"])
-def test_an_engine_runs_on_it_and_gives_all_pages_back(mesh):
+def test_an_engine_runs_on_an_fp8_cache_and_frees_all_pages(mesh):
     golden = weights.read_golden("scout-8-text")
     engine = make_engine("scout-8-text", mesh, kv_cache_dtype="fp8")
     for _ in range(3):

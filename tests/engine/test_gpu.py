@@ -1,5 +1,5 @@
-"""On an NVIDIA GPU: the same tokens as the reference, in float32; in bfloat16 the fast kernels, run
-by the engine, score as the portable ones do.
+"""On an NVIDIA GPU: the reference's tokens in float32; in bfloat16, the Hopper kernels give the
+same log-probabilities as the portable ones.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ from tests.engine.engines import GREEDY, assert_all_free, find_tiles, make_engin
 
 pytestmark = pytest.mark.gpu
 
-# Scout's widths, where the fast kernels have tiles for every product; three local layers and a
-# global one. Of fewer experts, so that several such tests have room side by side.
+# Scout's widths, for which the Hopper kernels have tiles of every product; three local layers and a
+# global one. Fewer experts, so that several tests fit in memory at once.
 SMALL_SCOUT = dataclasses.replace(SCOUT, vision=None).replace_text(layers=4, vocab=4096, experts=4)
-LENGTHS = (1, 40, 129, 700)  # the last one in several steps, beside the others' decoding
+LENGTHS = (1, 40, 129, 700)  # the last one in several steps, while the others decode
 
 
 @pytest.mark.parametrize("name", weights.GOLDENS)
@@ -38,51 +38,51 @@ def test_greedy_tokens_equal_the_reference_on_a_gpu(name):
 
 
 @pytest.mark.parametrize("quantization", [None, "fp8", "int4"])
-def test_the_fast_kernels_score_as_the_portable_ones_do(quantization):
-    """Each token of prompts of several lengths, cut and mixed with decoding as they come."""
+def test_the_hopper_kernels_give_the_logprobs_of_the_portable_ones(quantization):
+    """For each token of prompts of several lengths, chunked and mixed with decoding."""
     portable = score("portable", quantization)
     fast = score("hopper", quantization)
     assert len(fast) == len(portable) == sum(LENGTHS) - len(LENGTHS)
-    # Both round to bfloat16, at other places; behind a wrong page all would be another number.
+    # Both round to bfloat16, at different places; after a wrong page all values would differ.
     assert np.sqrt(np.mean((fast - portable) ** 2)) < 0.05 * np.std(portable)
 
 
-def test_answers_of_the_fast_kernels_score_as_the_portable_ones_score_them():
-    """What several rows drew step after step, each behind what it had stored: the other kernels
-    find the same log-probabilities where they read prompt and answer at once."""
+def test_outputs_of_the_hopper_kernels_have_the_logprobs_of_the_portable_ones():
+    """Outputs of several rows, decoded step by step from the KV cache: the portable kernels give
+    the same log-probabilities when they prefill prompt and output at once."""
     prompts = make_prompts()
-    drawn, answers = find_answers(make_small("hopper", None), prompts, 150)
-    whole = [ids + answer for ids, answer in zip(prompts, answers, strict=True)]
+    sampled, outputs = find_outputs(make_small("hopper", None), prompts, 150)
+    whole = [ids + output for ids, output in zip(prompts, outputs, strict=True)]
     scored = find_scores(make_small("portable", None), whole)
-    fast = np.concatenate(drawn)
+    fast = np.concatenate(sampled)
     found = zip(scored, prompts, strict=True)
     portable = np.concatenate([scores[len(ids) - 1 :] for scores, ids in found])
     assert len(fast) == len(portable) == 150 * len(LENGTHS)
     assert np.sqrt(np.mean((fast - portable) ** 2)) < 0.05 * np.std(np.concatenate(scored))
 
 
-def test_the_device_runs_a_loop_by_itself(monkeypatch):
-    """The call returns before the loop is done; a host that read each condition would wait for the
-    end of the loop."""
+def test_the_device_runs_a_loop_without_the_host(monkeypatch):
+    """The call returns before the loop is done; without a CUDA graph the host would evaluate
+    each condition until the end."""
     engine = make_small("hopper", None, loop_steps=128)
     dispatch, is_done = engine.runner.dispatch, []
 
-    def watch(plan):
-        flight = dispatch(plan)
-        found = flight.found.result()
-        if plan.is_loop:
+    def watch(output):
+        pending = dispatch(output)
+        found = pending.outputs.result()
+        if output.is_loop:
             is_done.append(all(leaf.is_ready() for leaf in jax.tree.leaves(found)))
         jax.block_until_ready(found)
-        return flight
+        return pending
 
     monkeypatch.setattr(engine.runner, "dispatch", watch)
     engine.add([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True))
     run_all(engine)
-    assert not all(is_done)  # the first loop is compiled, the second recorded
+    assert not all(is_done)  # the first loop compiles, the second records the graph
 
 
 def score(kernels: str, quantization: str | None) -> np.ndarray:
-    """The log-probabilities of random prompts' tokens, as an engine with these kernels has them."""
+    """Return the log-probabilities of random prompts' tokens with these kernels."""
     return np.concatenate(find_scores(make_small(kernels, quantization), make_prompts()))
 
 
@@ -106,22 +106,22 @@ def make_small(kernels: str, quantization: str | None, **changes) -> Engine:
     )
 
 
-def find_answers(
+def find_outputs(
     engine: Engine, prompts: list[list[int]], length: int
 ) -> tuple[list[np.ndarray], list[list[int]]]:
-    """The log-probabilities of what answers prompts, and its tokens."""
+    """Return the log-probabilities of sampled tokens, and the tokens, of each prompt."""
     params = SamplingParams(temperature=0.0, max_tokens=length, logprobs=0, ignore_eos=True)
     ids = [engine.add(prompt, params) for prompt in prompts]
-    drawn, answers = {request: [] for request in ids}, {request: [] for request in ids}
+    sampled, outputs = {request: [] for request in ids}, {request: [] for request in ids}
     while engine.has_work:
         for update in engine.step():
-            answers[update.request_id] += update.token_ids
-            drawn[update.request_id] += [x.chosen for x in update.logprobs or ()]
-    return [np.array(drawn[request]) for request in ids], [answers[request] for request in ids]
+            outputs[update.request_id] += update.token_ids
+            sampled[update.request_id] += [x.chosen for x in update.logprobs or ()]
+    return [np.array(sampled[request]) for request in ids], [outputs[request] for request in ids]
 
 
 def find_scores(engine: Engine, prompts: list[list[int]]) -> list[np.ndarray]:
-    """The log-probabilities of the tokens of each prompt but the first."""
+    """Return the log-probabilities of each prompt's tokens, except the first."""
     params = SamplingParams(temperature=0.0, max_tokens=8, prompt_logprobs=0, ignore_eos=True)
     ids = [engine.add(prompt, params) for prompt in prompts]
     scored = {}

@@ -1,4 +1,4 @@
-"""What a request may ask of its answer, each as vLLM means it."""
+"""Sampling parameters and constraints of requests, with vLLM's meanings."""
 
 import itertools
 import math
@@ -34,7 +34,7 @@ def run(params: SamplingParams, prompt=IDS, **kwargs) -> list[int]:
 
 
 def compute_logits(tokens: list[int]) -> np.ndarray:
-    """The model's logits after each token, from one plain call."""
+    """Return the model's logits after each token, from one forward call."""
     tiny, _ = load_golden(NAME)
     engine = make_engine(NAME, max_num_seqs=1)
     text = tiny.config.text
@@ -72,7 +72,7 @@ def penalize(logits, prompt, output, presence=0.0, frequency=0.0, repetition=1.0
     ids=str,
 )
 def test_penalties_equal_their_definition_token_by_token(penalties):
-    """Over steps and loops alike, and beside others that have none."""
+    """In steps and loops, together with requests without penalties."""
     engine = make_engine(NAME)
     other = engine.add(IDS, GREEDY.replace(max_tokens=30))
     mine = engine.add(IDS, GREEDY.replace(max_tokens=30, **penalties))
@@ -87,17 +87,18 @@ def test_penalties_equal_their_definition_token_by_token(penalties):
         assert want[output[at]] >= want.max() - 1e-4, at
 
 
-def test_penalties_outlive_preemption_and_prefix_hits():
+def test_penalties_survive_preemption_and_prefix_cache_hits():
     params = GREEDY.replace(max_tokens=30, frequency_penalty=0.9, repetition_penalty=1.2)
     alone = run(params)
     engine = make_engine(NAME, max_num_seqs=3)
-    for _ in range(2):  # the second time the prompt is found
+    for _ in range(2):  # the second time with a prefix cache hit
         number = engine.add(IDS, params)
         assert run_all(engine)[number] == alone
     request = engine._requests[engine.add(IDS, params)]
     for tick in range(60):
         if tick == 3:
-            engine._land()
+            engine._postprocess(engine._pending)
+            engine._pending = None
             assert 5 < len(request.output) < 25
             engine.scheduler.preempt(request)
         engine.step()
@@ -116,7 +117,7 @@ def test_a_bias_is_added_and_a_large_one_decides():
     assert run(one.replace(logit_bias=many)) == [int(order[MAX_BIASES - 20])]
 
 
-def test_no_stop_id_is_drawn_before_min_tokens():
+def test_no_stop_id_is_sampled_before_min_tokens():
     stop = TOKENS[3]
     params = GREEDY.replace(stop_token_ids=[stop])
     assert len(run(params)) <= 4
@@ -126,7 +127,7 @@ def test_no_stop_id_is_drawn_before_min_tokens():
         assert stop not in found[:-1]
 
 
-def test_a_forbidden_word_is_not_completed():
+def test_a_bad_word_is_not_completed():
     pair, single = tuple(TOKENS[4:6]), (TOKENS[2],)
     found = run(GREEDY.replace(max_tokens=20), constraints=Constraints(bad_words=(single,)))
     assert single[0] not in found and found[:2] == TOKENS[:2]
@@ -134,7 +135,7 @@ def test_a_forbidden_word_is_not_completed():
     assert found[:5] == TOKENS[:5] and pair not in set(itertools.pairwise(found))
 
 
-def test_what_is_banned_is_what_would_complete_a_word():
+def test_tokens_that_would_complete_a_bad_word_are_banned():
     constraints = Constraints(bad_words=((5,), (1, 2, 3), (2, 9)))
     assert find_banned_tokens(constraints, [1, 2]) == [5, 3, 9]
     assert find_banned_tokens(constraints, [1]) == [5]
@@ -142,9 +143,9 @@ def test_what_is_banned_is_what_would_complete_a_word():
 
 
 @pytest.mark.parametrize("tokens", [4, 64], ids="{} a step".format)
-def test_prompt_logprobs_are_those_of_one_plain_call(tokens):
+def test_prompt_logprobs_are_those_of_one_forward_call(tokens):
     engine = make_engine(NAME, max_num_batched_tokens=tokens)
-    warm = engine.add(IDS, GREEDY.replace(max_tokens=2))  # what is cached is computed all the same
+    warm = engine.add(IDS, GREEDY.replace(max_tokens=2))  # cached prompts are computed again
     run_all(engine)
     number = engine.add(IDS, GREEDY.replace(max_tokens=2, prompt_logprobs=3))
     found = None
@@ -167,7 +168,7 @@ def test_a_prompt_of_one_token_has_no_logprobs():
 
 
 class Alternate:
-    """A grammar: even tokens and odd ones in turn, five of them, then the stop id."""
+    """A grammar of five tokens, alternately even and odd, then the stop id."""
 
     def __init__(self, vocab: int, stop: int):
         self.vocab, self.stop, self.taken = vocab, stop, []
@@ -190,7 +191,7 @@ class Alternate:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_an_answer_keeps_to_its_grammar_and_others_do_not_notice(temperature):
+def test_an_output_matches_its_grammar_and_other_requests_do_not_change(temperature):
     engine = make_engine(NAME)
     stop = engine.runner.config.eos_ids[0]
     other = engine.add(IDS, GREEDY.replace(max_tokens=20))
@@ -224,7 +225,7 @@ def test_a_grammar_that_fails_ends_its_own_request_only():
     assert engine.stats().preemptions == 0
 
 
-def test_adjusted_logits_leave_the_reported_logprobs_alone():
+def test_logits_processors_do_not_change_reported_logprobs():
     params = GREEDY.replace(max_tokens=1, logprobs=2)
     engine = make_engine(NAME)
     for changes in ({}, {"logit_bias": {17: 100.0}}):
@@ -237,7 +238,7 @@ def test_adjusted_logits_leave_the_reported_logprobs_alone():
     assert biased.top == pytest.approx(plain.top) and biased.chosen < plain.chosen
 
 
-def test_nothing_to_adjust_changes_no_bit():
+def test_neutral_logits_processors_change_no_bit():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(3, 70)).astype(np.float32)
     none = sampling.LogitsProcessors(
@@ -247,7 +248,7 @@ def test_nothing_to_adjust_changes_no_bit():
         repetition_R=np.ones(3, np.float32),
         bias_token_RL=np.full((3, 4), -1),
         bias_RL=np.ones((3, 4), np.float32),
-        floor_R=np.zeros(3, np.int32),
+        first_stop_R=np.zeros(3, np.int32),
         stop_RL=np.full((3, 2), 5),
         allowed_RL=np.full((3, 3), -1),
     )
@@ -256,7 +257,7 @@ def test_nothing_to_adjust_changes_no_bit():
     np.testing.assert_array_equal(found, logits)
 
 
-def test_the_answers_of_one_request_take_seeds_in_a_row():
+def test_the_outputs_of_one_request_have_consecutive_seeds():
     params = SamplingParams(n=3, seed=2**63 - 2, temperature=1.0)
     assert [p.seed for p in params.split()] == [2**63 - 2, 2**63 - 1, 0]
     assert all(p.n == 1 for p in params.split())
@@ -290,7 +291,7 @@ def test_the_answers_of_one_request_take_seeds_in_a_row():
         ("prompt_logprobs", -1),
     ],
 )
-def test_a_setting_out_of_range_is_refused_by_name(name, value):
+def test_a_parameter_out_of_range_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"{name} is .*: it must be"):
         SamplingParams(**{name: value})
 
@@ -299,6 +300,6 @@ def test_a_setting_out_of_range_is_refused_by_name(name, value):
     ("given", "says"),
     [({}, "has nothing"), ({"regex": "a", "choice": ["b"]}, "has regex, choice: give exactly one")],
 )
-def test_an_answer_has_one_form(given, says):
+def test_an_output_has_one_form(given, says):
     with pytest.raises(ValueError, match=f"structured_outputs {says}"):
         StructuredOutputsParams(**given)

@@ -1,4 +1,4 @@
-"""A start finds the compiled programs of an earlier one, unless an input of them has changed."""
+"""Compiled programs are loaded at the next start, if nothing that they depend on has changed."""
 
 import contextlib
 import time
@@ -9,13 +9,13 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from l4jax.engine import program_cache, runner
-from l4jax.engine.program_cache import Call, Program, ProgramCache
+from l4jax.engine.program_cache import Program, ProgramCache
 from tests.engine.engines import GREEDY, make_engine, run_all
 
 
 @pytest.fixture(autouse=True)
-def _jax_keeps_nothing():
-    """What a CPU's program was read from cannot be written again."""
+def _disable_jax_cache():
+    """On CPUs, an executable that jax loaded from its cache cannot be serialized."""
     was_kept = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
@@ -25,129 +25,132 @@ def _jax_keeps_nothing():
 
 
 class Traced:
-    """A program that counts how often it is traced."""
+    """A function that counts how often it is traced."""
 
-    def __init__(self, factor: int = 2):
+    def __init__(self):
         self.count = 0
 
-        def double(x, *, times: int):
+        def double(x):
             self.count += 1
-            return factor * times * x
+            return 2 * x
 
-        self.function = jax.jit(double, static_argnames="times")
+        self.function = jax.jit(double)
 
-    def call(self, size: int = 4, times: int = 1) -> Call:
-        return Program(self.function, {"times": times}), (jnp.arange(size),)
-
-
-def make(folder, about: str = "this") -> ProgramCache:
-    return ProgramCache(about, jax.devices()[:1], contextlib.nullcontext, folder)
+    def make_program(self, size: int = 4, key: str = "double") -> Program:
+        return Program(key, self.function, (jnp.arange(size),))
 
 
-def compile_one(folder, call: Call, about: str = "this") -> list[int]:
-    """What a start that compiles this program, or finds it, gets from it."""
-    started = make(folder, about)
-    started.compile({"it": call})
-    return started.run("it", *call).tolist()
+def make_cache(folder, context: str = "this") -> ProgramCache:
+    return ProgramCache(context, jax.devices()[:1], contextlib.nullcontext, folder)
+
+
+def compile_one(folder, program: Program, context: str = "this") -> list[int]:
+    """Compile a program or load it, as a start does, and return its result."""
+    programs = make_cache(folder, context)
+    programs.compile([program])
+    return programs.run(*program).tolist()
 
 
 def test_a_second_start_traces_nothing_and_gives_the_same(tmp_path):
     first, second = Traced(), Traced()
-    assert compile_one(tmp_path, first.call()) == [0, 2, 4, 6]
-    assert compile_one(tmp_path, second.call()) == [0, 2, 4, 6]
+    assert compile_one(tmp_path, first.make_program()) == [0, 2, 4, 6]
+    assert compile_one(tmp_path, second.make_program()) == [0, 2, 4, 6]
     assert (first.count, second.count) == (1, 0)
 
 
-@pytest.mark.parametrize("change", ["about", "shape", "static", "sources", "flags", "place"])
-def test_what_has_changed_is_compiled_anew(tmp_path, monkeypatch, change):
-    compile_one(tmp_path, Traced().call())
-    program = Traced()
-    call = program.call(5 if change == "shape" else 4, 3 if change == "static" else 1)
+@pytest.mark.parametrize("change", ["context", "shape", "key", "sources", "flags", "device"])
+def test_a_program_is_compiled_again_after_any_change(tmp_path, monkeypatch, change):
+    compile_one(tmp_path, Traced().make_program())
+    traced = Traced()
+    program = traced.make_program(
+        5 if change == "shape" else 4, "twice" if change == "key" else "double"
+    )
     if change == "sources":
         monkeypatch.setattr(program_cache, "hash_sources", lambda: "edited")
     if change == "flags":
         monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
-    if change == "place":
-        call = call[0], jax.device_put(call[1], jax.devices()[1])
-    compile_one(tmp_path, call, "that" if change == "about" else "this")
-    assert program.count == 1
+    if change == "device":
+        program = program._replace(args=jax.device_put(program.args, jax.devices()[1]))
+    compile_one(tmp_path, program, "that" if change == "context" else "this")
+    assert traced.count == 1
 
 
-def test_a_file_cut_short_is_made_anew(tmp_path):
-    compile_one(tmp_path, Traced().call())
+def test_a_truncated_file_is_written_again(tmp_path):
+    compile_one(tmp_path, Traced().make_program())
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:100])
     second, third = Traced(), Traced()
-    assert compile_one(tmp_path, second.call()) == [0, 2, 4, 6]
-    assert compile_one(tmp_path, third.call()) == [0, 2, 4, 6]
+    assert compile_one(tmp_path, second.make_program()) == [0, 2, 4, 6]
+    assert compile_one(tmp_path, third.make_program()) == [0, 2, 4, 6]
     assert (second.count, third.count) == (1, 0)
 
 
-def test_where_nothing_can_be_kept_a_start_goes_on(tmp_path):
+def test_a_start_goes_on_if_no_file_can_be_written(tmp_path):
     folder = tmp_path / "file"
     folder.write_text("in the way")
-    assert compile_one(folder / "kept", Traced().call()) == [0, 2, 4, 6]
+    assert compile_one(folder / "kept", Traced().make_program()) == [0, 2, 4, 6]
 
 
-def test_those_used_longest_ago_are_forgotten(tmp_path, monkeypatch):
+def test_the_least_recently_used_programs_are_evicted(tmp_path, monkeypatch):
     monkeypatch.setattr(program_cache, "_KEPT", 2)
-    for size in (4, 5, 4, 6):  # 5 is the one used longest ago when 6 comes
-        compile_one(tmp_path, Traced().call(size))
-    program = Traced()
+    for size in (4, 5, 4, 6):  # 6 evicts 5
+        compile_one(tmp_path, Traced().make_program(size))
+    traced = Traced()
     for size in (4, 6):
-        compile_one(tmp_path, program.call(size))
-    assert program.count == 0
-    compile_one(tmp_path, program.call(5))
-    assert program.count == 1
+        compile_one(tmp_path, traced.make_program(size))
+    assert traced.count == 0
+    compile_one(tmp_path, traced.make_program(5))
+    assert traced.count == 1
 
 
 def test_programs_are_lowered_in_their_order(tmp_path, monkeypatch):
-    """Whichever of their threads comes first."""
+    """Independent of the order in which their threads run."""
     lowered, locate = [], ProgramCache._locate
 
-    def tell(x, *, times: int):
-        lowered.append(times)
-        return times * x
+    def make_function(key: int):
+        def multiply(x):
+            lowered.append(key)
+            return key * x
 
-    def locate_slowly(self, call):
-        time.sleep(0.2 - 0.05 * call[0].static["times"])
-        return locate(self, call)
+        return jax.jit(multiply)
+
+    def locate_slowly(self, program):
+        time.sleep(0.2 - 0.05 * program.key)
+        return locate(self, program)
 
     monkeypatch.setattr(ProgramCache, "_locate", locate_slowly)
-    function = jax.jit(tell, static_argnames="times")
-    calls = {times: (Program(function, {"times": times}), (jnp.arange(3),)) for times in range(4)}
-    started = make(tmp_path)
-    started.compile(calls)
+    made = [Program(key, make_function(key), (jnp.arange(3),)) for key in range(4)]
+    programs = make_cache(tmp_path)
+    programs.compile(made)
     assert lowered == [0, 1, 2, 3]
-    assert started.run(3, *calls[3]).tolist() == [0, 3, 6]
+    assert programs.run(*made[3]).tolist() == [0, 3, 6]
 
 
-def test_what_is_compiled_behind_is_awaited_and_its_failure_told(tmp_path):
+def test_a_program_that_compiles_in_the_background_is_awaited_and_its_error_raised(tmp_path):
     def fail(x):
         raise ValueError("no such shape")
 
-    started, program = make(tmp_path), Traced()
-    x = jnp.arange(4)
-    broken = Program(jax.jit(fail)), (x,)
-    started.compile_in_background({"broken": broken, "it": program.call()})
-    assert started.run("it", *program.call()).tolist() == [0, 2, 4, 6]
+    programs, traced = make_cache(tmp_path), Traced()
+    assert programs.is_empty
+    broken, double = Program("broken", jax.jit(fail), (jnp.arange(4),)), traced.make_program()
+    programs.compile_in_background([broken, double])
+    assert programs.run(*double).tolist() == [0, 2, 4, 6]
     with pytest.raises(ValueError, match="no such shape"):
-        started.run("broken", *broken)
-    assert program.count == 1
+        programs.run(*broken)
+    assert traced.count == 1
+    assert not programs.is_empty and not programs.is_compiling
+    assert programs.is_ready("double") and not programs.is_ready("broken")
 
 
-class Known:
-    """A function that may be called by what was compiled of it, and not be lowered any more."""
+class Compiled:
+    """A function whose compiled program may run, but which may not be lowered again."""
 
-    def __init__(self, function):
-        self.__name__ = function.__name__
-
-    def lower(self, *arguments, **static):
-        raise AssertionError(f"{self.__name__} was lowered again")
+    def lower(self, *args):
+        raise AssertionError("a program was lowered again")
 
 
 @pytest.mark.parametrize("mesh", ["1", pytest.param("8", marks=pytest.mark.slow)])
-def test_a_second_engine_starts_without_lowering_and_draws_the_same(tmp_path, monkeypatch, mesh):
+def test_a_second_engine_starts_without_lowering_and_samples_the_same(tmp_path, monkeypatch, mesh):
     monkeypatch.setattr(runner, "find_program_folder", lambda device: tmp_path)
 
     def start():
@@ -158,10 +161,10 @@ def test_a_second_engine_starts_without_lowering_and_draws_the_same(tmp_path, mo
     engine.runner.wait_for_compilers()
     engine = start()
     functions = engine.runner.functions
-    known = {name: Known(functions[name]) for name in ("step", "decode_loop", "encode_tiles")}
-    engine.runner.functions = {**functions, **known}
+    for key in functions.keys() - {"set_token_counts"}:
+        functions[key] = Compiled()
     engine.warm_up()
     for changes in ({}, {"logprobs": 1}):
         engine.add(list(range(4, 40)), GREEDY.replace(max_tokens=4, **changes))
-    plain, adjusted = run_all(engine).values()
-    assert plain == adjusted and len(plain) == 4
+    plain, processed = run_all(engine).values()
+    assert plain == processed and len(plain) == 4

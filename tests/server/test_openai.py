@@ -49,8 +49,7 @@ def server(llm):
 
 def count_programs(llm) -> list[int]:
     """Count the compiled shapes of each of the engine's programs."""
-    functions = llm.engine.runner.functions
-    return [function._cache_size() for function in functions.values()]
+    return [function._cache_size() for function in llm.engine.runner.functions.values()]
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,12 @@
-"""Continuous batching changes nothing: in any company the model draws what it draws alone."""
+"""Batch invariance: a request has the same output in any batch as at batch size 1."""
 
 from concurrent.futures import Future
 
 import numpy as np
 import pytest
 
-from l4jax import decode
-from l4jax.engine import buckets as buckets_module
-from l4jax.engine.buckets import Buckets
+from l4jax.engine import buckets
+from l4jax.engine.buckets import Bucket, Buckets
 from l4jax.engine.ngram_proposer import NgramProposer, SpeculativeConfig
 from l4jax.engine.program_cache import ProgramCache
 from l4jax.engine.request import Request, SamplingParams
@@ -21,7 +20,7 @@ NAME = "scout-8-text"
 
 
 def make_prompts(count: int, seed: int = 0) -> list[list[int]]:
-    """Prompts that begin alike, some in a loop: what caches and guesses live on."""
+    """Make prompts with common beginnings, some repetitive, for prefix cache hits and drafts."""
     rng = np.random.default_rng(seed)
     stems = [rng.integers(4, 300, 40).tolist() for _ in range(2)]
     prompts = []
@@ -40,9 +39,9 @@ def make_params(count: int) -> list[SamplingParams]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "speculates"), [("1", False), ("2x4", True)], ids=str)
-def test_in_any_company_a_request_draws_what_it_draws_alone(mesh, speculates):
-    """Random arrivals, preemption, prefix hits, guesses and chunked prompts together, greedy and
-    drawn."""
+def test_a_request_has_the_same_output_in_any_batch_as_at_batch_size_1(mesh, speculates):
+    """Random arrivals, preemption, prefix cache hits, drafts and chunked prefill together, greedy
+    and sampled."""
     prompts, params = make_prompts(12), make_params(12)
     engine = make_engine(
         NAME,
@@ -80,8 +79,8 @@ def page_bytes() -> int:
     return 2**20 // engine.limits.pages
 
 
-def test_images_are_found_by_their_pixels():
-    """The same picture twice, then another of the same size: token ids alone cannot tell."""
+def test_cached_images_are_found_by_their_pixels():
+    """The same image twice, then another of the same size, with the same token ids."""
     golden = weights.read_golden("scout-8-image")
     prompt, tiles = golden.ids.tolist(), find_tiles(golden)
     other = (Tiles(tiles[0].pixels_ICHW[::-1].copy(), 1, 2),)
@@ -107,8 +106,8 @@ def test_images_are_found_by_their_pixels():
     assert third[0] == run_all(fresh)[0] != first[0]
 
 
-def test_an_image_is_encoded_where_a_prefix_ends_within_it():
-    """The first prompt ends with the first tile; the second goes on through all three."""
+def test_an_image_is_encoded_if_the_cached_prefix_ends_within_it():
+    """The first prompt ends with the first tile; the second has all three."""
     golden = weights.read_golden("scout-8-image")
     prompt, (tiles,) = golden.ids.tolist(), find_tiles(golden)
     end = int(np.flatnonzero(golden.ids == weights.PATCH_ID)[4])
@@ -126,7 +125,7 @@ def test_an_image_is_encoded_where_a_prefix_ends_within_it():
 
 
 @pytest.mark.slow
-def test_after_the_warm_up_nothing_is_compiled_whatever_arrives():
+def test_after_the_warm_up_no_request_compiles_a_program():
     golden = weights.read_golden("scout-8-image")
     engine = make_engine(
         "scout-8-image",
@@ -135,7 +134,7 @@ def test_after_the_warm_up_nothing_is_compiled_whatever_arrives():
         speculative_config={"num_speculative_tokens": 2},
     )
     engine.warm_up()
-    functions = list(engine.runner.functions.values())
+    functions = engine.runner.functions.values()
     before = [function._cache_size() for function in functions]
     rng = np.random.default_rng(3)
     some = [
@@ -160,10 +159,10 @@ def test_after_the_warm_up_nothing_is_compiled_whatever_arrives():
     assert len(shapes.steps) == 2 and len(shapes.loops) == 2
 
 
-@pytest.mark.parametrize("at", ["dispatch", "landing"])
+@pytest.mark.parametrize("at", ["dispatch", "result"])
 def test_a_failing_step_ends_its_requests_and_the_others_go_on(monkeypatch, at):
-    """The pool was donated to the step that failed: it is made anew, and what was computed for
-    others is computed again."""
+    """The failed step donated the pool: a new one is allocated, and other requests are computed
+    again."""
     golden = weights.read_golden(NAME)
     engine = make_engine(NAME, max_num_seqs=1, max_num_batched_tokens=16)
     first = engine.add(golden.ids.tolist(), GREEDY)
@@ -177,22 +176,19 @@ def test_a_failing_step_ends_its_requests_and_the_others_go_on(monkeypatch, at):
                 reasons[update.request_id] = update.finish_reason
 
     run(4)
-    functions = engine.runner.functions
+    loop = engine.runner.functions["loop", False]
 
-    def fail(*args, **kwargs):
+    def fail(*args):
         if at == "dispatch":
-            functions["decode_loop"](*args, **kwargs)  # takes the pool with it
+            loop(*args)  # donates the pool
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
         if at == "dispatch":
-            broken = {**functions, "decode_loop": fail}
-            patch.setattr(engine.runner, "functions", broken)
-            patch.setattr(decode, "jit_functions", lambda *places: functions)
+            engine.runner.functions["loop", False] = fail  # until the state is reset
         else:
             patch.setattr(PendingStep, "result", fail)
-        run(2 if at == "dispatch" else 1)  # what could not be started is told when it is landed
-    engine.runner.functions = functions
+        run(2 if at == "dispatch" else 1)  # the launcher's error is raised by `result`
     assert reasons[first] == "error"
     run(200)
     assert found[second] == golden.greedy_tokens.tolist() and reasons[second] == "length"
@@ -203,21 +199,29 @@ def make_request(tokens: list[int]) -> Request:
     return Request(0, tokens, len(tokens), 100, GREEDY, 0, ())
 
 
-def test_a_lookup_goes_on_as_the_text_did_before():
-    look = NgramProposer(SpeculativeConfig(4, prompt_lookup_max=3, prompt_lookup_min=2))
-    assert look(make_request([1, 2, 3, 4, 5, 6, 2, 3]), 3) == [4, 5, 6]
-    assert look(make_request([1, 2, 3, 4, 5, 6, 2, 3]), 1) == [4]
-    assert look(make_request([9, 2, 3, 7, 1, 2, 3, 8, 1, 2, 3]), 9) == [8, 1, 2, 3]  # longest wins
-    assert look(make_request([2, 3, 7, 5, 2, 3, 8, 5, 2, 3]), 2) == [8, 5]  # then the latest
-    assert look(make_request([5, 5, 5, 5]), 4) == [5]
-    assert look(make_request([1, 2, 3]), 4) == [] and look(make_request([1]), 4) == []
+def test_drafts_are_the_tokens_after_an_earlier_occurrence():
+    propose = NgramProposer(SpeculativeConfig(4, prompt_lookup_max=3, prompt_lookup_min=2))
+    assert propose(make_request([1, 2, 3, 4, 5, 6, 2, 3]), 3) == [4, 5, 6]
+    assert propose(make_request([1, 2, 3, 4, 5, 6, 2, 3]), 1) == [4]
+    assert propose(make_request([9, 2, 3, 7, 1, 2, 3, 8, 1, 2, 3]), 9) == [
+        8,
+        1,
+        2,
+        3,
+    ]  # longest wins
+    assert propose(make_request([2, 3, 7, 5, 2, 3, 8, 5, 2, 3]), 2) == [8, 5]  # then the latest
+    assert propose(make_request([5, 5, 5, 5]), 4) == [5]
+    assert propose(make_request([1, 2, 3]), 4) == [] and propose(make_request([1]), 4) == []
 
 
-def test_a_lookup_sees_what_came_since():
-    look, request = NgramProposer(SpeculativeConfig(2, prompt_lookup_min=1)), make_request([1, 2])
-    assert look(request, 2) == []
+def test_drafts_come_from_new_tokens_too():
+    propose, request = (
+        NgramProposer(SpeculativeConfig(2, prompt_lookup_min=1)),
+        make_request([1, 2]),
+    )
+    assert propose(request, 2) == []
     request.tokens += [3, 1]
-    assert look(request, 2) == [2, 3]
+    assert propose(request, 2) == [2, 3]
 
 
 @pytest.mark.parametrize(
@@ -228,102 +232,135 @@ def test_a_lookup_sees_what_came_since():
         ({"prompt_lookup_min": 5}, "prompt_lookup_min is 5: it must be from 1 to .* 4"),
     ],
 )
-def test_a_speculation_that_cannot_be_had_is_refused_by_name(changes, says):
+def test_an_invalid_speculative_config_is_refused_by_name(changes, says):
     with pytest.raises(ValueError, match=says):
         SpeculativeConfig(**{"num_speculative_tokens": 4, **changes})
 
 
-def test_a_server_begins_with_two_shapes_and_adjusted_rows_have_about_every_other():
-    buckets = Buckets(((16, 9), (64, 9), (256, 9), (1024, 9), (2048, 9)), (1, 4, 16, 64))
-    first, coarse = buckets.first, buckets.coarse
-    assert first == Buckets(((16, 9), (2048, 9)), (1, 64))
-    assert coarse == Buckets(((16, 9), (256, 9), (2048, 9)), (1, 4, 64))
-    assert coarse.without(first) == Buckets(((256, 9),), (4,))
-    assert buckets.without(coarse) == Buckets(((64, 9), (1024, 9)), (16,))
-    assert buckets.fit(17, 9, True) == (256, 9) and buckets.fit(17, 9) == (64, 9)
-    assert buckets.fit_loop(5, True) == 64 and buckets.fit_loop(5) == 16
-    assert buckets.fit(17, 9, has=lambda shape: False) == (2048, 9)
-    assert buckets.fit(16, 9, has=lambda shape: False) == (16, 9)
-    assert buckets.fit(300, 9, has=lambda shape: shape == (1024, 9)) == (1024, 9)
-    assert buckets.fit_loop(5, has=lambda rows: False) == 64
-    alone = Buckets(((16, 2),), (1,))
-    assert alone.first == alone.coarse == alone
+def make_steps(*tokens: int) -> tuple[Bucket, ...]:
+    return tuple(Bucket(False, count, 9) for count in tokens)
 
 
-def test_many_rows_waste_less_than_a_few_once_the_loops_between_are_there():
+def make_loops(*rows: int) -> tuple[Bucket, ...]:
+    return tuple(map(Bucket.of_loop, rows))
+
+
+def test_a_server_starts_with_two_shapes_and_logits_processors_have_about_every_second():
+    buckets = Buckets(make_steps(16, 64, 256, 1024, 2048), make_loops(1, 4, 16, 64))
+    assert buckets.first == (*make_steps(16, 2048), *make_loops(1, 64))
+    assert buckets.coarse == (*make_steps(16, 256, 2048), *make_loops(1, 4, 64))
+
+    def choose_step(tokens: int, has_processors: bool = False, is_ready=None) -> int:
+        return buckets.choose(
+            is_loop=False,
+            tokens=tokens,
+            rows=9,
+            has_logits_processors=has_processors,
+            is_ready=is_ready,
+        ).tokens
+
+    def choose_loop(rows: int, has_processors: bool = False, is_ready=None) -> int:
+        return buckets.choose(
+            is_loop=True,
+            tokens=rows,
+            rows=rows,
+            has_logits_processors=has_processors,
+            is_ready=is_ready,
+        ).rows
+
+    assert choose_step(17, True) == 256 and choose_step(17) == 64
+    assert choose_loop(5, True) == 64 and choose_loop(5) == 16
+    assert choose_step(17, is_ready=lambda bucket: False) == 2048
+    assert choose_step(16, is_ready=lambda bucket: False) == 16
+    assert choose_step(300, is_ready=lambda bucket: bucket.tokens == 1024) == 1024
+    assert choose_loop(5, is_ready=lambda bucket: False) == 64
+    single = Buckets(make_steps(16), make_loops(1))
+    assert single.first == single.coarse == single.all
+
+
+def test_fine_loops_save_padding_of_many_rows_once_they_are_compiled():
     limits = make_limits(requests=256, rows=257, tokens=2048)
     buckets = Buckets.of(limits)
-    assert buckets.loops == (1, 4, 16, 64, 256) and not set(buckets.between) & set(buckets.loops)
+    assert buckets.loops == make_loops(1, 4, 16, 64, 256)
+    assert not set(buckets.fine_loops) & set(buckets.loops)
+
+    def choose(buckets, rows: int, has_processors: bool = False, is_ready=lambda _: True) -> int:
+        return buckets.choose(
+            is_loop=True,
+            tokens=rows,
+            rows=rows,
+            has_logits_processors=has_processors,
+            is_ready=is_ready,
+        ).rows
+
     for rows in range(17, 257):
-        assert 0 <= buckets.fit_loop(rows, has=lambda _: True) - rows < 32
-        there = buckets.fit_loop(rows, has=lambda found: found == 128)
-        assert there == next(x for x in (128, 256) if x >= rows)
-        assert buckets.fit_loop(rows, True, has=lambda _: True) == 256  # those are others
-    assert not Buckets.of(make_limits(requests=64, rows=65, tokens=2048)).between
+        assert 0 <= choose(buckets, rows) - rows < 32
+        found = choose(buckets, rows, is_ready=lambda bucket: bucket.rows == 128)
+        assert found == next(x for x in (128, 256) if x >= rows)
+        assert choose(buckets, rows, True) == 256
+        assert choose(buckets, rows, is_ready=None) == (64 if rows <= 64 else 256)
+    assert not Buckets.of(make_limits(requests=64, rows=65, tokens=2048)).fine_loops
     many = Buckets.of(make_limits(requests=1024, rows=1025, tokens=2048))
-    assert max(r for r in many.between if r < 512) == 448 and len(many.between) < 16
-    assert all(many.fit_loop(rows, has=lambda _: True) < 1.5 * rows for rows in range(65, 1025))
+    assert max(loop.rows for loop in many.fine_loops if loop.rows < 512) == 448
+    assert len(many.fine_loops) < 16
+    assert all(choose(many, rows) < 1.5 * rows for rows in range(65, 1025))
 
 
-def test_a_server_begins_with_the_first_shapes_and_draws_the_same(monkeypatch):
-    """What is compiled meanwhile is not waited for."""
+def test_a_server_starts_with_the_first_shapes_and_samples_the_same(monkeypatch):
+    """No step waits for programs that compile in the background."""
     golden = weights.read_golden(NAME)
-    first, shapes = [], []
+    first, used = [], []
     compile_first, dispatch = ProgramCache.compile, Runner.dispatch
 
-    def compile_and_tell(self, calls, **options):
-        first.extend(calls)
-        return compile_first(self, calls, **options)
+    def record_programs(self, programs, **options):
+        first.extend(programs)
+        return compile_first(self, programs, **options)
 
-    def never_finish(self, calls):
-        self._compiled |= {key: Future() for key in calls}
+    def never_finish(self, programs):
+        self._executables |= {program.key: Future() for program in programs}
 
-    def spy(self, plan):
-        flight = dispatch(self, plan)
-        shapes.append(flight.key.shape)
-        return flight
+    def record_bucket(self, output):
+        pending = dispatch(self, output)
+        used.append(pending.bucket)
+        return pending
 
-    monkeypatch.setattr(ProgramCache, "compile", compile_and_tell)
+    monkeypatch.setattr(ProgramCache, "compile", record_programs)
     monkeypatch.setattr(ProgramCache, "compile_in_background", never_finish)
-    monkeypatch.setattr(Runner, "dispatch", spy)
+    monkeypatch.setattr(Runner, "dispatch", record_bucket)
     engine = make_engine(NAME, max_num_seqs=16, max_num_batched_tokens=256)
     engine.warm_up()
-    assert engine.is_compiling and len(first) == 2 + 2 + 2  # steps, loops, and those of image tiles
-    found = [engine.add(golden.ids.tolist(), GREEDY.replace(max_tokens=9)) for _ in range(2)]
-    drawn = run_all(engine)
-    assert [drawn[each] for each in found] == [golden.greedy_tokens.tolist()[:9]] * 2
+    assert engine.is_compiling and len(first) == 2 + 2 + 2  # steps, loops, and image tiles
+    ids = [engine.add(golden.ids.tolist(), GREEDY.replace(max_tokens=9)) for _ in range(2)]
+    found = run_all(engine)
+    assert [found[request_id] for request_id in ids] == [golden.greedy_tokens.tolist()[:9]] * 2
     buckets = engine.runner.buckets
     assert len(buckets.steps) == len(buckets.loops) == 3
-    assert {tokens for tokens, *_ in shapes} == {
-        256,
-        16,
-    }  # not the step of 64, nor the loop of 4
+    assert {bucket.tokens for bucket in used} == {256, 16}  # no step of 64, no loop of 4
 
 
 @pytest.mark.slow
-def test_a_loop_between_is_run_once_it_is_compiled_and_draws_the_same(monkeypatch):
-    monkeypatch.setattr(buckets_module, "_MANY", 1)
-    monkeypatch.setattr(buckets_module, "_FINE", 2)
+def test_a_fine_loop_runs_once_it_is_compiled_and_samples_the_same(monkeypatch):
+    monkeypatch.setattr(buckets, "_FINE_FROM", 1)
+    monkeypatch.setattr(buckets, "_FINE_ROWS", 2)
     golden = weights.read_golden(NAME)
-    shapes = []
-    run_program = Runner._run
+    used, dispatch = [], Runner.dispatch
 
-    def spy(self, key, inputs):
-        if key.kind == "decode_loop":
-            shapes.extend(key.shape)
-        return run_program(self, key, inputs)
+    def record_bucket(self, output):
+        pending = dispatch(self, output)
+        used.append(pending.bucket)
+        return pending
 
-    monkeypatch.setattr(Runner, "_run", spy)
+    monkeypatch.setattr(Runner, "dispatch", record_bucket)
 
     def run(engine):
-        shapes.clear()
+        used.clear()
         ids = [engine.add(golden.ids.tolist(), GREEDY.replace(max_tokens=9)) for _ in range(2)]
         found = run_all(engine)
-        assert [found[each] for each in ids] == [golden.greedy_tokens.tolist()[:9]] * 2
-        return set(shapes)
+        assert [found[request_id] for request_id in ids] == [golden.greedy_tokens.tolist()[:9]] * 2
+        return {bucket.rows for bucket in used if bucket.is_loop}
 
     engine = make_engine(NAME, max_num_batched_tokens=16)
-    assert run(engine) == {4}  # nothing is compiled beforehand, nor behind
+    assert run(engine) == {4}  # no program was compiled ahead
     engine.warm_up()
     engine.runner.wait_for_compilers()
     assert run(engine) == {2}
