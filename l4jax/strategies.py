@@ -4,7 +4,7 @@ A strategy is a diff of another one. A logical axis without a rule raises.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import jax
 from flax import linen as nn
@@ -40,7 +40,7 @@ STRATEGIES = {rules.name: rules for rules in (TENSOR, TRAINING)}
 
 
 @contextlib.contextmanager
-def activate(layout: Layout) -> Iterator[None]:
+def activate(layout: Layout) -> Generator[None]:
     """Trace and run under a layout: its mesh is set, and the model's axes follow its rules."""
     with jax.set_mesh(layout.mesh), nn.logical_axis_rules(tuple(layout.rules.table.items())):
         yield

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -11,6 +11,8 @@ from sharding.mesh import MeshError, describe
 from sharding.rules import Rules
 
 Names = tuple[str, ...]
+
+_lax: Any = jax.lax  # the type of psum is partially unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Layout:
 
         def run(*arguments: Any) -> Any:
             result = fn(*arguments)
-            return result if axis is None else jax.lax.psum(result, axis)
+            return result if axis is None else _lax.psum(result, axis)
 
         specs = jax.tree.map(self.spec, (ins, outs), is_leaf=_is_names)
         return jax.shard_map(
@@ -83,4 +85,6 @@ class Layout:
 
 
 def _is_names(leaf: Any) -> bool:
-    return isinstance(leaf, tuple) and all(isinstance(name, str) for name in leaf)
+    return isinstance(leaf, tuple) and all(
+        isinstance(name, str) for name in cast(tuple[object, ...], leaf)
+    )

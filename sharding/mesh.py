@@ -7,6 +7,7 @@ Without an accelerator jax makes as many CPU devices as the mesh needs.
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +15,8 @@ from jax.sharding import AxisType, Mesh
 
 DATA, MODEL = "data", "model"
 AXES = (DATA, MODEL)  # outermost first; neighbors on the innermost are best connected
+# The types of devices, make_mesh and config.update are partially unknown.
+_jax: Any = jax
 _MEM_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # environment variable, read when jax starts
 
 
@@ -78,8 +81,8 @@ def prepare_devices(text: str | int) -> str | None:
         os.environ.setdefault(_MEM_FRACTION, "0.97")
         # This applies to the CPU backend only.
         made = getattr(jax.config, "jax_num_cpu_devices", 1)
-        jax.config.update("jax_num_cpu_devices", max(made, wanted))
-    found = jax.devices()
+        _jax.config.update("jax_num_cpu_devices", max(made, wanted))
+    found: list[Any] = _jax.devices()
     if len(found) < wanted:
         is_cpu = found[0].platform == "cpu"
         way_out = "CPU devices are made once: start Python again with the larger mesh"
@@ -103,10 +106,10 @@ def find_gpu_share() -> float:
 def make_mesh(text: str | int) -> Mesh:
     """Make the mesh of the first devices, with automatic axes; call `prepare_devices` before."""
     sizes = parse_mesh(text)
-    devices = jax.devices()[: count_devices(sizes)]
+    devices: list[Any] = _jax.devices()[: count_devices(sizes)]
     if len(devices) < count_devices(sizes):
         raise MeshError(f"--mesh {text}: there are only {len(devices)} devices.")
-    return jax.make_mesh(
+    return _jax.make_mesh(
         tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
 

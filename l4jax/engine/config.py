@@ -323,7 +323,7 @@ class EngineConfig:
         return requests, max(-(-self.max_num_batched_tokens // shards), requests)
 
 
-def _read_images_per_prompt(limits: Mapping[str, int] | None) -> int:
+def _read_images_per_prompt(limits: Mapping[str, object] | None) -> int:
     limits = dict(limits or {})
     images = limits.pop("image", IMAGES_PER_PROMPT)
     if limits or not isinstance(images, int) or images < 0:
