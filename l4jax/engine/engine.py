@@ -93,7 +93,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is waiting or running."""
+        """True if a request is waiting or running."""
         return bool(self._requests)
 
     def add(
@@ -176,7 +176,7 @@ class Engine:
 
     @property
     def is_compiling(self) -> bool:
-        """Whether programs are still compiling in the background, after the warm-up."""
+        """True if programs are still compiling in the background, after the warm-up."""
         return self.runner.is_compiling
 
     def stats(self) -> Stats:

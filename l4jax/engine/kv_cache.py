@@ -24,7 +24,7 @@ Scales = tuple[np.ndarray, np.ndarray]  # float32 [layers], of keys and of value
 
 @dataclasses.dataclass(frozen=True)
 class DeviceState:
-    """What steps read and update on the devices, or the shardings of its arrays.
+    """The arrays that steps read and update on the devices, or the shardings of these arrays.
 
     Attributes:
         pool: pages of keys and values.

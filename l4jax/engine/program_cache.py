@@ -118,12 +118,12 @@ class ProgramCache:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no program was compiled ahead: each compiles at its first call."""
+        """True if no program was compiled ahead: each compiles at its first call."""
         return not self._executables
 
     @property
     def is_compiling(self) -> bool:
-        """Whether programs are compiling in the background."""
+        """True if programs are compiling in the background."""
         return not all(future.done() for future in self._executables.values())
 
     def wait(self, *, progress: bool = False) -> None:

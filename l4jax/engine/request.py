@@ -173,7 +173,7 @@ class SamplingParams:
 
     @property
     def has_penalties(self) -> bool:
-        """Whether logits depend on earlier tokens through a penalty."""
+        """True if logits depend on earlier tokens through a penalty."""
         penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
         return penalties != (0, 0, 1)
 
@@ -252,23 +252,23 @@ class Request:
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether more than its last token is not computed yet, or that token is an image token."""
+        """True if more than its last token is to be computed, or that token is an image token."""
         return self.length - self.computed > 1 or self.computed < self.patches_end
 
     @property
     def is_complete(self) -> bool:
-        """Whether all its tokens have been sampled, or will be by the dispatched steps."""
+        """True if all its tokens have been sampled, or will be by the dispatched steps."""
         return self.length >= self.max_length
 
     @property
     def is_host_driven(self) -> bool:
-        """Whether the host must know a token before the next one is sampled."""
+        """True if the host must know a token before the next one is sampled."""
         matcher, bad_words = self.constraints.matcher, self.constraints.bad_words
         return matcher is not None or any(len(word) > 1 for word in bad_words)
 
     @property
     def has_logits_processors(self) -> bool:
-        """Whether its logits are changed before sampling, or reported."""
+        """True if its logits are changed before sampling, or reported."""
         params = self.params
         return bool(
             params.has_penalties

@@ -242,7 +242,7 @@ class Runner:
             steps = [batch for batch in batches if not batch.bucket.is_loop]
             loops = [batch for batch in batches if batch.bucket.is_loop]
             tiles = [] if self.features is None else [self._put_blank_tiles(n) for n in TILES]
-            # Steps take longest to compile, those of most tokens first.
+            # Programs that compile longest come first: steps, and of these the largest.
             self.programs.compile(
                 [
                     *map(self._make_program, steps[::-1]),
@@ -266,7 +266,7 @@ class Runner:
 
     @property
     def is_compiling(self) -> bool:
-        """Whether programs are compiling in the background, after the warm-up."""
+        """True if programs are compiling in the background, after the warm-up."""
         return self.programs.is_compiling
 
     def wait_for_compilers(self, *, progress: bool = False) -> None:

@@ -120,7 +120,7 @@ class Scheduler:
 
     @property
     def needs_sampled_tokens(self) -> bool:
-        """Whether all sampled tokens must be known before the next step is scheduled."""
+        """True if all sampled tokens must be known before the next step is scheduled."""
         return self._proposer is not None or any(r.is_host_driven for r in self.running)
 
     def add(self, request: Request) -> None:
