@@ -36,9 +36,7 @@ def list_sources() -> list[Path]:
     """Python files and documents of the repository, without data."""
     files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     documents = [*ROOT.glob("*.md"), *(ROOT / "l4jax").rglob("*.md")]
-    return sorted(
-        path for path in (*files, *documents) if str(path.relative_to(ROOT)) not in DATA
-    )
+    return sorted(path for path in (*files, *documents) if str(path.relative_to(ROOT)) not in DATA)
 
 
 def list_functions(path: Path) -> Iterator[tuple[str, int]]:
