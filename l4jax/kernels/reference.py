@@ -111,7 +111,8 @@ def transform_heads(qkv_TKJH: Array, transform: HeadTransform) -> tuple[Array, A
         qk_TKJH = divide_by_rms(qk_TKJH, transform.eps)
     q_TKGH, k_TKH = qk_TKJH[:, :, :-1], qk_TKJH[:, :, -1]
     if transform.factor_T is not None:
-        q_TKGH = (q_TKGH * transform.factor_T[:, None, None, None]).astype(dtype)
+        q32_TKGH = q_TKGH.astype(jnp.float32) * transform.factor_T[:, None, None, None]
+        q_TKGH = q32_TKGH.astype(dtype)
     if transform.scales is not None:
         k_scale, v_scale = (scale.astype(dtype) for scale in transform.scales)
         # Scores are linear in the keys, so queries take the key scale back; `restore` undoes the

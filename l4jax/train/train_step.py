@@ -225,9 +225,10 @@ def compute_load_balancing(score_TE: Array, is_real_T: Array) -> tuple[Array, Ar
         The loss, float32; and int32 [E] tokens. Padding counts in neither.
     """
     experts = score_TE.shape[-1]
-    chosen_TE = jax.nn.one_hot(score_TE.argmax(-1), experts) * is_real_T[:, None]
-    probability_TE = jax.nn.softmax(score_TE.astype(jnp.float32), axis=-1) * is_real_T[:, None]
-    tokens = jnp.maximum(is_real_T.sum(), 1)
+    real_T1 = is_real_T[:, None].astype(jnp.float32)
+    chosen_TE = jax.nn.one_hot(score_TE.argmax(-1), experts) * real_T1
+    probability_TE = jax.nn.softmax(score_TE.astype(jnp.float32), axis=-1) * real_T1
+    tokens = jnp.maximum(is_real_T.sum(), 1).astype(jnp.float32)
     loss = experts * (chosen_TE.sum(0) / tokens * (probability_TE.sum(0) / tokens)).sum()
     return loss, chosen_TE.sum(0).astype(jnp.int32)
 

@@ -324,7 +324,8 @@ def test_serving_keeps_no_router_scores():
 def test_the_saved_state_is_rounded_once():
     _, state = make_state()
     state = dataclasses.replace(
-        state, moments=jax.tree.map(lambda leaf: leaf + 0.001, state.moments)
+        state,
+        moments=jax.tree.map(lambda leaf: leaf + jnp.asarray(0.001, leaf.dtype), state.moments),
     )
     saved = saved_state.quantize_state(state)
     first = [x for x in jax.tree.leaves(saved, is_leaf=_is_quantized) if _is_quantized(x)]
