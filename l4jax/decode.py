@@ -147,6 +147,7 @@ def step(
     *,
     model: Llama4,
     logprobs: int | None = None,
+    shards: int = 1,
 ) -> tuple[PagePool, DecodeState, Sampled, PromptLogprobs | None]:
     """Run the tokens of a step, and sample a next token at each of its logit indices.
 
@@ -161,6 +162,7 @@ def step(
         features: [slots, features, D] of the images, if the batch has image tokens.
         model: static.
         logprobs: static; see `sampling.sample`.
+        shards: static; data shards, whose tokens are contiguous in the batch.
 
     Returns:
         The pool and the state; sampled tokens [R * W]; log-probabilities of
@@ -188,7 +190,7 @@ def step(
     prompt_logprobs = None
     if logit_indices.target_T is not None:
         prompt_logprobs = compute_prompt_logprobs(
-            model, params, x_TD, logit_indices.target_T, logprobs or 0
+            model, params, x_TD, logit_indices.target_T, logprobs or 0, shards
         )
     return pool, state, sampled, prompt_logprobs
 
@@ -217,24 +219,49 @@ def make_decode_state(slots: int, vocab: int) -> DecodeState:
 
 
 def compute_prompt_logprobs(
-    model: Llama4, params: Parameters, x_TD: Array, target_T: Array, count: int
+    model: Llama4, params: Parameters, x_TD: Array, target_T: Array, count: int, shards: int = 1
 ) -> PromptLogprobs:
     """Compute log-probabilities of the following tokens; zeros, without work, if none is requested.
 
-    Logits are computed for a few tokens at a time: those of a whole step would take gigabytes.
-    """
+    Logits are computed for a few tokens at a time: those of a whole step would take gigabytes. A
+    block holds as many tokens of each data shard, because the head's einsum runs on each shard's
+    own rows.
 
-    def compute_one(pair: tuple[Array, Array]) -> PromptLogprobs:
-        x_D, target = pair
-        logprob_V = jax.nn.log_softmax(compute_logits(model, params, x_D[None])[0])
-        top_L, top_token_L = lax.top_k(logprob_V, count)
-        return PromptLogprobs(
-            logprob_V[jnp.maximum(target, 0)], top_token_L.astype(jnp.int32), top_L
-        )
+    Args:
+        model: the model.
+        params: its weights.
+        x_TD: hidden states; each data shard's tokens are contiguous.
+        target_T: int32 following tokens; -1 for none.
+        count: number of the most likely tokens to report.
+        shards: data shards.
+    """
+    tokens = len(target_T) // shards
+    size = min(max(1, _LOGPROBS_BATCH // shards), tokens)  # tokens of a shard in a block
+    blocks = -(-tokens // size)
+
+    def split(x: Array) -> Array:
+        """Cut [shards * tokens, ...] into [blocks, shards * size, ...], with zeros at the end."""
+        x = x.reshape(shards, tokens, *x.shape[1:])
+        padding = ((0, 0), (0, blocks * size - tokens), *[(0, 0)] * (x.ndim - 2))
+        x = jnp.pad(x, padding).reshape(shards, blocks, size, *x.shape[2:])
+        return x.swapaxes(0, 1).reshape(blocks, shards * size, *x.shape[3:])
+
+    def join(y: Array) -> Array:
+        """Undo `split`."""
+        y = y.reshape(blocks, shards, size, *y.shape[2:]).swapaxes(0, 1)
+        y = y.reshape(shards, blocks * size, *y.shape[3:])[:, :tokens]
+        return y.reshape(shards * tokens, *y.shape[2:])
+
+    def compute_block(block: tuple[Array, Array]) -> PromptLogprobs:
+        x_XD, target_X = block
+        logprob_XV = jax.nn.log_softmax(compute_logits(model, params, x_XD))
+        target_X1 = jnp.maximum(target_X, 0)[:, None]
+        top_XL, top_token_XL = lax.top_k(logprob_XV, count)
+        found_X = jnp.take_along_axis(logprob_XV, target_X1, axis=1)[:, 0]
+        return PromptLogprobs(found_X, top_token_XL.astype(jnp.int32), top_XL)
 
     def compute() -> PromptLogprobs:
-        batch_size = min(_LOGPROBS_BATCH, len(target_T))
-        return lax.map(compute_one, (x_TD, target_T), batch_size=batch_size)
+        return jax.tree.map(join, lax.map(compute_block, (split(x_TD), split(target_T))))
 
     def skip() -> PromptLogprobs:
         shapes = jax.eval_shape(compute)
@@ -363,10 +390,12 @@ def encode_tiles(
 
 
 @functools.cache
-def jit_step(model: Llama4, logprobs: int | None, pool: PagePool, state: DecodeState) -> Any:
-    """Jit `step` for a model; pool and state are trees of shardings."""
+def jit_step(
+    model: Llama4, logprobs: int | None, shards: int, pool: PagePool, state: DecodeState
+) -> Any:
+    """Jit `step` for a model on data shards; pool and state are trees of shardings."""
     return jit(
-        functools.partial(step, model=model, logprobs=logprobs),
+        functools.partial(step, model=model, logprobs=logprobs, shards=shards),
         donate_argnums=(1, 2),
         out_shardings=(pool, state, None, None),
     )

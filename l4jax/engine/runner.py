@@ -188,7 +188,7 @@ class Runner:
             "set_token_counts": decode.jit_set_token_counts(decode_state)
         }
         for has_processors, logprobs in ((False, None), (True, MAX_LOGPROBS)):
-            step = decode.jit_step(model, logprobs, pool, decode_state)
+            step = decode.jit_step(model, logprobs, self.limits.shards, pool, decode_state)
             loop = decode.jit_decode_loop(model, steps, logprobs, pool, decode_state)
             self.functions |= {("step", has_processors): step, ("loop", has_processors): loop}
         if tower is not None:

@@ -1,5 +1,6 @@
 """Sampling parameters and constraints of requests, with vLLM's meanings."""
 
+import functools
 import itertools
 import math
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from l4jax import cache, decode, sampling
+from l4jax.engine.engine import RequestUpdate
 from l4jax.engine.input_batch import find_banned_tokens
 from l4jax.engine.request import (
     MAX_BIASES,
@@ -16,7 +18,7 @@ from l4jax.engine.request import (
     SamplingParams,
     StructuredOutputsParams,
 )
-from tests import weights
+from tests import tiers, weights
 from tests.engine.engines import GREEDY, assert_all_free, make_engine, run_all
 from tests.models import load_golden
 
@@ -59,6 +61,59 @@ def penalize(logits, prompt, output, presence=0.0, frequency=0.0, repetition=1.0
     for token in set(output):
         found[token] -= presence + frequency * output.count(token)
     return found
+
+
+FEATURES = {
+    "plain": {},
+    "logprobs": {"logprobs": 3},
+    "prompt logprobs": {"prompt_logprobs": 2},
+    "presence": {"presence_penalty": 1.5},
+    "frequency": {"frequency_penalty": 2.0},
+    "repetition": {"repetition_penalty": 1.4},
+    "bias": {"logit_bias": {7: 9.0}},
+    "min tokens": {"min_tokens": 3, "stop_token_ids": [TOKENS[1]]},
+    "seed": {"temperature": 1.0, "seed": 5, "logprobs": 0},
+}
+
+
+@functools.cache
+def run_features(mesh: str) -> dict[str, list[RequestUpdate]]:
+    """Run a request of each sampling feature in one batch on a mesh; the updates by feature."""
+    engine = make_engine(NAME, mesh, max_num_batched_tokens=32)
+    params = {name: GREEDY.replace(max_tokens=6, **each) for name, each in FEATURES.items()}
+    names = {engine.add(IDS, each): name for name, each in params.items()}
+    words = Constraints(((TOKENS[0],), (TOKENS[1], TOKENS[2])))
+    names[engine.add(IDS, GREEDY.replace(max_tokens=6), constraints=words)] = "bad words"
+    found: dict[str, list[RequestUpdate]] = {name: [] for name in names.values()}
+    while engine.has_work:
+        for update in engine.step():
+            found[names[update.request_id]].append(update)
+    assert_all_free(engine)
+    return found
+
+
+def read_logprobs(updates: list[RequestUpdate]) -> list[float]:
+    """Return all log-probabilities of a request, of its prompt and of its output."""
+    prompt = [one for update in updates for one in update.prompt_logprobs or () if one is not None]
+    output = [one for update in updates for one in update.logprobs]
+    return [value for one in prompt + output for value in (one.chosen, *one.top.values())]
+
+
+@pytest.mark.parametrize("mesh", tiers.every(2, ["2x4", "8", "2x1"]))
+def test_every_sampling_feature_gives_the_same_on_every_mesh(mesh):
+    """In one batch: no feature fails the requests of another one."""
+    sharded, plain = run_features(mesh), run_features("1")
+    assert read_logprobs(plain["prompt logprobs"]) and read_logprobs(plain["logprobs"])
+    for name, updates in plain.items():
+        assert sharded[name][-1].finish_reason == updates[-1].finish_reason, name
+        tokens, expected = (
+            [token for update in each for token in update.token_ids]
+            for each in (sharded[name], updates)
+        )
+        assert tokens == expected, name
+        np.testing.assert_allclose(
+            read_logprobs(sharded[name]), read_logprobs(updates), atol=1e-4, err_msg=name
+        )
 
 
 @pytest.mark.parametrize(
