@@ -86,10 +86,11 @@ def test_experts_run_in_every_format(make):
         make_fp8(rng, shape) if make == "fp8" else make_int4(rng, shape, 8)
         for shape in ((E, 2, F, D), (E, D, F))
     )
-    x_TD, expert_T = rng.standard_normal((T, D)).astype(np.float32), rng.integers(0, E, T)
-    found = reference.run_experts(x_TD, None, jnp.asarray(expert_T), up, down)
+    x_TD = jnp.asarray(rng.standard_normal((T, D)), jnp.float32)
+    expert_T = jnp.asarray(rng.integers(0, E, T))
+    found = reference.run_experts(x_TD, None, expert_T, up, down)
     plain = [dequantize(weight, jnp.float32) for weight in (up, down)]
-    wanted = reference.run_experts(x_TD, None, jnp.asarray(expert_T), *plain)
+    wanted = reference.run_experts(x_TD, None, expert_T, *plain)
     error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
     assert error < (0.05 if make == "fp8" else 1e-6)
 
@@ -99,4 +100,6 @@ def test_int4_takes_half_a_byte_on_the_device():
     data = jnp.zeros((64, 128), jnp.int4)
     weight = Quantized(data, jnp.ones((64, 1)))
     compiled = jax.jit(lambda w: dequantize(w, jnp.float32)).lower(weight).compile()
-    assert compiled.memory_analysis().argument_size_in_bytes == 64 * 128 // 2 + 64 * 4
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.argument_size_in_bytes == 64 * 128 // 2 + 64 * 4

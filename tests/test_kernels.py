@@ -1,5 +1,7 @@
 """Accelerations equal their definitions, on ragged rows, shuffled pages and a poisoned pool."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +12,11 @@ from l4jax.kernels import portable, reference
 K, G, H, PAGE = 2, 3, 8, 4
 
 
-def make_case(
-    lengths: list[int], news: list[int], padding: int, seed: int = 0
-) -> dict[str, np.ndarray]:
-    """Make rows of `lengths` positions, the last `news` of them this step's; nan elsewhere."""
+def make_case(lengths: list[int], news: list[int], padding: int, seed: int = 0) -> dict[str, Any]:
+    """Make rows of `lengths` positions, the last `news` of them this step's; nan elsewhere.
+
+    The arrays are numpy's.
+    """
     rng = np.random.default_rng(seed)
     width = 1 + max(-(-length // PAGE) for length in lengths)
     pages = len(lengths) * width + 3
@@ -96,7 +99,8 @@ def test_experts_equal_a_loop_over_tokens(experts):
     gate_up = rng.standard_normal((E, 2, F, D)).astype(np.float32)
     down = rng.standard_normal((E, D, F)).astype(np.float32)
     expert_T = rng.integers(0, E, T) if experts == "spread" else np.full(T, 2)
-    found = np.asarray(reference.run_experts(x_TD, None, jnp.asarray(expert_T), gate_up, down))
+    x, expert, *matrices = map(jnp.asarray, (x_TD, expert_T, gate_up, down))
+    found = np.asarray(reference.run_experts(x, None, expert, *matrices))
     for x_D, e, y_D in zip(x_TD, expert_T, found, strict=True):
         gate_F, up_F = gate_up[e] @ x_D
         np.testing.assert_allclose(

@@ -1,6 +1,7 @@
 """The model equals the reference for every split of a prompt; compared with goldens."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +127,7 @@ def test_positions_within_the_chunk_give_the_exact_scores_at_any_length(position
     back = 100  # both in one chunk
 
     def score(at_q: float, at_k: float, kind: type) -> float:
-        def rotate_head(x_H: np.ndarray, at: float) -> np.ndarray:
+        def rotate_head(x_H: np.ndarray, at: float) -> Any:
             angle_H = kind(at) * frequency_H.astype(kind)
             return (x_H[::2] + 1j * x_H[1::2]) * np.exp(1j * angle_H)
 
@@ -146,7 +147,8 @@ def test_a_local_layer_computes_the_same_in_every_chunk():
     """Bit for bit at any distance: its only input is the position within the chunk."""
     tiny, _ = models.load_golden("scout-8-text")
     text, rng = tiny.config.text, np.random.default_rng(0)
-    module, params = Attention(text, False, PORTABLE), tiny.params["text"]["layer_0"]["attention"]
+    module: Any = Attention(text, False, PORTABLE)
+    params = tiny.params["text"]["layer_0"]["attention"]
     x_TD = rng.standard_normal((text.chunk, text.width)).astype(np.float32)
     pool = cache.make_pool(text, 2, 4, jnp.float32)
     found = []

@@ -1,6 +1,7 @@
 """Each row is sampled by its own parameters only."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def make_logits(rows: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 2, (rows, V)).astype(np.float32)
 
 
-def sample_jitted(logits, metadata, position=7, logprobs=None):
+def sample_jitted(logits, metadata, position: Any = 7, logprobs=None):
     positions = np.broadcast_to(np.array(position, np.int32), len(logits))
     return jax.jit(sample, static_argnums=3)(logits, metadata, positions, logprobs)
 

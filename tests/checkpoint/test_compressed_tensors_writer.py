@@ -21,7 +21,11 @@ from tests import quantized, weights
 from tests.checkpoint.published import place_on_mesh, place_on_one, read_published
 
 # Widths that groups of 128 divide, on one device and on each of four.
-WIDTHS = {"hidden_size": 128, "intermediate_size": 512, "intermediate_size_mlp": 1024}
+WIDTHS: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "intermediate_size_mlp": 1024,
+}
 RAW = weights.tiny_config("maverick", num_hidden_layers=2, **WIDTHS)
 STORED: dict[str, quantized.Scheme] = {"fp8": "fp8-dynamic", "int4": "w4a16"}
 

@@ -56,6 +56,7 @@ def test_unquantized_checkpoint_fills_each_parameter_once(name: str) -> None:
     assert sum(math.prod(shape) for shape in shapes.values()) == parameters
     assert sum(math.prod(shape) for _, shape in stored.values()) == parameters
     for path, recipe in recipes.items():
+        assert isinstance(recipe, Recipe)
         assert sum(math.prod(source.shape) for source in recipe.sources) == math.prod(recipe.shape)
         assert recipe.to_file_order([str(size) for size in shapes[path]]) == tuple(
             str(size) for size in recipe.shape
@@ -98,6 +99,7 @@ def test_device_bytes_equal_file_bytes(name: str, gigabytes: float, quantized: s
             counts.append(count(path, recipe.data, 4 if recipe.is_packed else 1))
             counts.append(count(path, recipe.scale, 2))
         else:
+            assert isinstance(recipe, Recipe)
             counts.append(count(path, recipe, 2))
     total, each = map(sum, zip(*counts, strict=True))
     in_files = sum(math.prod(shape) * BYTES[dtype] for dtype, shape in stored.values())

@@ -3,7 +3,7 @@
 import json
 import re
 import tracemalloc
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from tests.checkpoint.published import arrange
 from tests.engine.engines import GREEDY, run_all
 
 # Widths of which eight devices cut no group of 16 columns.
-WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "intermediate_size_mlp": 128}
+WIDTHS: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "intermediate_size_mlp": 128}
 SCHEMES = get_args(quantized.Scheme)
 DISTINCT = ("fp8-dynamic", "w4a16", "nvfp4")  # one scheme for each format on the device
 # Schemes that are dequantized to the model's dtype on loading; and the dtypes of loaded data.

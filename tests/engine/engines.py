@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 from l4jax import checkpoint
+from l4jax.cache import PagePool
 from l4jax.engine.config import EngineConfig
 from l4jax.engine.engine import Engine
 from l4jax.engine.request import SamplingParams
@@ -36,6 +37,12 @@ def make_engine(name: str, mesh: str = "1", **engine_args) -> Engine:
     }
     runner = load_runner(name, mesh)
     return Engine(runner, EngineConfig(**{**defaults, **engine_args}))
+
+
+def get_pool(runner: Runner) -> PagePool:
+    """Return the KV cache of a runner that has one."""
+    assert runner.pool is not None
+    return runner.pool
 
 
 def run_all(engine: Engine, max_steps: int = 2000) -> dict[int, list[int]]:

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import random
 import types
+from typing import Any
 
 from l4jax.engine.config import EngineConfig
 from l4jax.engine.engine import Engine
@@ -81,7 +82,7 @@ class SimulatedRunner:
         return self.limits
 
     def reset_state(self) -> None:
-        self.pool: dict[tuple[int, int, int, int], int] = {}
+        self.pool: dict[tuple[int, int, int], int] = {}
         self.last_tokens: dict[int, int] = {}
 
     def dispatch(self, output: SchedulerOutput) -> SimulatedStep:
@@ -141,11 +142,18 @@ class SimulatedRunner:
         return state
 
 
+class SimulatedEngine(Engine):
+    """An engine on a simulated runner, whose attributes tests read."""
+
+    runner: SimulatedRunner  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
 def make_engine(
     limits: Limits, *, enable_prefix_caching: bool = True, proposer=None, **runner
-) -> Engine:
+) -> SimulatedEngine:
     engine_config = EngineConfig(enable_prefix_caching=enable_prefix_caching)
-    engine = Engine(SimulatedRunner(limits, **runner), engine_config)
+    simulated: Any = SimulatedRunner(limits, **runner)
+    engine = SimulatedEngine(simulated, engine_config)
     engine.scheduler._proposer = proposer
     return engine
 

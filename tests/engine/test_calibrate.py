@@ -19,7 +19,7 @@ from l4jax.kernels.formats import FP8
 from l4jax.model import Llama4
 from l4jax.testing import write_model
 from tests import models
-from tests.engine.engines import load_runner
+from tests.engine.engines import get_pool, load_runner
 from tests.engine.test_fp8_cache import compute_logits
 
 CALCULATED = EngineConfig(
@@ -30,8 +30,9 @@ CALCULATED = EngineConfig(
 def find_scales(runner: Runner) -> tuple[np.ndarray, np.ndarray]:
     """Return the calibrated scales of a runner's pool."""
     runner.allocate_kv_cache(CALCULATED)
-    assert runner.pool.k_scale is not None and runner.pool.v_scale is not None
-    return np.asarray(runner.pool.k_scale), np.asarray(runner.pool.v_scale)
+    pool = get_pool(runner)
+    assert pool.k_scale is not None and pool.v_scale is not None
+    return np.asarray(pool.k_scale), np.asarray(pool.v_scale)
 
 
 def choose_scales(largest: np.ndarray) -> np.ndarray:
@@ -85,7 +86,7 @@ def test_scales_are_the_same_on_every_mesh_and_for_every_page():
         np.testing.assert_array_equal(found, wanted)
     runner = load_runner("scout-8-text", "1")
     runner.allocate_kv_cache(dataclasses.replace(CALCULATED, block_size=8))
-    np.testing.assert_array_equal(runner.pool.k_scale, wanted[0])
+    np.testing.assert_array_equal(get_pool(runner).k_scale, wanted[0])
 
 
 def test_the_checkpoints_scales_come_first_and_the_default_is_one(monkeypatch):
@@ -96,7 +97,7 @@ def test_the_checkpoints_scales_come_first_and_the_default_is_one(monkeypatch):
     monkeypatch.setattr(runner, "kv_scales", None)
     assert (np.array(find_scales(runner)) < 0.1).all()
     runner.allocate_kv_cache(dataclasses.replace(CALCULATED, calculate_kv_scales=False))
-    np.testing.assert_array_equal(runner.pool.k_scale, 1)
+    np.testing.assert_array_equal(get_pool(runner).k_scale, 1)
 
 
 def test_layers_of_zeros_have_the_scale_one_and_powers_of_two_are_not_doubled():
@@ -171,5 +172,5 @@ def test_the_source_of_scales_is_reported(is_calculated, says, tmp_path, capfd):
         kv_cache_dtype="fp8",
         calculate_kv_scales=is_calculated,
     )
-    assert (np.asarray(llm.engine.runner.pool.k_scale) == 1).all() != is_calculated
+    assert (np.asarray(get_pool(llm.engine.runner).k_scale) == 1).all() != is_calculated
     assert re.search(says, capfd.readouterr().err)

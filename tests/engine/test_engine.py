@@ -15,6 +15,7 @@ from tests.engine.engines import (
     GREEDY,
     assert_all_free,
     find_tiles,
+    get_pool,
     load_runner,
     make_engine,
     run_all,
@@ -112,7 +113,7 @@ def test_the_pool_is_donated_and_updated_in_place(mesh):
             return _jitted(*args)
 
         engine.runner.functions[name, False] = spy
-    pool = engine.runner.pool
+    pool = get_pool(engine.runner)
     addresses = {
         a.addressable_shards[0].data.unsafe_buffer_pointer() for a in jax.tree.leaves(pool)
     }
@@ -124,7 +125,7 @@ def test_the_pool_is_donated_and_updated_in_place(mesh):
         aliased = executable.memory_analysis().alias_size_in_bytes
         assert aliased == kept_bytes, name
     assert pool.k[0].is_deleted()
-    assert find_addresses(engine.runner.pool) == addresses
+    assert find_addresses(get_pool(engine.runner)) == addresses
 
 
 @pytest.mark.parametrize("mesh", tiers.every(2, ["2x4", "8"]))
@@ -252,7 +253,9 @@ def test_features_are_allocated_again_for_other_limits():
         engine = make_engine("scout-8-image", limit_mm_per_prompt={"image": max_images})
         engine.add(golden.ids.tolist(), GREEDY, find_tiles(golden))
         assert run_all(engine).popitem()[1] == golden.greedy_tokens.tolist()
-        assert engine.runner.features.shape[0] == engine.limits.feature_slots == 17 * max_images
+        features = engine.runner.features
+        assert features is not None
+        assert features.shape[0] == engine.limits.feature_slots == 17 * max_images
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from l4jax.kernels import PORTABLE, reference
 from l4jax.kernels.formats import FP8
 from l4jax.model import Llama4
 from tests import models, weights
-from tests.engine.engines import GREEDY, assert_all_free, make_engine, run_all
+from tests.engine.engines import GREEDY, assert_all_free, get_pool, make_engine, run_all
 
 
 def test_pages_per_gibibyte_double():
@@ -31,7 +31,8 @@ def test_pages_per_gibibyte_double():
         for dtype in ("auto", "fp8")
     ]
     assert limits[1].pages == 4 * limits[0].pages  # compared with float32
-    assert runner.pool.k[0].dtype == FP8 and runner.pool.k[0].itemsize == 1
+    pages = get_pool(runner).k[0]
+    assert pages.dtype == FP8 and pages.itemsize == 1
 
 
 def test_values_beyond_the_range_of_e4m3_are_clamped_and_not_nan():
@@ -102,10 +103,10 @@ def test_scales_are_read_from_the_checkpoint(tmp_path, form, prefix):
     runner = Runner(config, "2x4", "float32")
     runner.load(tmp_path, progress=False)
     runner.allocate_kv_cache(EngineConfig(max_model_len=64, kv_cache_dtype="fp8"))
-    np.testing.assert_array_equal(runner.pool.k_scale, 0.5 + np.arange(layers))
-    np.testing.assert_array_equal(runner.pool.v_scale, 10.5 + np.arange(layers))
+    np.testing.assert_array_equal(get_pool(runner).k_scale, 0.5 + np.arange(layers))
+    np.testing.assert_array_equal(get_pool(runner).v_scale, 10.5 + np.arange(layers))
     runner.allocate_kv_cache(EngineConfig(max_model_len=64))
-    assert runner.pool.k_scale is None
+    assert get_pool(runner).k_scale is None
 
 
 def test_scales_of_some_layers_only_are_refused(tmp_path):

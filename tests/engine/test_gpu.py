@@ -14,7 +14,7 @@ from l4jax.engine.engine import Engine
 from l4jax.engine.request import SamplingParams
 from l4jax.engine.runner import Runner
 from tests import weights
-from tests.engine.engines import GREEDY, assert_all_free, find_tiles, make_engine, run_all
+from tests.engine.engines import GREEDY, assert_all_free, find_tiles, get_pool, make_engine, run_all
 
 pytestmark = pytest.mark.gpu
 
@@ -28,7 +28,7 @@ LENGTHS = (1, 40, 129, 700)  # the last one in several steps, while the others d
 def test_greedy_tokens_equal_the_reference_on_a_gpu(name):
     golden = weights.read_golden(name)
     engine = make_engine(name)
-    (device,) = engine.runner.pool.k[0].devices()
+    (device,) = get_pool(engine.runner).k[0].devices()
     assert device.platform == "gpu" and device in jax.devices("gpu")
     for _ in range(3):
         engine.add(golden.ids.tolist(), GREEDY, find_tiles(golden))

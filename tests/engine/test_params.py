@@ -46,7 +46,7 @@ def compute_logits(tokens: list[int]) -> np.ndarray:
     tables = cache.PageTables(
         np.tile(np.arange(whole, dtype=np.int32), (rows, 1)), local.astype(np.int32)
     )
-    pool = cache.make_pool(text, whole + 3 * rows * per, 4, np.float32)
+    pool = cache.make_pool(text, whole + 3 * rows * per, 4, jnp.float32)
     batch = cache.Batch(np.array(tokens, np.int32), at, at // text.chunk, tables)
     with jax.default_matmul_precision("highest"):
         _, logits = decode.score(tiny.params, pool, batch, model=engine.runner.model)
@@ -211,6 +211,7 @@ def test_prompt_logprobs_are_those_of_one_forward_call(tokens):
     want = jax.nn.log_softmax(compute_logits(IDS))
     assert found[0] is None and len(found) == len(IDS)
     for at, entry in enumerate(found[1:]):
+        assert entry is not None
         assert entry.chosen == pytest.approx(float(want[at, IDS[at + 1]]), abs=1e-4)
         assert list(entry.top) == np.argsort(-want[at])[:3].tolist()
 
@@ -308,7 +309,8 @@ def test_neutral_logits_processors_change_no_bit():
         allowed_RL=np.full((3, 3), -1),
     )
     seen = jnp.ones((2, 70), jnp.int32)
-    found = sampling.apply_logits_processors(logits, seen, none, np.array([4, 0, 9]))
+    positions = jnp.array([4, 0, 9])
+    found = sampling.apply_logits_processors(jnp.asarray(logits), seen, none, positions)
     np.testing.assert_array_equal(found, logits)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from tests.engine.engines import GREEDY, make_engine, run_all
 @pytest.fixture(autouse=True)
 def _disable_jax_cache():
     """On CPUs, an executable that jax loaded from its cache cannot be serialized."""
-    was_kept = jax.config.jax_enable_compilation_cache
+    settings: Any = jax.config  # its type has no settings
+    was_kept = settings.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     yield

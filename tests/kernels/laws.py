@@ -64,10 +64,9 @@ def upcast(tree: Any) -> Any:
     """Cast bfloat16 arrays and e4m3 pages to float32, for definitions; keep quantized weights."""
 
     def upcast_leaf(x: Any) -> Any:
-        is_16_or_8_bit = not isinstance(x, formats.Quantized) and x.dtype in (
-            jnp.bfloat16,
-            formats.FP8,
-        )
+        if isinstance(x, formats.Quantized):
+            return x
+        is_16_or_8_bit = x.dtype in (jnp.bfloat16, formats.FP8)
         return x.astype(jnp.float32) if is_16_or_8_bit else x
 
     return jax.tree.map(upcast_leaf, tree, is_leaf=lambda x: isinstance(x, formats.Quantized))
@@ -281,7 +280,8 @@ def check_attention(
     stored = reference.store(*before, *kv, *where)
     for pages, wanted in zip(pool, stored, strict=True):
         assert pages.dtype == wanted.dtype
-        np.testing.assert_array_equal(*(np.asarray(x).view(np.uint8) for x in (pages, wanted)))
+        one, other = (np.asarray(x).view(np.uint8) for x in (pages, wanted))
+        np.testing.assert_array_equal(one, other)
     first, second = (np.asarray(y, np.float32) for y in (first, second))
     is_real_T = np.asarray(case["position_T"]) >= 0
     assert (first[~is_real_T] == 0).all()

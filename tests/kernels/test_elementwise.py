@@ -16,7 +16,7 @@ if jax.__version_info__ < (0, 12):
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-INTERPRET = plgpu.InterpretGPUParams()
+INTERPRET = plgpu.InterpretGPUParams()  # pyright: ignore[reportAttributeAccessIssue]
 WIDTHS = [128, 2048, 5120]
 SIZES = [*((3, width) for width in WIDTHS), (70, 2048)]  # few rows and many have different tilings
 

@@ -1,6 +1,7 @@
 """Laws of every kernel bundle that runs here: the portable one, and Hopper's in the interpreter."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import pytest
@@ -10,14 +11,15 @@ from tests import tiers
 from tests.kernels import laws
 
 SIZES = laws.Sizes(width=256, hidden=128)
-BUNDLES = {"portable": PORTABLE}
+BUNDLES: dict[str, Any] = {"portable": PORTABLE}
 if jax.__version_info__ >= (0, 12):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from l4jax.kernels.hopper.dispatch import Hopper
 
     # Few SMs: each has several work items, and attention of a single long row is still split.
-    BUNDLES["hopper"] = Hopper(4, plgpu.InterpretGPUParams())
+    interpret = plgpu.InterpretGPUParams()  # pyright: ignore[reportAttributeAccessIssue]
+    BUNDLES["hopper"] = Hopper(4, interpret)
 
 
 @pytest.fixture(params=BUNDLES)

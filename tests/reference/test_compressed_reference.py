@@ -1,6 +1,7 @@
 """Hugging Face reads the checkpoints that l4jax writes, completely and bit for bit."""
 
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -48,7 +49,11 @@ def test_hugging_face_computes_the_same_weights_and_logits(
 ) -> None:
     """compressed-tensors dequantizes to l4jax's values, rounded to the scales' BF16; transformers
     computes the logits that l4jax computes from the loaded weights."""
-    widths = {"hidden_size": 128, "intermediate_size": 128, "intermediate_size_mlp": 256}
+    widths: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "intermediate_size_mlp": 256,
+    }
     raw = weights.tiny_config(kind, num_hidden_layers=2, **widths)
     weights.write_checkpoint(tmp_path / "source", raw, 5, dtype="BF16")
     compressed_tensors_writer.quantize_folder(

@@ -83,7 +83,9 @@ def fuse(decoded: weights.Tensors) -> weights.Tensors:
     found = {name: x for name, x in decoded.items() if ".experts." not in name}
     experts: dict[str, list[np.ndarray]] = {}
     numbers = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)_proj\.weight")
-    parts = [(numbers.fullmatch(name), x) for name, x in decoded.items() if ".experts." in name]
+    parts: list[tuple[Any, np.ndarray]] = [
+        (numbers.fullmatch(name), x) for name, x in decoded.items() if ".experts." in name
+    ]
     for match, x in sorted(parts, key=lambda part: (int(part[0][2]), part[0][3])):  # gate, up
         if match[3] == "down":
             experts.setdefault(match[1] + ".down_proj", []).append(x.T)

@@ -119,7 +119,7 @@ def test_written_adapter_is_applied_by_peft(case: str, base: Path, tmp_path: Pat
     config = checkpoint.load_config(base)
     adapter = make_adapter(config, PATTERNS[case])
     ours.write_adapter(tmp_path, adapter, config, str(base))
-    model = peft.PeftModel.from_pretrained(oracle.load(base), tmp_path).eval()
+    model: Any = peft.PeftModel.from_pretrained(oracle.load(base), tmp_path).eval()
     adapted = {name for name, _ in model.named_parameters() if "lora_" in name}
     assert {name.replace(".default", "") for name in adapted} == set(
         load_file(tmp_path / ours.WEIGHTS)

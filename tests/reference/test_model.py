@@ -1,5 +1,7 @@
 """Every submodule equals transformers' on random data; and settings outside the goldens."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -43,7 +45,7 @@ def place(tokens: int, chunk: int, is_local: bool) -> Positions:
     return Positions(at_T, at_T % chunk, at_T // chunk, table_RB)  # type: ignore[arg-type]
 
 
-def run(module, params, *arguments):
+def run(module, params, *arguments) -> Any:
     return module.apply({"params": params}, *arguments)
 
 

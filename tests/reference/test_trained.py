@@ -37,7 +37,9 @@ def test_transformers_and_the_engine_give_the_same_distributions(folder):
         else:
             (output,) = llm.chat(scoring.make_messages(exchange), params)
         assert list(output.prompt_token_ids) == ids
-        (entry,) = output.outputs[0].logprobs
+        logprobs = output.outputs[0].logprobs
+        assert logprobs is not None
+        (entry,) = logprobs
         found = dict(entry.top)
         assert len(found) >= 20
         for token, logprob in found.items():
