@@ -120,19 +120,13 @@ def name_logit_indices_axes(*, has_targets: bool) -> LogitIndices:
     return LogitIndices((axes.ROWS, axes.LIST), _ROW, (axes.TOKENS,) if has_targets else None)
 
 
-def forward(
-    model: Llama4, params: Parameters, pool: PagePool, batch: Batch, features: Array | None = None
-) -> tuple[Array, PagePool]:
-    """Return hidden states [T, D] of a step's tokens, and the pool with their keys and values."""
-    if features is not None:
-        features = features.reshape(-1, features.shape[-1])
-    variables = {"params": params["text"]}
-    return model.apply(variables, batch, pool, features)  # type: ignore[return-value]
+def bind(model: Llama4, params: Parameters) -> Any:
+    """Bind the text model to its weights; the result is `Llama4.apply` without its first argument.
 
-
-def compute_logits(model: Llama4, params: Parameters, x_RD: Array) -> Array:
-    """Return float32 logits [R, V] of hidden states."""
-    return model.apply({"params": params["text"]}, x_RD, method="compute_logits")  # type: ignore[return-value]
+    It returns hidden states and the pool of `(batch, pool, features)`, and logits of hidden states
+    with `method="compute_logits"`.
+    """
+    return functools.partial(model.apply, {"params": params["text"]})
 
 
 def step(
@@ -170,14 +164,15 @@ def step(
     """
     token_T = resolve_tokens(batch.token_T, state)
     batch = dataclasses.replace(batch, token_T=token_T)
-    x_TD, pool = forward(model, params, pool, batch, features)
+    apply = bind(model, params)
+    x_TD, pool = apply(batch, pool, features)
     width = logit_indices.index_RW.shape[1]
     index_X = logit_indices.index_RW.reshape(-1)
     sampling_metadata, logits_processors = jax.tree.map(
         lambda leaf: jnp.repeat(leaf, width, axis=0), (sampling_metadata, logits_processors)
     )
     position_X = batch.position_T[index_X] + 1
-    logits_XV = compute_logits(model, params, x_TD[index_X])
+    logits_XV = apply(x_TD[index_X], method="compute_logits")
     processed_XV = None
     if logits_processors is not None:
         processed_XV = apply_logits_processors(
@@ -190,7 +185,7 @@ def step(
     prompt_logprobs = None
     if logit_indices.target_T is not None:
         prompt_logprobs = compute_prompt_logprobs(
-            model, params, x_TD, logit_indices.target_T, logprobs or 0, shards
+            apply, x_TD, logit_indices.target_T, logprobs or 0, shards
         )
     return pool, state, sampled, prompt_logprobs
 
@@ -219,7 +214,7 @@ def make_decode_state(slots: int, vocab: int) -> DecodeState:
 
 
 def compute_prompt_logprobs(
-    model: Llama4, params: Parameters, x_TD: Array, target_T: Array, count: int, shards: int = 1
+    apply: Any, x_TD: Array, target_T: Array, count: int, shards: int = 1
 ) -> PromptLogprobs:
     """Compute log-probabilities of the following tokens; zeros, without work, if none is requested.
 
@@ -228,8 +223,7 @@ def compute_prompt_logprobs(
     own rows.
 
     Args:
-        model: the model.
-        params: its weights.
+        apply: of `bind`.
         x_TD: hidden states; each data shard's tokens are contiguous.
         target_T: int32 following tokens; -1 for none.
         count: number of the most likely tokens to report.
@@ -254,7 +248,7 @@ def compute_prompt_logprobs(
 
     def compute_block(block: tuple[Array, Array]) -> PromptLogprobs:
         x_XD, target_X = block
-        logprob_XV = jax.nn.log_softmax(compute_logits(model, params, x_XD))
+        logprob_XV = jax.nn.log_softmax(apply(x_XD, method="compute_logits"))
         target_X1 = jnp.maximum(target_X, 0)[:, None]
         top_XL, top_token_XL = lax.top_k(logprob_XV, count)
         found_X = jnp.take_along_axis(logprob_XV, target_X1, axis=1)[:, 0]
@@ -285,8 +279,9 @@ def score(
     model: Llama4,
 ) -> tuple[PagePool, Array]:
     """Run the tokens of a step, and return float32 logits [T, V] of all of them."""
-    x_TD, pool = forward(model, params, pool, batch, features)
-    return pool, compute_logits(model, params, x_TD)
+    apply = bind(model, params)
+    x_TD, pool = apply(batch, pool, features)
+    return pool, apply(x_TD, method="compute_logits")
 
 
 def decode_loop(
@@ -310,6 +305,7 @@ def decode_loop(
     """
     rows_R = rows.token_R.shape
     slots = state.last_token_S.shape[0]
+    apply = bind(model, params)
     token_R = resolve_tokens(rows.token_R, state)
 
     def record(
@@ -338,8 +334,8 @@ def decode_loop(
     def advance(carry: Any) -> Any:
         at, token_R, position_R, is_running_R, pool, state, buffers = carry
         batch = Batch(token_R, jnp.where(is_running_R, position_R, -1), rows.row_R, tables)
-        x_RD, pool = forward(model, params, pool, batch)
-        logits_RV, processed_RV = compute_logits(model, params, x_RD), None
+        x_RD, pool = apply(batch, pool)
+        logits_RV, processed_RV = apply(x_RD, method="compute_logits"), None
         if logits_processors is not None:
             processed_RV = apply_logits_processors(
                 logits_RV, state.seen_SV, logits_processors, position_R + 1

@@ -52,10 +52,10 @@ class Layout:
         """
         axis = None if sum_over is None else self.rules.find(sum_over)
 
-        def run(*arguments: Any) -> Any:
-            result = fn(*arguments)
-            return result if axis is None else _lax.psum(result, axis)
+        def sum_results(*arguments: Any) -> Any:
+            return _lax.psum(fn(*arguments), axis)
 
+        run = fn if axis is None else sum_results
         specs = jax.tree.map(self.spec, (ins, outs), is_leaf=_is_names)
         return jax.shard_map(
             run, mesh=self.mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False

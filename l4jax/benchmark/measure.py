@@ -219,13 +219,15 @@ class Bench:
 def _decode(
     params: Any, pool: cache.PagePool, batch: cache.Batch, *, model: Llama4, steps: int
 ) -> tuple[cache.PagePool, jax.Array]:
+    apply = decode.bind(model, params)
+
     def step(at: Any, carry: Any) -> Any:
         token_R, pool = carry
         position_R = batch.position_T + at
         now = dataclasses.replace(batch, token_T=token_R, position_T=position_R)
-        x_RD, pool = decode.forward(model, params, pool, now)
+        x_RD, pool = apply(now, pool)
         with jax.named_scope("head"):
-            logits_RV = decode.compute_logits(model, params, x_RD)
+            logits_RV = apply(x_RD, method="compute_logits")
             return jnp.argmax(logits_RV, axis=-1).astype(jnp.int32), pool
 
     token_R, pool = lax.fori_loop(0, steps, step, (batch.token_T, pool))
@@ -236,9 +238,10 @@ def _decode(
 def _prefill(
     params: Any, pool: cache.PagePool, batch: cache.Batch, *, model: Llama4
 ) -> tuple[cache.PagePool, jax.Array]:
-    x_TD, pool = decode.forward(model, params, pool, batch)
+    apply = decode.bind(model, params)
+    x_TD, pool = apply(batch, pool)
     with jax.named_scope("head"):
-        return pool, jnp.argmax(decode.compute_logits(model, params, x_TD[-1:]), axis=-1)
+        return pool, jnp.argmax(apply(x_TD[-1:], method="compute_logits"), axis=-1)
 
 
 @functools.partial(jax.jit, donate_argnames="pool")

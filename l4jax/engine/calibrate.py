@@ -67,7 +67,7 @@ def find_largest(
     """
     text = model.config
     pool = cache.make_pool(text, batch.tables.global_RB.size * text.nope_interval, page, dtype)
-    _, pool = decode.forward(model, params, pool, batch)
+    _, pool = decode.bind(model, params)(batch, pool)
 
     def reduce(arrays: tuple[Array, ...]) -> Array:
         # An array has one repetition of the pattern: [shards, groups, ..]; unwritten pages are 0.

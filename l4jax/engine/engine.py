@@ -164,10 +164,15 @@ class Engine:
             previous, self._pending = self._pending, None
             updates += self._postprocess(previous)
         output = self.scheduler.schedule()
-        previous, error = self._dispatch(output)
+        previous, self._pending, failure = self._pending, None, None
+        if output is not None:
+            try:
+                self._pending = self.runner.dispatch(output)
+            except Exception as error:  # of any kind: the other requests go on
+                failure = error
         updates += self._postprocess(previous)
-        if output is not None and error is not None:
-            updates += self._fail(output, error)
+        if output is not None and failure is not None:
+            updates += self._fail(output, failure)
         return updates
 
     def warm_up(self, *, progress: bool = False) -> None:
@@ -241,17 +246,6 @@ class Engine:
         now = time.monotonic()
         late = [request for request in self._requests.values() if request.deadline < now]
         return [self._end(request, "abort") for request in late]
-
-    def _dispatch(
-        self, output: SchedulerOutput | None
-    ) -> tuple[PendingStep | None, Exception | None]:
-        """Start a step; return the pending step before it, and the error of the start."""
-        previous, self._pending = self._pending, None
-        try:
-            self._pending = None if output is None else self.runner.dispatch(output)
-        except Exception as error:  # of any kind: the other requests go on
-            return previous, error
-        return previous, None
 
     def _postprocess(self, pending: PendingStep | None) -> list[RequestUpdate]:
         """Wait for a dispatched step, and add its sampled tokens to their requests."""

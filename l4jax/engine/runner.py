@@ -218,7 +218,8 @@ class Runner:
             with self.activate():
                 for start in launches:
                     start()
-                sampled, prompt_logprobs = self._run(batch)
+                results = self.programs.run(*self._make_program(batch))
+                sampled, prompt_logprobs = self._keep_state(results)
                 return sampled, prompt_logprobs if has_prompt_logprobs else None
 
         return PendingStep(output, bucket, self._launcher.submit(launch))
@@ -255,7 +256,7 @@ class Runner:
             for pixels, slot_I in tiles:
                 self._run_tiles(pixels, slot_I)
             for batch in batches:
-                self._run(batch)
+                self._keep_state(self.programs.run(*self._make_program(batch)))
             rest = (
                 *put_all(bucket for bucket in coarse if bucket not in first),
                 *put_all(coarse, has_processors=True),
@@ -314,9 +315,8 @@ class Runner:
         step = self.functions["step", batch.has_logits_processors]
         return Program(batch.key, step, (*args, self.features))
 
-    def _run(self, batch: _Batch) -> tuple[Any, Any]:
-        """Run a batch; return sampled tokens, and prompt logprobs of a step."""
-        results = self.programs.run(*self._make_program(batch))
+    def _keep_state(self, results: tuple[Any, ...]) -> tuple[Any, Any]:
+        """Keep a batch's new state; return its sampled tokens, and a step's prompt logprobs."""
         self.pool, self.decode_state, sampled, *prompt_logprobs = results
         return sampled, prompt_logprobs[0] if prompt_logprobs else None
 

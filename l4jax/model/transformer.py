@@ -70,20 +70,21 @@ class Llama4(nn.Module):
         self.head_VD = declare(self, "head", (c.vocab, c.width), names)
 
     def __call__(
-        self, batch: Batch, pool: PagePool, features_MD: Array | None = None
+        self, batch: Batch, pool: PagePool, features_IND: Array | None = None
     ) -> tuple[Array, PagePool]:
         """Run the tokens of a step.
 
         Args:
             batch: the tokens and their tables.
             pool: keys and values of earlier tokens.
-            features_MD: image features, which `batch.feature_T` indexes.
+            features_IND: image features of each slot; `batch.feature_T` indexes all of them.
 
         Returns:
             [T, D] normed hidden states, for `compute_logits`; and the pool with the step's tokens.
         """
         x_TD = constrain(self.embedding_VD[batch.token_T], axes.TOKENS, axes.WIDTH)
-        if features_MD is not None and batch.feature_T is not None:
+        if features_IND is not None and batch.feature_T is not None:
+            features_MD = features_IND.reshape(-1, features_IND.shape[-1])
             is_image_T = batch.feature_T >= 0
             x_TD = jnp.where(
                 is_image_T[:, None], features_MD[batch.feature_T].astype(x_TD.dtype), x_TD

@@ -149,7 +149,7 @@ def compute_loss(
     dtype = jnp.dtype(hparams.dtype)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     kernels = kernels or make_training_kernels(config.text.chunk, hparams.attention)
-    features_MD = None
+    features_IND = None
     if config.vision is not None and len(packed.tiles_ICYX):
         pixels_ICYX = jnp.stack(
             [
@@ -160,12 +160,11 @@ def compute_loss(
         )
         tower = VisionTower(config.vision, config.text.width, kernels)
         features_IND = tower.apply({"params": params["vision"]}, pixels_ICYX)
-        features_MD = features_IND.reshape(-1, config.text.width)  # type: ignore[union-attr]
     model = Llama4(config.text, kernels)
     variables = {"params": params["text"]}
     batch = make_model_batch(packed, config.text)
     (x_TD, _), kept = model.apply(
-        variables, batch, make_empty_pool(config.text), features_MD, mutable=["intermediates"]
+        variables, batch, make_empty_pool(config.text), features_IND, mutable=["intermediates"]
     )
     logits_TV: Any = model.apply(variables, x_TD, method="compute_logits")
     loss_T = optax.softmax_cross_entropy_with_integer_labels(logits_TV, packed.target_T)
