@@ -31,6 +31,7 @@ ENGINE_FIELDS = (
     "max_model_len",
 )
 SAMPLING = ("max_tokens", "temperature", "top_p", "seed")
+MAX_TOKENS = 256  # of a checkpoint that names no max_new_tokens
 SAMPLE = "sample"  # name of the bundled chart
 # Defaults on a terminal: of a prompt, and of one with images.
 PROMPT, IMAGE_PROMPT = "Why is the sky blue?", "List all values."
@@ -54,7 +55,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"an image before the prompt; up to 10; {SAMPLE}: the bundled chart",
     )
     add("--system", help="the system message")
-    add("--max-tokens", type=int, default=256, help="tokens of the completion (default: 256)")
+    add("--max-tokens", type=int, help="tokens of the completion (default: the model's, or 256)")
     add("--temperature", type=float, help="0 is greedy (default: the model's)")
     add("--top-p", type=float, help="(default: the model's)")
     add("--seed", type=int, help="the same seed gives the same completion")
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = make_engine_config(args, ENGINE_FIELDS, max_num_seqs=1, limit_mm_per_prompt=limit)
         llm = LLM(**vars(config))
         given = {key: getattr(args, key) for key in SAMPLING if getattr(args, key) is not None}
-        params = llm.get_default_sampling_params().replace(**given)
+        params = llm.get_default_sampling_params(max_tokens=MAX_TOKENS).replace(**given)
         loaded, first, tokens = time.perf_counter(), 0.0, 0
         for delta in llm.stream(_make_messages(args), params):
             first = first or time.perf_counter()

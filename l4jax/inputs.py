@@ -1,18 +1,29 @@
 """Inputs of `LLM` and of the server: prompts and messages to token ids and images, and defaults."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from l4jax.config import Config
+from l4jax.config import Config, ConfigError
 from l4jax.engine.config import EngineConfig
 from l4jax.engine.request import Constraints, SamplingParams
+from l4jax.json_file import quote, read_object_if_present
 from l4jax.text.chat import Prompt, PromptError, encode_prompt, render_chat
 from l4jax.text.grammar import Grammar
 from l4jax.text.image import ImageProcessor
 from l4jax.text.tokenizer import Tokenizer
+from l4jax.text.tokenizer_check import check_tokenizer
+
+# Keys of generation_config.json, and the sampling parameters that they set.
+GENERATION_FIELDS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
 
 Messages: TypeAlias = Sequence[dict[str, Any]]
 # Text, or {"prompt": text, "multi_modal_data": {"image": [...]}}, or {"prompt_token_ids": [...]}.
@@ -30,7 +41,7 @@ class InputProcessor:
         vocab: rows of the output head; ids beyond the tokenizer's are never allowed.
         chat_template: Jinja; None is the checkpoint's.
         max_images: images of a prompt, at most.
-        default_params: sampling parameters for calls without any.
+        generation_fields: sampling parameters that the checkpoint sets.
     """
 
     tokenizer: Tokenizer
@@ -39,7 +50,7 @@ class InputProcessor:
     vocab: int = 0
     chat_template: str | None = None
     max_images: int = 10
-    default_params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+    generation_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_folder(
@@ -51,15 +62,22 @@ class InputProcessor:
             image_processor = ImageProcessor.from_folder(
                 folder, image_size=config.vision.tile, patch_size=config.vision.patch
             )
+        tokenizer = Tokenizer.from_folder(folder)
+        check_tokenizer(tokenizer, config, folder)
         return cls(
-            tokenizer=Tokenizer.from_folder(folder),
+            tokenizer=tokenizer,
             image_processor=image_processor,
-            eos_ids=config.eos_ids,
+            eos_ids=config.eos_ids or tokenizer.default_eos_ids,
             vocab=config.text.vocab,
             chat_template=engine_config.chat_template,
             max_images=engine_config.max_images,
-            default_params=read_generation_config(folder),
+            generation_fields=read_generation_config(folder),
         )
+
+    @property
+    def default_params(self) -> SamplingParams:
+        """Sampling parameters for calls without any."""
+        return SamplingParams(**self.generation_fields)
 
     def encode_text(self, text: str, *, add_special_tokens: bool = True) -> Prompt:
         """Encode a raw prompt without images; special tokens in the text count.
@@ -149,11 +167,34 @@ def expand_params(
     return each
 
 
-def read_generation_config(folder: Path) -> SamplingParams:
-    """Read the checkpoint's sampling defaults; greedy if `do_sample` is false."""
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """Read the sampling parameters in `generation_config.json`; greedy if `do_sample` is false.
+
+    Returns:
+        The fields of `SamplingParams` that the file sets, as vLLM reads them.
+
+    Raises:
+        ConfigError: naming the file and the key of a value that no request may have.
+    """
     path = folder / "generation_config.json"
-    raw = json.loads(path.read_text()) if path.exists() else {}
-    if raw.get("do_sample") is False:
-        return SamplingParams(temperature=0.0)
-    known = ("temperature", "top_p", "top_k", "min_p")
-    return SamplingParams(**{key: raw[key] for key in known if raw.get(key) is not None})
+    raw = read_object_if_present(path, ConfigError)
+    fields: dict[str, Any] = {}
+    for key, name in GENERATION_FIELDS.items():
+        value = raw.get(key)
+        if value is None:
+            continue
+        kind = type(getattr(SamplingParams(), name))
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not abs(value) <= 2**31 - 1 or value != kind(value):
+            raise ConfigError(
+                f"{path}: {key} is {quote(value)}: it must be a number"
+                f"{' without a fraction' if kind is int else ''}."
+            )
+        try:
+            fields[name] = getattr(SamplingParams(**{name: kind(value)}), name)
+        except ValueError as error:
+            raise ConfigError(f"{path}: {key} is not usable: {error}") from None
+    samples = raw.get("do_sample")
+    if samples not in (None, True, False) or isinstance(samples, float):
+        raise ConfigError(f"{path}: do_sample is {quote(samples)}, neither true nor false.")
+    return fields | {"temperature": 0.0} if samples is False else fields

@@ -59,6 +59,8 @@ class LLM:
         has_tuning = engine_config.attn_temperature_tuning
         if has_tuning is not None:
             self.config = self.config.replace_text(has_temperature_tuning=has_tuning)
+        self.inputs = InputProcessor.from_folder(self.folder, self.config, engine_config)
+        self.config = dataclasses.replace(self.config, eos_ids=self.inputs.eos_ids)
         runner = Runner(
             self.config,
             engine_config.mesh_shape,
@@ -66,7 +68,6 @@ class LLM:
             kernels=engine_config.kernels,
         )
         self._notify(runner.notice)
-        self.inputs = InputProcessor.from_folder(self.folder, self.config, engine_config)
         self._load_weights(runner, engine_config)
         if engine_config.kv_cache_dtype != "auto":
             self._notify(
@@ -106,9 +107,13 @@ class LLM:
         """The model's tokenizer."""
         return self.inputs.tokenizer
 
-    def get_default_sampling_params(self) -> SamplingParams:
-        """Return the defaults of `generation_config.json`, for calls without parameters."""
-        return self.inputs.default_params
+    def get_default_sampling_params(self, **fallbacks: Any) -> SamplingParams:
+        """Return the defaults of `generation_config.json`, for calls without parameters.
+
+        Args:
+            **fallbacks: fields of `SamplingParams` for keys that the file lacks.
+        """
+        return SamplingParams(**(fallbacks | dict(self.inputs.generation_fields)))
 
     def generate(
         self,

@@ -1,6 +1,7 @@
 """The command `python -m l4jax.serve --model FOLDER`: serve OpenAI's API."""
 
 import contextlib
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             llm = LLM(**vars(engine_config))
         uses_checkpoint = args.generation_config == "auto"
         defaults = llm.get_default_sampling_params() if uses_checkpoint else SamplingParams()
+        if uses_checkpoint and options.max_new_tokens is None:
+            limit = llm.inputs.generation_fields.get("max_tokens")
+            options = dataclasses.replace(options, max_new_tokens=limit)
         return serve(Service(llm, options, defaults.replace(**changes)))
     except (ValueError, OSError) as error:
         print(f"l4jax.serve: {error}", file=sys.stderr)

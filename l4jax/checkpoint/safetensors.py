@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from l4jax.checkpoint.errors import CheckpointError, list_few
+from l4jax.json_file import quote, read_object
 
 DTYPES: Mapping[str, np.dtype] = {
     name: np.dtype(kind)
@@ -79,17 +80,13 @@ class Index:
         """
         folder = Path(folder)
         index = folder / INDEX
-        if not index.is_file():
+        # A single file wins over an index, which an earlier checkpoint may have left. transformers
+        # chooses so, too.
+        if (folder / "model.safetensors").exists() or not index.exists():
             return cls(folder, read_header(_find_single_file(folder)))
-        try:
-            shard_of = json.loads(index.read_text())["weight_map"]
-            shards = sorted({str(shard) for shard in shard_of.values()})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(
-                f"{index} is not the index of a sharded checkpoint, JSON with a weight_map: "
-                "download it again."
-            ) from None
-        absent = [shard for shard in shards if not (folder / shard).is_file()]
+        shard_of = _read_weight_map(index)
+        shards = sorted(set(shard_of.values()))
+        absent = [shard for shard in shards if not (folder / shard).exists()]
         if absent:
             raise CheckpointError(
                 f"{index} names shards that are not in the folder: {list_few(absent)}; "
@@ -157,6 +154,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is incomplete, damaged, or of another format.
     """
+    if not path.is_file():  # opening a FIFO would wait for a writer
+        raise CheckpointError(f"{path} is not a regular file: download it again.")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -173,15 +172,16 @@ def read_header(path: Path) -> dict[str, Tensor]:
         header = json.loads(content, object_pairs_hook=_refuse_duplicate_keys)
         header.pop("__metadata__", None)
         entries = {name: _read_entry(entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} has a header that is not safetensors' ({error}): download it again."
+            f"{path} has a header that is not safetensors' ({quote(str(error))}): "
+            "download it again."
         ) from None
     tensors = {}
     for name, (dtype, shape, begin, end) in entries.items():
         if dtype not in DTYPES:
             raise CheckpointError(
-                f"{path}: {name} has the dtype {dtype}, and l4jax reads {', '.join(DTYPES)}."
+                f"{path}: {name} has the dtype {dtype[:20]}, and l4jax reads {', '.join(DTYPES)}."
             )
         nbytes = count_bytes((dtype, shape))
         if end - begin != nbytes:
@@ -195,7 +195,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
                 "download it again."
             )
         tensors[name] = Tensor(path, 8 + length + begin, nbytes, dtype, shape)
-    _check_overlaps(path, tensors)
+    _check_coverage(path, tensors, 8 + length, size)
     return tensors
 
 
@@ -255,8 +255,8 @@ def count_bytes(spec: TensorSpec) -> int:
 
 def _read_entry(entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
     shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-        raise ValueError(f"{entry} has a shape or offsets other than whole numbers")
+    if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, begin, end)):
+        raise ValueError(f"{quote(entry)} has a shape or offsets other than whole numbers")
     return str(entry["dtype"]), shape, begin, end
 
 
@@ -269,20 +269,45 @@ def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return names
 
 
-def _check_overlaps(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that share bytes."""
-    last, reached = "", 0
+def _check_coverage(path: Path, tensors: Mapping[str, Tensor], begin: int, size: int) -> None:
+    """Refuse tensors that share bytes, and bytes without a tensor, as the format demands.
+
+    A header with a wrong length may still be JSON, and would shift the data of all tensors.
+    """
+    last, reached = "the header", begin
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
-        if tensor.begin < reached and tensor.nbytes:
+        if tensor.begin != reached and tensor.nbytes:
+            problem = "overlap" if tensor.begin < reached else "have unused bytes between them"
             raise CheckpointError(
-                f"{path}: {last} and {name} overlap: the file is damaged; download it again."
+                f"{path}: {last} and {name} {problem}: the file is damaged; download it again."
             )
         last, reached = name, max(reached, tensor.begin + tensor.nbytes)
+    if reached != size:
+        raise CheckpointError(
+            f"{path} has {size} bytes, and its last tensor ends at {reached}: "
+            "the file is damaged; download it again."
+        )
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    """Read the shard of each tensor."""
+    shard_of = read_object(index, CheckpointError).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(type(name) is str for name in shard_of.values()):
+        raise CheckpointError(
+            f"{index} is not the index of a sharded checkpoint, JSON with a weight_map from "
+            "tensors to files: download it again."
+        )
+    outside = [name for name in shard_of.values() if Path(name).name != name or "\\" in name]
+    if outside:
+        raise CheckpointError(
+            f"{index} names {quote(outside[0])}, a file outside its folder: download it again."
+        )
+    return shard_of
 
 
 def _find_single_file(folder: Path) -> Path:
     single = folder / "model.safetensors"
-    if single.is_file():
+    if single.exists():
         return single
     found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1:

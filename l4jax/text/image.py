@@ -6,7 +6,6 @@ the tests were recorded from them, and the pixels agree bit for bit. `image_io` 
 """
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from l4jax.json_file import quote, read_object_if_present
 from l4jax.text.image_io import ImageError, convert_to_rgb, open_image
 from l4jax.text.resample import make_levels, resize
 
@@ -32,6 +32,7 @@ __all__ = [
 
 IMAGE_PLACEHOLDER = "<|image|>"
 PATCH = "<|patch|>"
+MAX_TILES = 1024  # 64 times the published models'; the list of canvases grows with it
 IMAGE_START = "<|image_start|>"
 IMAGE_END = "<|image_end|>"
 TILE_X = "<|tile_x_separator|>"
@@ -161,14 +162,16 @@ class ImageProcessor:
         Raises:
             ImageError: a file has a value that is not implemented here.
         """
-        outer = read_json(Path(folder) / "processor_config.json")
+        outer = read_object_if_present(Path(folder) / "processor_config.json", ImageError)
         # transformers 5 nests the image processor in processor_config.json, which takes precedence.
         nested = outer.pop("image_processor", None)
         name = "processor_config.json"
         check_values(name, outer, {"patch_size": patch_size, "pixel_shuffle_ratio": pixel_shuffle})
         if nested is None:
             name = "preprocessor_config.json"
-            nested = read_json(Path(folder) / name)
+            nested = read_object_if_present(Path(folder) / name, ImageError)
+        if not isinstance(nested, dict):
+            raise ImageError(f"{name}: image_processor is {quote(nested)}, not an object.")
         size = {"height": image_size, "width": image_size}
         check_values(name, nested, {"size": size})
         default = cls(tile=image_size, patch=patch_size, pixel_shuffle=pixel_shuffle)
@@ -181,8 +184,8 @@ class ImageProcessor:
             tile=image_size,
             patch=patch_size,
             pixel_shuffle=pixel_shuffle,
-            max_tiles=int(get("max_patches", default.max_tiles)),
-            rescale=float(get("rescale_factor", default.rescale)),
+            max_tiles=read_max_tiles(name, get("max_patches", default.max_tiles)),
+            rescale=read_positive(name, "rescale_factor", get("rescale_factor", default.rescale)),
             mean=read_channels(name, "image_mean", get("image_mean", default.mean)),
             std=read_channels(name, "image_std", get("image_std", default.std)),
         )
@@ -278,30 +281,39 @@ def check_values(name: str, values: dict[str, Any], wanted: dict[str, Any]) -> N
             continue
         if key not in wanted:
             raise ImageError(
-                f"{name}: {key} = {value!r} is not known here; remove it if it changes no pixel."
+                f"{name}: {quote(key)[1:-1]} = {quote(value)} is not known here; "
+                "remove it if it changes no pixel."
             )
         if value != wanted[key]:
             raise ImageError(
-                f"{name}: {key} = {value!r} is not implemented; only {wanted[key]!r} is."
+                f"{name}: {key} = {quote(value)} is not implemented; only {wanted[key]!r} is."
             )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file; a missing file reads as an empty object."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ImageError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise ImageError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
+def read_max_tiles(name: str, value: Any) -> int:
+    """Read the limit of tiles."""
+    if type(value) is not int or not 1 <= value <= MAX_TILES:
+        raise ImageError(
+            f"{name}: max_patches = {quote(value)} must be a whole number from 1 to {MAX_TILES}."
+        )
     return value
 
 
+def read_positive(name: str, key: str, value: Any) -> float:
+    """Read a positive number."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 1e-30 < value < 1e30:  # float32 has these
+        raise ImageError(f"{name}: {key} = {quote(value)} must be a positive number.")
+    return float(value)
+
+
 def read_channels(name: str, key: str, value: Any) -> tuple[float, ...]:
-    """Read one number per channel; a single number holds for all three."""
+    """Read one number from 0 to 1 per channel; a single number holds for all three."""
     channels = tuple(value) if isinstance(value, list | tuple) else (value,) * 3
-    if len(channels) != 3 or not all(isinstance(x, int | float) for x in channels):
-        raise ImageError(f"{name}: {key} = {value!r} must be one number for each of 3 channels.")
+    if len(channels) != 3 or not all(isinstance(x, int | float) and 0 <= x <= 1 for x in channels):
+        raise ImageError(
+            f"{name}: {key} = {quote(value)} must be one number from 0 to 1 for each of 3 channels."
+        )
+    if key == "image_std":
+        return tuple(read_positive(name, key, x) for x in channels)
     return tuple(float(x) for x in channels)

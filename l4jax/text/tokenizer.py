@@ -6,7 +6,6 @@ and rebuilds the 200,000-entry vocabulary. The ids are the same, and a test comp
 transformers still renders the chat templates, and is imported for the first one.
 """
 
-import json
 import os
 import re
 import threading
@@ -14,6 +13,8 @@ from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
+
+from l4jax.json_file import quote, read_object_if_present
 
 # Guards the construction of a renderer: it sets an environment variable during an import.
 _RENDERER_LOCK = threading.Lock()
@@ -62,7 +63,13 @@ class Tokenizer:
         # The post-processor's prefix and suffix of every text: [BOS] and none for Llama 4.
         bare = backend.encode("a", add_special_tokens=False).ids
         full = backend.encode("a", add_special_tokens=True).ids
-        start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+        places = range(len(full) if bare else 0)
+        start = next((i for i in places if full[i : i + len(bare)] == bare), None)
+        if start is None:
+            raise TokenizerError(
+                f"The tokenizer encodes 'a' as {bare}, and as {full} with special tokens; "
+                "use tokenizer.json of a Llama 4 repository."
+            )
         self._prefix, self._suffix = full[:start], full[start + len(bare) :]
 
     @classmethod
@@ -79,17 +86,22 @@ class Tokenizer:
 
         path = Path(folder)
         file = path / "tokenizer.json"
-        if not file.is_file():
+        if not file.exists():
             raise TokenizerError(
                 f"No tokenizer in {str(folder)!r}: it needs {' and '.join(TOKENIZER_FILES)}; "
                 "copy them from the model's Hugging Face repository."
             )
+        if not file.is_file():
+            raise TokenizerError(f"{file} is not a regular file: download it again.")
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception
+        except BaseException as error:  # plain Exception, and PanicException of Rust code
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise TokenizerError(f"{file} is not a tokenizer: {error}.") from error
-        config = read_json(path / "special_tokens_map.json")
-        config |= read_json(path / "tokenizer_config.json")
+        config = read_object_if_present(path / "special_tokens_map.json", TokenizerError)
+        config |= read_object_if_present(path / "tokenizer_config.json", TokenizerError)
+        check_added_tokens(backend, config, file)
         return cls(backend, config=config, chat_template=read_chat_template(path, config))
 
     @property
@@ -103,6 +115,12 @@ class Tokenizer:
     def bos_id(self) -> int:
         """The id of `bos_token`."""
         return self.token_id(self.special_tokens_map.get("bos_token", "<|begin_of_text|>"))
+
+    @property
+    def default_eos_ids(self) -> tuple[int, ...]:
+        """The id of `eos_token`, for a model whose files name no end ids; empty if it has none."""
+        token = self.special_tokens_map.get("eos_token")
+        return () if token is None else (self.token_id(token),)
 
     def token_id(self, text: str) -> int:
         """Return the id of one token, by its exact text."""
@@ -217,7 +235,11 @@ def read_special_tokens(config: dict[str, Any]) -> dict[str, str]:
         value = config.get(name)
         if isinstance(value, dict):
             value = value.get("content")
-        if isinstance(value, str):
+        if value is not None and not isinstance(value, str):
+            raise TokenizerError(
+                f"tokenizer_config.json: {name} is {quote(value)}, not the text of a token."
+            )
+        if value:
             tokens[name] = value
     return tokens
 
@@ -225,20 +247,55 @@ def read_special_tokens(config: dict[str, Any]) -> dict[str, str]:
 def read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """Read the chat template from `chat_template.jinja` or the tokenizer's config."""
     file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+    if file.exists():
+        try:
+            if not file.is_file():
+                raise OSError("it is not a regular file")
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise TokenizerError(
+                f"{file} is not a chat template: {error}; download it again."
+            ) from error
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates
-        named = {entry["name"]: entry["template"] for entry in template}
+        named = {
+            entry.get("name"): entry.get("template") for entry in template if type(entry) is dict
+        }
         template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise TokenizerError(
+            f"{folder / 'tokenizer_config.json'}: chat_template is {quote(template)}, "
+            "not the text of a Jinja template."
+        )
     return template
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file; a missing file reads as an empty object."""
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise TokenizerError(f"{path} does not hold a JSON object: {error}.") from error
+def check_added_tokens(backend: Any, config: dict[str, Any], file: Path) -> None:
+    """Refuse a vocabulary whose ids have gaps or differ from the tokenizer's config.
+
+    The library gives an added token the next free id, whatever tokenizer.json says. So a vocabulary
+    that lost tokens would shift the special tokens without an error.
+    """
+    way_out = "download tokenizer.json and tokenizer_config.json again."
+    added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
+    tokens = backend.get_vocab_size(with_added_tokens=True)
+    highest = max(backend.get_vocab_size(with_added_tokens=False) - 1, *added) if added else None
+    if highest is not None and highest >= tokens:
+        raise TokenizerError(
+            f"{file} has {tokens} tokens with ids up to {highest}: tokens are lost; {way_out}"
+        )
+    listed = config.get("added_tokens_decoder") or {}
+    if not isinstance(listed, dict):
+        raise TokenizerError(
+            f"{file.with_name('tokenizer_config.json')}: added_tokens_decoder is {quote(listed)}, "
+            f"not an object; {way_out}"
+        )
+    for token_id, entry in listed.items():
+        content = entry.get("content") if isinstance(entry, dict) else entry
+        found = backend.token_to_id(content) if isinstance(content, str) else None
+        if str(found) != token_id:
+            raise TokenizerError(
+                f"{file.with_name('tokenizer_config.json')}: added_tokens_decoder gives "
+                f"{quote(content)} the id {quote(token_id)}, and tokenizer.json gives it {found}; "
+                f"{way_out}"
+            )

@@ -1,5 +1,6 @@
 """Laws of conversion to Orbax: equal values on any mesh, and complete or absent output."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("published")
     weights.write_checkpoint(folder, RAW, 5, dtype="BF16", shards=2)
     for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja", "LICENSE"):
-        (folder / name).write_text(name)
+        (folder / name).write_text(json.dumps({"name": name}))
     (folder / "consolidated.00.pth").touch()
     return folder
 

@@ -144,7 +144,7 @@ def test_missing_or_malformed_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="is not JSON"):
         load_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ConfigError, match="not an object"):
+    with pytest.raises(ConfigError, match="not a JSON object"):
         load_config(tmp_path)
 
 

@@ -150,7 +150,7 @@ def test_index_that_contradicts_its_shards_is_refused(tmp_path: Path) -> None:
     (tmp_path / "2.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"not in the folder: 2\.safetensors"):
         Index.open(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(CheckpointError, match="weight_map"):
         Index.open(tmp_path)
 
