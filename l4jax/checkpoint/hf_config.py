@@ -22,7 +22,8 @@ from l4jax.json_file import quote, read_object, read_object_if_present
 log = logging.getLogger(__name__)
 
 MAX_INTEGER = 2**31 - 1  # of sizes and counts
-MAX_LAYERS = 1024  # 21 times Scout's; a loader's tables grow with the layers
+MAX_LAYERS = 1024  # 21 times Scout's; the loader's tables grow with layers and experts
+MAX_EXPERTS = 4096  # 32 times Maverick's
 
 # Keys that change nothing when serving: provenance of the file, and settings of training.
 _IGNORED = (
@@ -380,7 +381,7 @@ def _parse_text(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        experts=keys.take_positive("num_local_experts", 16),
+        experts=keys.take_positive("num_local_experts", 16, largest=MAX_EXPERTS),
         expert_width=keys.take_positive("intermediate_size"),
         dense_width=keys.take_positive("intermediate_size_mlp", 16384),
         moe_interval=moe_interval,

@@ -297,7 +297,11 @@ def _read_weight_map(index: Path) -> dict[str, str]:
             f"{index} is not the index of a sharded checkpoint, JSON with a weight_map from "
             "tensors to files: download it again."
         )
-    outside = [name for name in shard_of.values() if Path(name).name != name or "\\" in name]
+    outside = [
+        name
+        for name in shard_of.values()
+        if Path(name).name != name or name in ("", "..") or "\\" in name
+    ]
     if outside:
         raise CheckpointError(
             f"{index} names {quote(outside[0])}, a file outside its folder: download it again."
