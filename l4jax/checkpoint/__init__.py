@@ -19,7 +19,7 @@ from l4jax.checkpoint.hf_config import format_config, load_config, parse_config
 from l4jax.checkpoint.hub import BUNDLED, SAMPLE, find_bundled, find_folder
 from l4jax.checkpoint.online_quantization import OnlineQuantization
 from l4jax.checkpoint.parameters import Place, load_parameters
-from l4jax.checkpoint.peft import read_adapter, write_adapter
+from l4jax.checkpoint.peft import check_copies, read_adapter, write_adapter
 from l4jax.checkpoint.safetensors import Index
 from l4jax.config import Config
 from l4jax.model import Parameters
@@ -73,6 +73,8 @@ def load(
     Raises:
         CheckpointError: in one sentence, a tensor is missing, damaged, or not of this model.
     """
+    if lora is not None and lora.copies:
+        check_copies(lora, None if _is_orbax(folder) else Index.open(folder))
     if _is_orbax(folder):
         from l4jax.checkpoint import orbax  # slow to import, and seldom needed
 

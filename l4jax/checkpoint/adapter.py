@@ -35,12 +35,14 @@ class Adapter:
         alpha: the product of the factors is multiplied by alpha / rank.
         factors: path of a parameter, as in "text/layer_3/attention/qkv" -> its factors, float32.
         origin: the adapter's folder, for errors.
+        copies: weights of the model that the adapter stores, too: name -> values, unconverted.
     """
 
     rank: int
     alpha: float
     factors: Mapping[str, Factors]
     origin: str = "the adapter"
+    copies: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def scale(self) -> float:

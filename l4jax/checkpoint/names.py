@@ -141,6 +141,8 @@ IN_AXES: Mapping[str, int] = {
 }
 # Parameters of a module of fused experts, in the module's order.
 FUSED_EXPERTS = ("gate_up_proj", "down_proj")
+# The names that PEFT may store with an adapter, in a text-only checkpoint.
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 # A model with a vision tower has this before the decoder's names; a text-only one does not.
 _PREFIX = "language_model."

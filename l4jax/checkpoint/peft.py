@@ -9,6 +9,7 @@ and the names of the first one contain an additional `base_layer`.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,13 +21,15 @@ import numpy as np
 from l4jax.checkpoint.adapter import Adapter, Factors, shape_factors, slice_factors
 from l4jax.checkpoint.errors import CheckpointError, list_few
 from l4jax.checkpoint.layouts import Shape
-from l4jax.checkpoint.names import FUSED_EXPERTS, make_published_recipe, strip_prefix
+from l4jax.checkpoint.names import EMBEDDINGS, FUSED_EXPERTS, make_published_recipe, strip_prefix
 from l4jax.checkpoint.parameters import flatten
 from l4jax.checkpoint.recipe import Recipe, Source
 from l4jax.checkpoint.safetensors import Index, read_header, write_safetensors
 from l4jax.config import Config
+from l4jax.json_file import quote, read_object
 from l4jax.model import declare_parameters
 
+MAX_RANK = 65536  # beyond the width of any matrix
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MODULE, _INSIDE = "base_model.model.", ".base_layer"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -34,7 +37,10 @@ _EXCHANGED_SINCE = (0, 19, 1)  # PEFT's version: `in` and `out` of fused experts
 _FLOATS = ("BF16", "F16", "F32", "F64")
 # Keys of the config that are read; and keys that do not change a trained adapter: the names of the
 # tensors show the adapted matrices.
-_READ = ("peft_type", "r", "lora_alpha", "use_rslora", "bias", "init_lora_weights", "peft_version")
+_READ = (
+    *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
+    *("bias", "init_lora_weights", "peft_version"),
+)
 _IGNORED = (
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
     *("target_modules", "target_parameters", "exclude_modules"),
@@ -61,9 +67,9 @@ def read_adapter(folder: str | Path, config: Config) -> Adapter:
     """
     folder = Path(folder).expanduser()
     settings = _read_config(folder)
-    rank = settings["r"]
-    alpha = settings["lora_alpha"] * (rank**0.5 if settings.get("use_rslora") else 1.0)
-    tensors = _FactorTensors(folder)
+    scales = _Scales(settings, str(folder / CONFIG))
+    rank = scales.largest_rank
+    tensors = _FactorTensors(folder, scales)
     factors: dict[str, Factors] = {}
     for path, recipe, shapes in _list_adaptable(config, rank, has_vision=False):
         read = {name: np.zeros(size, np.float32) for name, size in shapes.items()}
@@ -75,10 +81,41 @@ def read_adapter(folder: str | Path, config: Config) -> Adapter:
         ]
         if any(is_adapted):
             factors[path] = read
+    copies = tensors.take_copies()
     tensors.check_empty()
     if not factors:
         raise CheckpointError(f"{folder / WEIGHTS} holds no factors: it is no LoRA adapter.")
-    return Adapter(rank, alpha, factors, str(folder))
+    return Adapter(rank, scales.common * rank, factors, str(folder), copies)
+
+
+def check_copies(adapter: Adapter, index: Index | None) -> None:
+    """Refuse an adapter that stores weights of the model which differ from the model's.
+
+    PEFT stores the head beside its factors. A copy of the model's head adds nothing; another one,
+    such as a trained or resized head, is no product of factors.
+
+    Args:
+        adapter: as read.
+        index: of the base model; None if it is not stored as safetensors.
+    """
+    stored = {strip_prefix(name): name for name in index.tensors} if index else {}
+    for name, copy in adapter.copies.items():
+        base = index.view(stored[name]) if index and name in stored else None
+        if base is None or base.shape != copy.shape or not _are_equal(base, copy):
+            problem = "cannot be compared with" if base is None else "differs from"
+            raise CheckpointError(
+                f"{Path(adapter.origin) / WEIGHTS} has {name}, which {problem} the base model's: "
+                "save the adapter with save_embedding_layers=False, or merge it in PEFT "
+                "(merge_and_unload) and load what that saves."
+            )
+
+
+def _are_equal(base: np.ndarray, copy: np.ndarray, rows: int = 4096) -> bool:
+    """Compare in the dtype of the copy; some thousand rows are converted at a time."""
+    starts = range(0, len(base), rows)
+    return all(
+        np.array_equal(base[i : i + rows].astype(copy.dtype), copy[i : i + rows]) for i in starts
+    )
 
 
 def write_adapter(folder: str | Path, adapter: Adapter, config: Config, model: str) -> None:
@@ -149,23 +186,27 @@ def _list_adaptable(
 def _read_config(folder: Path) -> dict[str, Any]:
     """Read the config of an adapter, and refuse one that cannot be merged."""
     path = folder / CONFIG
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(
             f"lora is {str(folder)!r}, which holds no {CONFIG}: pass the folder that PEFT, or "
             "python -m scripts.finetune, saved an adapter in."
         )
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_object(path, CheckpointError)
         peft_type, rank, alpha = (settings[key] for key in ("peft_type", "r", "lora_alpha"))
-    except (ValueError, KeyError, TypeError):
+    except KeyError:
         raise CheckpointError(
             f"{path} is not the config of an adapter, JSON with peft_type, r and lora_alpha."
         ) from None
     if peft_type != "LORA":
-        raise CheckpointError(f"{path}: peft_type is {peft_type!r}, and l4jax merges LORA only.")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
         raise CheckpointError(
-            f"{path}: r is {rank!r} and lora_alpha {alpha!r}: they must be numbers, r at least 1."
+            f"{path}: peft_type is {quote(peft_type)}, and l4jax merges LORA only."
+        )
+    is_number = type(alpha) in (int, float) and math.isfinite(alpha)
+    if type(rank) is not int or not 1 <= rank <= MAX_RANK or not is_number:
+        raise CheckpointError(
+            f"{path}: r is {quote(rank)} and lora_alpha {quote(alpha)}: they must be numbers, "
+            f"r from 1 to {MAX_RANK}."
         )
     refused = {
         key: value
@@ -178,14 +219,67 @@ def _read_config(folder: Path) -> dict[str, Any]:
         refused["init_lora_weights"] = settings["init_lora_weights"]  # it changed the base, too
     if refused:
         key, value = next(iter(refused.items()))
-        raise CheckpointError(f"{path}: {key} is {value!r}, which is not merged: {_WAY_OUT}.")
+        raise CheckpointError(f"{path}: {key} is {quote(value)}, which is not merged: {_WAY_OUT}.")
     return settings
+
+
+class _Scales:
+    """Rank and scale of each module: the config's, or those of a pattern that its name matches."""
+
+    def __init__(self, settings: Mapping[str, Any], where: str):
+        self._rank, self._alpha = settings["r"], settings["lora_alpha"]
+        self._is_stabilized = bool(settings.get("use_rslora"))
+        self._ranks, self._alphas = (
+            _read_pattern(settings, key, where) for key in ("rank_pattern", "alpha_pattern")
+        )
+        self.largest_rank = max(self._rank, *self._ranks.values(), 1)
+        # The scale of all factors; that of a module with another one is multiplied into its B.
+        self.common = self._divide(self._alpha, self._rank) or 1.0
+
+    def find(self, module: str) -> tuple[int, float]:
+        """Find the rank of a module, and its scale in units of the common one."""
+        rank, alpha = _match(self._ranks, module), _match(self._alphas, module)
+        rank = self._rank if rank is None else rank
+        scale = self._divide(self._alpha if alpha is None else alpha, rank)
+        return rank, scale / self.common
+
+    def _divide(self, alpha: float, rank: int) -> float:
+        return alpha / (rank**0.5 if self._is_stabilized else rank)
+
+
+def _read_pattern(settings: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    """Read a pattern of modules' names -> rank or alpha."""
+    pattern = settings.get(key) or {}
+    kinds = (int,) if key == "rank_pattern" else (int, float)
+    is_right = isinstance(pattern, dict) and all(
+        type(value) in kinds
+        and math.isfinite(value)
+        and (1 <= value <= MAX_RANK or kinds != (int,))
+        for value in pattern.values()
+    )
+    try:
+        for name in pattern:
+            re.compile(name)
+    except re.error:
+        is_right = False
+    if not is_right:
+        raise CheckpointError(
+            f"{where}: {key} is {quote(pattern)}: it must map patterns of module names to numbers."
+        )
+    return dict(pattern)
+
+
+def _match(pattern: Mapping[str, Any], module: str) -> Any:
+    """Return the value of the first key that matches, as in PEFT; None if there is none."""
+    found = (value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module))
+    return next(found, None)
 
 
 class _FactorTensors:
     """The tensors of an adapter by module, without those that were taken."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, scales: _Scales):
+        self._scales = scales
         self.path = folder / WEIGHTS
         if not self.path.is_file():
             raise CheckpointError(
@@ -202,6 +296,21 @@ class _FactorTensors:
 
     def __contains__(self, module: str) -> bool:
         return module + _A in self._left or module + _B in self._left
+
+    def find_scale(self, module: str, parameter: str = "") -> tuple[int, float]:
+        """Find the rank and the relative scale of a module, or of a parameter inside it."""
+        name = self._left.get(module + _A) or self._left.get(module + _B, "")
+        stored = name.removeprefix(_MODULE).removesuffix(_A).removesuffix(_B)
+        return self._scales.find(stored.removesuffix(_INSIDE) + parameter)
+
+    def take_copies(self) -> dict[str, np.ndarray]:
+        """Take the embedding and the head, which PEFT may store, too: name -> values."""
+        copies = {}
+        for name in EMBEDDINGS:
+            for stored in (name, name.replace(".weight", f"{_INSIDE}.weight")):
+                if stored in self._left:
+                    copies[name] = self._index.view(self._left.pop(stored))
+        return copies
 
     def take(self, module: str, *allowed: tuple[Shape, Shape]) -> list[np.ndarray]:
         """Take A and B of a module, float32, of one of the allowed pairs of shapes."""
@@ -240,10 +349,12 @@ def _read_matrix(tensors: _FactorTensors, factors: Factors, recipe: Recipe, sour
     if module not in tensors:
         return False
     first, second = slice_factors(factors, recipe, source)
-    rank = second.shape[-1]
+    rank, scale = tensors.find_scale(module)
     rows, columns = source.stored_shape
     a, b = tensors.take(module, ((rank, columns), (rows, rank)))
-    first[...], second[...] = a.reshape(first.shape), b.reshape(second.shape)
+    # Beyond the rank of this module, factors stay zero.
+    first[:rank] = a.reshape(rank, *first.shape[1:])
+    second[..., :rank] = (b * np.float32(scale)).reshape(*second.shape[:-1], rank)
     return True
 
 
@@ -263,8 +374,9 @@ def _read_fused(
     if module not in tensors:
         return False
     first, second = factors["first"], factors["second"]
-    experts, rank = second.shape[0], second.shape[-1]
-    ins, outs = first.shape[-1], second[0].size // rank
+    experts, largest = second.shape[0], second.shape[-1]
+    ins, outs = first.shape[-1], second[0].size // largest
+    rank, scale = tensors.find_scale(module, f".{parameter}")
     ranks = experts * rank
     exchanged, plain = ((ranks, outs), (ins, ranks)), ((ranks, ins), (outs, ranks))
     a, b = tensors.take(module, exchanged, plain)
@@ -274,8 +386,9 @@ def _read_fused(
     a_EQ = a.reshape(experts, rank, -1)  # [E, Q, out or in]
     b_EQ = b.reshape(-1, rank, experts).transpose(2, 1, 0)  # [E, Q, in or out]
     first_EQ, second_EQ = (b_EQ, a_EQ) if is_exchanged else (a_EQ, b_EQ)
-    first[...] = first_EQ.reshape(first.shape)
-    second[...] = second_EQ.swapaxes(1, 2).reshape(second.shape)
+    first[..., :rank, :] = first_EQ.reshape(*first.shape[:-2], rank, ins)
+    scaled_EQ = second_EQ.swapaxes(1, 2) * np.float32(scale)
+    second[..., :rank] = scaled_EQ.reshape(*second.shape[:-1], rank)
     return True
 
 

@@ -215,13 +215,18 @@ REFUSED = [
     ({"use_dora": True}, "use_dora is True, which is not merged: train the adapter without it"),
     ({"bias": "all"}, "bias is 'all'"),
     ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\].*merge_and_unload"),
-    ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is"),
-    ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern is"),
+    ({"rank_pattern": {"q_proj": 4}}, r"lora_A.weight \[3, \d+\] instead of \[4, \d+\]"),
+    ({"rank_pattern": {"q_proj": 0}}, "rank_pattern is {'q_proj': 0}: it must map"),
+    ({"rank_pattern": {"(": 3}}, "rank_pattern is"),
+    ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern is {'q_proj': nan}: it must map"),
+    ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
     ({"trainable_token_indices": [1]}, "trainable_token_indices is"),
     ({"something_new": 3}, "something_new is 3"),
     ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
     ({"r": 0}, "r is 0"),
+    ({"r": 10**12}, "r is 1000000000000"),
+    ({"lora_alpha": float("inf")}, "lora_alpha inf"),
     ({"r": 5}, r"lora_A.weight \[3, \d+\] instead of \[5, \d+\]"),
 ]
 
@@ -266,7 +271,7 @@ def test_wrong_adapter_files_are_refused_by_name(tmp_path):
     path.unlink()
     with pytest.raises(CheckpointError, match="save the adapter as safetensors"):
         checkpoint.read_adapter(tmp_path, config)
-    (tmp_path / peft.CONFIG).write_text("[]")
+    (tmp_path / peft.CONFIG).write_text("{}")
     with pytest.raises(CheckpointError, match="is not the config of an adapter"):
         checkpoint.read_adapter(tmp_path, config)
 
@@ -289,3 +294,23 @@ def test_adapter_of_quantized_weights_is_refused_and_others_are_merged(tmp_path)
     found, plain = (load(tmp_path, lora, dtype="bfloat16") for lora in (attention, None))
     path = "text/layer_0/attention/qkv"
     assert np.abs(np.asarray(found[path], np.float32) - np.asarray(plain[path], np.float32)).max()
+
+
+@pytest.mark.parametrize("inside", ["", ".base_layer"])
+def test_stored_head_is_taken_if_it_is_the_models_and_refused_if_not(base, tmp_path, inside):
+    """PEFT stores the head, and with an option the embedding, beside the factors."""
+    config = checkpoint.load_config(base)
+    adapter = make_adapter(config, ".*/(head|attention/out)")
+    checkpoint.write_adapter(tmp_path, adapter, config, "base")
+    path = tmp_path / peft.WEIGHTS
+    head = read_stored(base)["language_model.lm_head.weight"]
+    name = f"base_model.model.language_model.lm_head{inside}.weight"
+    expected = load(base, adapter)
+    tensors = load_file(path)
+    save_file(tensors | {name: head}, path)
+    found = load(base, checkpoint.read_adapter(tmp_path, config))
+    for key, array in found.items():
+        np.testing.assert_array_equal(array, expected[key])
+    save_file(tensors | {name: head + np.float32(1)}, path)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight, which differs from the base"):
+        load(base, checkpoint.read_adapter(tmp_path, config))

@@ -18,7 +18,11 @@ from tests.reference import oracle
 from tests.test_model import assert_close
 
 # PEFT uses a name that transformers deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+# It applies patterns to parameters, too, and warns that they match no module.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match"),
+]
 SEED = 5
 ATTENTION = [
     "q_proj",
@@ -83,6 +87,16 @@ CASES: dict[str, dict[str, Any]] = {
         "target_parameters": [FEED + "experts.down_proj"],
     },
     "every linear": {"target_modules": "all-linear"},
+    "ranks and alphas by pattern": {
+        "target_modules": ["q_proj", "v_proj", "o_proj"],
+        "target_parameters": [FEED + "experts.down_proj"],
+        "rank_pattern": {"q_proj": 2, r".*layers\.1\.self_attn\.o_proj": 5, "experts.down_proj": 4},
+        "alpha_pattern": {
+            "v_proj": 1,
+            r"layers\.2\.self_attn\.q_proj": 12.5,
+            "experts.down_proj": 2,
+        },
+    },
     "head and router": {"target_modules": ["lm_head", "router"]},
 }
 
@@ -103,6 +117,19 @@ def test_adapter_saved_by_peft_is_merged(case: str, base: Path, tmp_path: Path) 
     assert_close(found, wanted)
     plain = run_ours(base, None, ids, pixels)
     assert np.abs(found - plain).max() > 1e-2 * np.abs(plain).max()
+
+
+@pytest.mark.parametrize("base", KINDS[:1], indirect=True)
+def test_adapter_of_the_head_as_peft_saves_it_by_default_is_merged(
+    base: Path, tmp_path: Path
+) -> None:
+    """PEFT stores the head's own weight, too, and warns about it."""
+    model = adapt(base, target_modules=["q_proj", "lm_head"])
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        model.save_pretrained(tmp_path)
+    assert any("base_layer" in name for name in load_file(tmp_path / ours.WEIGHTS))
+    ids = weights.random_ids(30, 1)
+    assert_close(run_ours(base, tmp_path, ids), oracle.logits(model, ids))
 
 
 PATTERNS = {
