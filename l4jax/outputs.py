@@ -65,6 +65,7 @@ class CompletionBuilder:
         self.params = params
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
         self._pending = ""  # possible beginning of a stop string
+        self._early = 0  # leading characters of the pending ones in which no stop string may end
         self._text: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -81,17 +82,17 @@ class CompletionBuilder:
         self.cached_tokens = update.cached_tokens
         text, count = self._pending, 0
         stop = None
-        for count, token in enumerate(update.token_ids, 1):  # noqa: B007
+        for count, token in enumerate(update.token_ids, 1):
             # Token by token: tokens after a stop string are not counted.
             text += self._detokenizer.push([token])
-            stop = self._find_stop(text)
+            stop = self._find_stop(text, len(self._token_ids) + count)
             if stop is not None:
                 break
         tokens, logprobs = update.token_ids[:count], update.logprobs[:count]
         finish_reason = update.finish_reason
         if stop is None and finish_reason is not None:
             text += self._detokenizer.finish()
-            stop = self._find_stop(text)
+            stop = self._find_stop(text, len(self._token_ids) + count)
         if stop is not None:
             word, at = stop
             text = text[: at + len(word)] if self.params.include_stop_str_in_output else text[:at]
@@ -103,6 +104,7 @@ class CompletionBuilder:
         else:
             end = len(text) - self._count_pending(text)
             text, self._pending = text[:end], text[end:]
+            self._early = max(self._early - end, 0)
         self._text.append(text)
         self._token_ids += tokens
         self._logprobs += logprobs
@@ -122,8 +124,19 @@ class CompletionBuilder:
             stop_reason=self.stop_reason,
         )
 
-    def _find_stop(self, text: str) -> tuple[str, int] | None:
-        found = [(text.find(stop), stop) for stop in self.params.stops if stop in text]
+    def _find_stop(self, text: str, tokens: int) -> tuple[str, int] | None:
+        """Find the first stop string in the text after this many tokens, and its place.
+
+        As in vLLM, a stop string that ends within the first `min_tokens` tokens does not count.
+        """
+        if tokens <= self.params.min_tokens:
+            self._early = len(text)
+            return None
+        found = [
+            (at, stop)
+            for stop in self.params.stops
+            if (at := text.find(stop, max(self._early - len(stop) + 1, 0))) >= 0
+        ]
         return (min(found)[1], min(found)[0]) if found else None
 
     def _count_pending(self, text: str) -> int:

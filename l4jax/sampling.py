@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.extend.random import threefry2x32_p
 
 from l4jax import axes
 
@@ -23,7 +24,8 @@ class SamplingMetadata:
     top_k_R: Any  # int32; 0 keeps all
     top_p_R: Any  # float32; 1 keeps all
     min_p_R: Any  # float32; 0 keeps all
-    seed_R: Any  # uint32
+    seed_R: Any  # uint32, the lower half of the 64-bit seed
+    seed_high_R: Any  # uint32, the upper half
 
 
 @jax.tree_util.register_dataclass
@@ -63,14 +65,14 @@ class LogitsProcessors:
 IN_PROMPT = 1 << 30  # far above any count
 
 _ROW, _LIST = (axes.ROWS,), (axes.ROWS, axes.LIST)
-SAMPLING_METADATA_AXES = SamplingMetadata(*[_ROW] * 5)
+SAMPLING_METADATA_AXES = SamplingMetadata(*[_ROW] * 6)
 LOGITS_PROCESSORS_AXES = LogitsProcessors(_ROW, _ROW, _ROW, _ROW, _LIST, _LIST, _ROW, _LIST, _LIST)
 
 
 def apply_logits_processors(
     logits_RV: Array, seen_SV: Array, processors: LogitsProcessors, position_R: Array
 ) -> Array:
-    """Apply penalties and biases to logits, and set those of forbidden tokens to -inf.
+    """Set logits of forbidden tokens to -inf, and apply biases, then penalties: vLLM's order.
 
     Penalties are vLLM's: the repetition penalty divides positive logits, and multiplies others, of
     tokens in prompt or output; frequency and presence penalties apply to tokens of the output.
@@ -99,15 +101,15 @@ def apply_logits_processors(
             logits_RV, token_RL, value_RL
         )
 
-    has_penalties = ((p.presence_R != 0) | (p.frequency_R != 0) | (p.repetition_R != 1)).any()
-    logits_RV = lax.cond(has_penalties, penalize, lambda x: x, logits_RV)
-    logits_RV = add(logits_RV, p.bias_token_RL, p.bias_RL)
+    bits = jnp.arange(32)
+    allowed_RV = (p.allowed_RL[:, :, None] >> bits & 1).reshape(len(p.allowed_RL), -1)
+    logits_RV = jnp.where(allowed_RV[:, : logits_RV.shape[1]] == 1, logits_RV, -jnp.inf)
     is_early_R = position_R < p.first_stop_R
     stop_RL = jnp.where(is_early_R[:, None], p.stop_RL, -1)
     logits_RV = add(logits_RV, stop_RL, jnp.full(stop_RL.shape, -jnp.inf, logits_RV.dtype))
-    bits = jnp.arange(32)
-    allowed_RV = (p.allowed_RL[:, :, None] >> bits & 1).reshape(len(p.allowed_RL), -1)
-    return jnp.where(allowed_RV[:, : logits_RV.shape[1]] == 1, logits_RV, -jnp.inf)
+    logits_RV = add(logits_RV, p.bias_token_RL, p.bias_RL)
+    has_penalties = ((p.presence_R != 0) | (p.frequency_R != 0) | (p.repetition_R != 1)).any()
+    return lax.cond(has_penalties, penalize, lambda x: x, logits_RV)
 
 
 def sample(
@@ -137,9 +139,7 @@ def sample(
 
     def sample_softmax() -> Array:
         kept_RV = _filter(_scale(from_RV, metadata), metadata)
-        noise_RV = jax.vmap(_make_noise, (0, 0, None))(
-            metadata.seed_R, position_R, logits_RV.shape[1]
-        )
+        noise_RV = _make_noise(metadata, position_R, logits_RV.shape[1])
         # The argmax of logit + Gumbel noise is a sample of the softmax.
         return jnp.where(is_greedy_R, best_R, jnp.argmax(kept_RV + noise_RV, axis=-1))
 
@@ -214,6 +214,25 @@ def _find_threshold(logits_RV: Array, weight_RV: Array | int, total_R: Array) ->
     return jnp.where(jnp.isnan(threshold_R), -jnp.inf, threshold_R)
 
 
-def _make_noise(seed: Array, position: Array, vocab: int) -> Array:
-    key = jax.random.fold_in(jax.random.key(seed), position)
-    return jax.random.gumbel(key, (vocab,), jnp.float32)
+def _make_noise(metadata: SamplingMetadata, position_R: Array, vocab: int) -> Array:
+    """Return Gumbel noise [R, V]: a function of each row's seed, the position and the token."""
+    position_R1, seed_R1, seed_high_R1 = (
+        jnp.asarray(value_R).astype(jnp.uint32)[:, None]
+        for value_R in (position_R, metadata.seed_R, metadata.seed_high_R)
+    )
+    token_RV = lax.broadcasted_iota(jnp.uint32, (len(position_R), vocab), 1)
+    position_RV = jnp.broadcast_to(position_R1, token_RV.shape)
+    return _make_gumbel(*threefry2x32_p.bind(seed_high_R1, seed_R1, position_RV, token_RV))
+
+
+def _make_gumbel(high_RV: Array, low_RV: Array) -> Array:
+    """Make Gumbel noise of 64 random bits, all that a Threefry block has.
+
+    23 bits, as in `jax.random.gumbel`, end the noise at 16: tokens with probabilities below 1.2e-7
+    would be sampled too seldom.
+    """
+    # The noise of likely winners comes from small numbers: they have 24 significant bits down to
+    # 2**-65. Large ones must not round to 1, whose noise of -inf would drop an only candidate.
+    uniform_RV = high_RV.astype(jnp.float32) * 2.0**-32
+    uniform_RV += (low_RV.astype(jnp.float32) + 0.5) * 2.0**-64
+    return -jnp.log(-jnp.log1p(-jnp.minimum(uniform_RV, 1 - 2.0**-24)))

@@ -185,6 +185,40 @@ def test_a_possible_beginning_of_a_stop_string_is_held_back(llm):
     assert short.add(RequestUpdate(0, tokens[3:5], [], "length")).text == "XY"
 
 
+def test_a_stop_string_counts_only_after_min_tokens(llm):
+    tokens = [llm.tokenizer.encode(char, add_special_tokens=False)[0] for char in "abXYabXYcXYd"]
+
+    def build(min_tokens: int, size: int, stop, reason=None) -> tuple[str, str, str | None]:
+        """Add tokens in updates of a size; return the streamed text, the whole, the reason."""
+        params = SamplingParams(stop=stop, min_tokens=min_tokens, max_tokens=99)
+        builder = CompletionBuilder(llm.tokenizer, params)
+        streamed = ""
+        for start in range(0, len(tokens), size):
+            is_last = start + size >= len(tokens)
+            update = RequestUpdate(
+                0, tokens[start : start + size], [], "length" if is_last else None
+            )
+            streamed += builder.add(update).text
+            if builder.finish_reason is not None:
+                break
+        answer = builder.build()
+        return streamed, answer.text, answer.finish_reason
+
+    for size in (1, 2, 3, 5, 12):
+        for min_tokens, text in ((0, "ab"), (3, "ab"), (4, "abXYab"), (7, "abXYab")):
+            assert build(min_tokens, size, "XY") == (text, text, "stop")
+        assert build(8, size, "XY") == ("abXYabXYc", "abXYabXYc", "stop")
+        assert build(12, size, ["XYd", "d"]) == ("abXYabXYcXYd", "abXYabXYcXYd", "length")
+        # "bXY" is the beginning of a longer stop string, and holds one that ended too early.
+        assert build(4, size, ["XY", "bXYab"]) == ("a", "a", "stop")
+    whole = llm.generate("The sky", GREEDY)[0].outputs[0]
+    stop = whole.text[1:3]
+    later = GREEDY.replace(stop=stop, min_tokens=20)
+    output = llm.generate("The sky", later)[0].outputs[0]
+    assert len(output.token_ids) > 20 and output.token_ids[:20] == whole.token_ids[:20]
+    assert "".join(piece.text for piece in llm.stream("The sky", later)) == output.text
+
+
 def test_a_stop_token_ends_the_output_and_is_the_stop_reason(llm):
     whole = llm.generate("The sky", GREEDY)[0].outputs[0]
     token = whole.token_ids[6]

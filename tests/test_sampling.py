@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
-from l4jax.sampling import SamplingMetadata, _filter, sample
+from l4jax.sampling import SamplingMetadata, _filter, _make_gumbel, _make_noise, sample
 
 V = 50
 
@@ -16,12 +17,15 @@ V = 50
 def make_metadata(rows: int, **settings) -> SamplingMetadata:
     defaults = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
     values = {**defaults, **settings}
-    kinds = {"temperature": "f4", "top_k": "i4", "top_p": "f4", "min_p": "f4", "seed": "u4"}
+    kinds = {"temperature": "f4", "top_k": "i4", "top_p": "f4", "min_p": "f4"}
+    seeds = [divmod(int(seed), 2**32) for seed in np.broadcast_to(values["seed"], rows).tolist()]
     return SamplingMetadata(
         **{
             f"{key}_R": np.broadcast_to(np.array(values[key], kind), rows)
             for key, kind in kinds.items()
-        }
+        },
+        seed_R=np.array([low for _, low in seeds], np.uint32),
+        seed_high_R=np.array([high for high, _ in seeds], np.uint32),
     )
 
 
@@ -80,6 +84,69 @@ def test_samples_follow_the_softmax(temperature):
     wanted = np.exp(logits[0] / temperature) / np.exp(logits[0] / temperature).sum()
     found = np.bincount(tokens, minlength=6) / rows
     assert np.abs(found - wanted).max() < 4 * np.sqrt(0.25 / rows)
+
+
+def test_unlikely_tokens_are_sampled_as_often_as_they_should():
+    """Tokens of probability 1e-8 in a vocabulary of Llama 4's size, in fixed rows.
+
+    The rows are chosen among millions for a low noise of token 0, which has nearly all probability:
+    this raises the number of its losses, whose Poisson distribution is known, from 1 to 11.
+    """
+    vocab, rows, ratio = 202_048, 600, 1e-8
+    seeds = np.arange(2_000_000)
+    metadata = make_metadata(len(seeds), temperature=1.0, seed=seeds)
+    noise_R = np.asarray(jax.jit(_make_noise, static_argnums=2)(metadata, seeds * 0 + 7, 1))[:, 0]
+    chosen = np.argsort(noise_R)[:rows]
+    rate_R = (vocab - 1) * ratio * np.exp(-noise_R[chosen].astype(np.float64))
+    logits_V = np.full(vocab, np.log(ratio), np.float32)
+    logits_V[0] = 0
+
+    # The tests' compiler options are for small programs.
+    options = {"xla_backend_optimization_level": "3"}
+    sample_few = jax.jit(sample, static_argnums=3, compiler_options=options)
+    logits_RV = np.broadcast_to(logits_V, (40, vocab))
+    tokens = np.concatenate(
+        [
+            sample_few(
+                logits_RV,
+                make_metadata(40, temperature=1.0, seed=seeds_R),
+                np.full(40, 7, np.int32),
+                None,
+            ).token_R
+            for seeds_R in chosen.reshape(-1, 40)
+        ]
+    )
+    found, wanted = int((tokens > 0).sum()), rate_R.sum()
+    low, high = scipy.stats.poisson.interval(0.999, wanted)
+    assert 10 < wanted < 12 and low >= 2
+    assert low <= found <= high
+
+
+def test_the_noise_is_gumbels_down_to_the_least_likely_bits():
+    rng = np.random.default_rng(0)
+    high = (2.0 ** rng.uniform(0, 32, 10_000)).astype(np.uint32) - 1
+    high[:6] = [0, 1, 2**31, 2**32 - 2**10, 2**32 - 2, 2**32 - 1]
+    low = rng.integers(0, 2**32, high.shape, np.uint32)
+    low[:1], low[5] = 0, 2**32 - 1
+    found = np.asarray(_make_gumbel(jnp.asarray(high), jnp.asarray(low)), np.float64)
+    uniform, rest = (
+        (of_high.astype(np.longdouble) + (of_low + np.longdouble(0.5)) / 2**32) / 2**32
+        for of_high, of_low in ((high, low), (~high, ~low))
+    )
+    wanted = -np.log(np.where(uniform < 0.5, -np.log1p(-np.minimum(uniform, 0.5)), -np.log(rest)))
+    assert np.isfinite(found).all() and found.max() > 40
+    # A likely token loses by small numbers, so numbers near 1 are exact to float32's 2**-24 alone.
+    is_small = uniform < 0.5
+    assert np.abs(found - wanted)[is_small].max() < 1e-5
+    assert (np.abs(found - wanted) * rest)[~is_small & (rest > 2.0**-20)].max() < 2.0**-24
+
+
+def test_seeds_that_differ_in_any_bit_sample_different_tokens():
+    vocab = 100_000
+    seeds = [0, *(2**bit for bit in range(64))]
+    metadata = make_metadata(len(seeds), temperature=1.0, seed=np.array(seeds, np.uint64))
+    tokens = sample_jitted(np.zeros((len(seeds), vocab), np.float32), metadata).token_R
+    assert len(set(tokens.tolist())) == len(seeds)
 
 
 def test_top_k_keeps_the_likeliest_k():

@@ -132,7 +132,7 @@ class Engine:
             prompt_length=len(token_ids),
             max_length=len(token_ids) + min(left, params.max_tokens or left),
             params=params,
-            seed=self._seeds.getrandbits(32) if params.seed is None else params.seed,
+            seed=self._seeds.getrandbits(64) if params.seed is None else params.seed,
             stop_ids=tuple(dict.fromkeys([*eos_ids, *(params.stop_token_ids or ())])),
             images=images,
             patch_positions=positions,

@@ -7,6 +7,7 @@ import numpy as np
 from l4jax import cache, decode, sampling
 from l4jax.config import Config
 from l4jax.engine.request import (
+    GREEDY_TEMPERATURE,
     MAX_BIASES,
     MAX_STOP_IDS,
     Constraints,
@@ -141,14 +142,17 @@ def fill_sampling_metadata(
         top_p_R=np.ones(size, np.float32),
         min_p_R=np.zeros(size, np.float32),
         seed_R=np.zeros(size, np.uint32),
+        seed_high_R=np.zeros(size, np.uint32),
     )
     for row, chunk in enumerate_rows(output, rows):
         params = chunk.request.params
-        metadata.temperature_R[row] = params.temperature
-        metadata.top_k_R[row] = max(params.top_k, 0)
-        metadata.top_p_R[row] = params.top_p
+        is_greedy = params.temperature < GREEDY_TEMPERATURE
+        metadata.temperature_R[row] = 0 if is_greedy else params.temperature
+        metadata.top_k_R[row] = min(max(params.top_k, 0), np.iinfo(np.int32).max)
+        metadata.top_p_R[row] = max(params.top_p, np.finfo(np.float32).tiny)
         metadata.min_p_R[row] = params.min_p
-        metadata.seed_R[row] = chunk.request.seed % 2**32
+        seed_high, metadata.seed_R[row] = divmod(chunk.request.seed % 2**64, 2**32)
+        metadata.seed_high_R[row] = seed_high
     return metadata
 
 
@@ -180,7 +184,9 @@ def fill_logits_processors(
         processors.bias_RL[row, : len(biases)] = list(biases.values())
         matcher = request.constraints.matcher
         if matcher is None:  # a grammar allows the stop ids by itself
-            processors.first_stop_R[row] = request.prompt_length + params.min_tokens
+            processors.first_stop_R[row] = min(
+                request.prompt_length + params.min_tokens, request.max_length
+            )
         elif chunk.max_sampled:
             processors.allowed_RL[row] = matcher.mask()
         stop_ids = request.stop_ids[:MAX_STOP_IDS]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import numbers
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import field
@@ -16,6 +17,10 @@ from l4jax.text.image import Tiles
 MAX_LOGPROBS = 20  # the limit of OpenAI's API
 MAX_BIASES = 320  # entries of logit_bias; OpenAI allows 300
 MAX_STOP_IDS = 32  # on the device; the host checks further ones
+MAX_OUTPUTS = 16384  # n of vLLM
+GREEDY_TEMPERATURE = 1e-5  # the likeliest token is sampled below it, as in vLLM
+_LARGEST = 1e6  # of a factor: products with logits stay finite in float32
+_MAX_QUOTED = 100  # characters of a value in an error message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,19 +68,20 @@ class SamplingParams:
     """Sampling parameters of a request; names, defaults and meanings are those of vLLM's class.
 
     Attributes:
-        n: outputs for the prompt, sampled independently.
-        temperature: 0 is greedy.
+        n: outputs for the prompt, sampled independently; at most 16384.
+        temperature: 0 is greedy; at most 1e6.
         top_k: keep the likeliest k; 0 or -1 keeps all.
         top_p: keep the likeliest tokens that together reach this probability.
         min_p: drop tokens less likely than this fraction of the likeliest.
         presence_penalty: subtracted from the logit of each token that occurs in the output.
         frequency_penalty: subtracted once per occurrence.
         repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that
-            occur in prompt or output.
-        logit_bias: token id -> value added to its logit; -100 forbids in practice.
-        seed: the same request with the same seed gives the same tokens in any batch; None takes a
-            random seed. Output i of n takes seed + i.
-        min_tokens: output tokens before which no stop id is sampled.
+            occur in prompt or output; from 1e-6 to 1e6.
+        logit_bias: token id -> value added to its logit before penalties; -100 forbids in practice.
+        seed: the same request with the same seed gives the same tokens in any batch; None and -1
+            take a random seed. All 64 bits count. Output i of n takes seed + i.
+        min_tokens: output tokens before which no stop id is sampled, and no stop string ends the
+            text.
         max_tokens: output tokens, at most; None is up to the model's length.
         stop: strings that end the text; they are cut off unless
             `include_stop_str_in_output`.
@@ -111,30 +117,34 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
+        if self.seed == -1:  # vLLM's random seed
+            object.__setattr__(self, "seed", None)
+
         def is_logprobs(value: int | None) -> bool:
             return value is None or 0 <= value <= MAX_LOGPROBS
 
         biases = list((self.logit_bias or {}).values())
         checks = (
-            (self.n >= 1, "n", "at least 1"),
-            (
-                math.isfinite(self.temperature) and self.temperature >= 0,
-                "temperature",
-                "at least 0",
-            ),
+            (1 <= self.n <= MAX_OUTPUTS, "n", f"at least 1 and at most {MAX_OUTPUTS}"),
+            (0 <= self.temperature <= _LARGEST, "temperature", "at least 0 and at most 1e6"),
             (0 < self.top_p <= 1, "top_p", "above 0 and at most 1"),
             (self.top_k >= -1, "top_k", "at least 1, or 0 or -1 for all"),
             (0 <= self.min_p <= 1, "min_p", "from 0 to 1"),
             (-2 <= self.presence_penalty <= 2, "presence_penalty", "from -2 to 2"),
             (-2 <= self.frequency_penalty <= 2, "frequency_penalty", "from -2 to 2"),
             (
-                math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+                1 / _LARGEST <= self.repetition_penalty <= _LARGEST,
                 "repetition_penalty",
-                "above 0",
+                "from 1e-6 to 1e6",
             ),
             (len(biases) <= MAX_BIASES, "logit_bias", f"of at most {MAX_BIASES} tokens"),
             (all(-100 <= bias <= 100 for bias in biases), "logit_bias", "from -100 to 100 each"),
-            (self.seed is None or 0 <= self.seed < 2**63, "seed", "from 0 to 2**63 - 1"),
+            (
+                self.seed is None or -(2**63) <= self.seed < 2**63,
+                "seed",
+                "from -2**63 to 2**63 - 1",
+            ),
             (self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1"),
             (
                 0 <= self.min_tokens <= (self.max_tokens or math.inf),
@@ -145,8 +155,7 @@ class SamplingParams:
             (is_logprobs(self.prompt_logprobs), "prompt_logprobs", f"0 to {MAX_LOGPROBS}"),
         )
         for is_right, name, wanted in checks:
-            if not is_right:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be {wanted}.")
+            self._require(is_right, name, wanted)
         if "" in self.stops:
             raise ValueError("stop holds an empty string, which would end every text at once.")
         if "" in (self.bad_words or ()):
@@ -157,13 +166,51 @@ class SamplingParams:
                 f"may hold {MAX_STOP_IDS - 8}."
             )
 
+    def _check_types(self) -> None:
+        """Refuse values that a step could not store: they come from JSON and from files, too."""
+
+        def hold(values: Any, kind: type) -> bool:
+            return all(isinstance(value, kind) for value in values or ())
+
+        def require(name: str, kind: type, wanted: str, *, is_optional: bool = False) -> None:
+            value = getattr(self, name)
+            is_right = isinstance(value, kind) or (is_optional and value is None)
+            self._require(is_right, name, wanted)
+
+        for name in ("n", "top_k", "min_tokens"):
+            require(name, numbers.Integral, "an integer")
+        for name in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
+            require(name, numbers.Integral, "an integer", is_optional=True)
+        penalties = ("presence_penalty", "frequency_penalty", "repetition_penalty")
+        for name in ("temperature", "top_p", "min_p", *penalties):
+            require(name, numbers.Real, "a number")
+        require("logit_bias", Mapping, "a number for each token id", is_optional=True)
+        require("bad_words", Sequence, "a list of texts", is_optional=True)
+        require("stop_token_ids", Sequence, "a list of token ids", is_optional=True)
+        require("stop", Sequence, "a text, or a list of texts", is_optional=True)
+        self._require(hold(self.stops, str), "stop", "a text, or a list of texts")
+        self._require(
+            not isinstance(self.bad_words, str) and hold(self.bad_words, str),
+            "bad_words",
+            "a list of texts",
+        )
+        are_ids = hold(self.stop_token_ids, numbers.Integral)
+        self._require(are_ids, "stop_token_ids", "a list of token ids")
+        bias = self.logit_bias or {}
+        are_biases = hold(bias, numbers.Integral) and hold(bias.values(), numbers.Real)
+        self._require(are_biases, "logit_bias", "a number for each token id")
+
+    def _require(self, is_right: bool, name: str, wanted: str) -> None:
+        if not is_right:
+            raise ValueError(f"{name} is {_quote(getattr(self, name))}: it must be {wanted}.")
+
     def replace(self, **changes: Any) -> "SamplingParams":
         """Return a copy with some parameters changed."""
         return dataclasses.replace(self, **changes)
 
     def split(self) -> list["SamplingParams"]:
         """Return the parameters of each of the n outputs, sampled like separate requests."""
-        seeds = [None if self.seed is None else (self.seed + i) % 2**63 for i in range(self.n)]
+        seeds = [None if self.seed is None else _add_to_seed(self.seed, i) for i in range(self.n)]
         return [dataclasses.replace(self, n=1, seed=seed) for seed in seeds]
 
     @property
@@ -176,6 +223,23 @@ class SamplingParams:
         """True if logits depend on earlier tokens through a penalty."""
         penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
         return penalties != (0, 0, 1)
+
+
+def _add_to_seed(seed: int, count: int) -> int:
+    """Count up a seed; 0 follows 2**63 - 1, and also -2, because -1 means a random seed."""
+    total = seed + count
+    if seed < -1 <= total:
+        total += 1
+    return total if total < 0 else total % 2**63
+
+
+def _quote(value: object) -> str:
+    """Write a value for an error message, cut to a readable length."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integers beyond 4300 digits
+        return "a very long integer"
+    return text if len(text) <= _MAX_QUOTED else f"{text[:_MAX_QUOTED]}..."
 
 
 @dataclasses.dataclass(frozen=True)

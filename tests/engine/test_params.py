@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from l4jax import cache, decode, sampling
-from l4jax.engine.engine import RequestUpdate
+from l4jax.engine.engine import Engine, RequestUpdate
 from l4jax.engine.input_batch import find_banned_tokens
 from l4jax.engine.request import (
     MAX_BIASES,
@@ -73,23 +73,76 @@ FEATURES = {
     "bias": {"logit_bias": {7: 9.0}},
     "min tokens": {"min_tokens": 3, "stop_token_ids": [TOKENS[1]]},
     "seed": {"temperature": 1.0, "seed": 5, "logprobs": 0},
+    "seed of 64 bits": {"temperature": 1.0, "seed": 5 + 2**40},
+    "filters": {"temperature": 0.8, "seed": -9, "top_k": 50, "top_p": 0.9, "min_p": 0.01},
+    "all penalties": {
+        "temperature": 1.0,
+        "seed": 7,
+        "logit_bias": {9: 5.0},
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.3,
+        "repetition_penalty": 1.1,
+    },
+    "n": {"temperature": 1.0, "seed": 11, "n": 3},
 }
 
 
-@functools.cache
-def run_features(mesh: str) -> dict[str, list[RequestUpdate]]:
-    """Run a request of each sampling feature in one batch on a mesh; the updates by feature."""
-    engine = make_engine(NAME, mesh, max_num_batched_tokens=32)
+def make_engine_of_features(mesh: str, **engine_args) -> Engine:
+    return make_engine(NAME, mesh, max_num_batched_tokens=32, **engine_args)
+
+
+def run_on(engine: Engine, preempts_at: int | None = None) -> dict[str, list[RequestUpdate]]:
+    """Run a request of each sampling feature in one batch; return the updates by feature.
+
+    Args:
+        preempts_at: step before which all running requests are preempted.
+    """
     params = {name: GREEDY.replace(max_tokens=6, **each) for name, each in FEATURES.items()}
-    names = {engine.add(IDS, each): name for name, each in params.items()}
+    names = {
+        engine.add(IDS, one): f"{name} {index}" if each.n > 1 else name
+        for name, each in params.items()
+        for index, one in enumerate(each.split())
+    }
     words = Constraints(((TOKENS[0],), (TOKENS[1], TOKENS[2])))
     names[engine.add(IDS, GREEDY.replace(max_tokens=6), constraints=words)] = "bad words"
+    grammar = Constraints(matcher=Alternate(320, engine.runner.config.eos_ids[0]))
+    names[engine.add(IDS, GREEDY.replace(max_tokens=9), constraints=grammar)] = "structured outputs"
     found: dict[str, list[RequestUpdate]] = {name: [] for name in names.values()}
-    while engine.has_work:
+    for tick in itertools.count():
+        if not engine.has_work:
+            break
+        if tick == preempts_at:
+            for update in engine._postprocess(engine._pending):
+                found[names[update.request_id]].append(update)
+            engine._pending = None
+            for request in list(engine.scheduler.running):
+                engine.scheduler.preempt(request)
         for update in engine.step():
             found[names[update.request_id]].append(update)
     assert_all_free(engine)
     return found
+
+
+@functools.cache
+def run_features(mesh: str) -> dict[str, list[RequestUpdate]]:
+    """Run the requests of `run_on` on a mesh."""
+    return run_on(make_engine_of_features(mesh))
+
+
+def assert_same(found: dict[str, list[RequestUpdate]], wanted: dict[str, list[RequestUpdate]]):
+    """Assert that tokens and finish reasons are equal, and log-probabilities are close."""
+    assert read_logprobs(wanted["prompt logprobs"]) and read_logprobs(wanted["logprobs"])
+    assert set(found) == set(wanted)
+    for name, updates in wanted.items():
+        assert found[name][-1].finish_reason == updates[-1].finish_reason != "error", name
+        tokens, expected = (
+            [token for update in each for token in update.token_ids]
+            for each in (found[name], updates)
+        )
+        assert tokens == expected, name
+        np.testing.assert_allclose(
+            read_logprobs(found[name]), read_logprobs(updates), atol=1e-4, err_msg=name
+        )
 
 
 def read_logprobs(updates: list[RequestUpdate]) -> list[float]:
@@ -102,18 +155,24 @@ def read_logprobs(updates: list[RequestUpdate]) -> list[float]:
 @pytest.mark.parametrize("mesh", tiers.every(2, ["2x4", "8", "2x1"]))
 def test_every_sampling_feature_gives_the_same_on_every_mesh(mesh):
     """In one batch: no feature fails the requests of another one."""
-    sharded, plain = run_features(mesh), run_features("1")
-    assert read_logprobs(plain["prompt logprobs"]) and read_logprobs(plain["logprobs"])
-    for name, updates in plain.items():
-        assert sharded[name][-1].finish_reason == updates[-1].finish_reason, name
-        tokens, expected = (
-            [token for update in each for token in update.token_ids]
-            for each in (sharded[name], updates)
-        )
-        assert tokens == expected, name
-        np.testing.assert_allclose(
-            read_logprobs(sharded[name]), read_logprobs(updates), atol=1e-4, err_msg=name
-        )
+    assert_same(run_features(mesh), run_features("1"))
+
+
+@pytest.mark.parametrize("speculates", [False, True], ids=["one step a call", "drafts"])
+def test_every_sampling_feature_gives_the_same_without_loops_and_with_drafts(speculates):
+    speculation = {"num_speculative_tokens": 3, "prompt_lookup_min": 1} if speculates else None
+    engine = make_engine_of_features("1", loop_steps=1, speculative_config=speculation)
+    assert_same(run_on(engine), run_features("1"))
+    assert bool(engine.stats().drafted) == speculates
+
+
+def test_every_sampling_feature_gives_the_same_after_preemption_and_prefix_cache_hits():
+    engine = make_engine_of_features("1")
+    assert_same(run_on(engine, preempts_at=7), run_features("1"))
+    preemptions, hits = engine.stats().preemptions, engine.stats().prefix_hits
+    assert preemptions
+    assert_same(run_on(engine), run_features("1"))
+    assert engine.stats().prefix_hits > hits
 
 
 @pytest.mark.parametrize(
@@ -123,11 +182,12 @@ def test_every_sampling_feature_gives_the_same_on_every_mesh(mesh):
         {"frequency_penalty": 2.0},
         {"repetition_penalty": 1.4},
         {"presence_penalty": -0.5, "frequency_penalty": 1.9, "repetition_penalty": 1.2},
+        {"logit_bias": {TOKENS[0]: -4.0, 3: 9.0, IDS[0]: 8.0}, "repetition_penalty": 1.5},
     ],
     ids=str,
 )
 def test_penalties_equal_their_definition_token_by_token(penalties):
-    """In steps and loops, together with requests without penalties."""
+    """In steps and loops, together with requests without penalties. Biases come first."""
     engine = make_engine(NAME)
     other = engine.add(IDS, GREEDY.replace(max_tokens=30))
     mine = engine.add(IDS, GREEDY.replace(max_tokens=30, **penalties))
@@ -135,8 +195,14 @@ def test_penalties_equal_their_definition_token_by_token(penalties):
     assert found[other] == TOKENS[:30]
     output = found[mine]
     assert output != TOKENS[:30]
-    logits = compute_logits([*IDS, *output])
-    short = {key.removesuffix("_penalty"): value for key, value in penalties.items()}
+    logits = compute_logits([*IDS, *output]).copy()
+    for token, bias in penalties.get("logit_bias", {}).items():
+        logits[:, token] += bias
+    short = {
+        key.removesuffix("_penalty"): value
+        for key, value in penalties.items()
+        if key != "logit_bias"
+    }
     for at in range(30):
         want = penalize(logits[len(IDS) - 1 + at], IDS, output[:at], **short)
         assert want[output[at]] >= want.max() - 1e-4, at
@@ -314,6 +380,47 @@ def test_neutral_logits_processors_change_no_bit():
     np.testing.assert_array_equal(found, logits)
 
 
+def test_a_seed_counts_with_all_its_bits():
+    params = SamplingParams(temperature=2.0, max_tokens=12, ignore_eos=True)
+    engine = make_engine(NAME)
+    seeds = [5, 5 + 2**32, 5 + 2**62, 5 - 2**63, -5, 2**31, 2**63 - 1]
+    for seed in [*seeds, seeds[1]]:
+        engine.add(IDS, params.replace(seed=seed))
+    *outputs, again = (tuple(output) for _, output in sorted(run_all(engine).items()))
+    assert len(set(outputs)) == len(seeds) and again == outputs[1]
+
+
+def test_the_seed_minus_one_is_random_as_in_vllm():
+    assert SamplingParams(seed=-1) == SamplingParams()
+    seeds = [p.seed for p in SamplingParams(n=4, seed=-3).split()]
+    assert seeds == [-3, -2, 0, 1]  # no output of a fixed seed is random
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"top_k": 2**70},
+        {"min_tokens": 2**40, "max_tokens": None},
+        {"max_tokens": 2**70},
+        {"logit_bias": {17: 100.0}, "repetition_penalty": 1e-6},
+        {"logit_bias": {17: 100.0}, "repetition_penalty": 1e6, "temperature": 1e-5},
+        {"temperature": 1e6, "top_p": 1e-300},
+        {"temperature": 1e-300},
+        {"temperature": 1.0, "seed": 3, "top_p": 1e-40},
+        {"temperature": 1.0, "seed": 3, "min_p": 1e-300, "top_k": 1},
+    ],
+    ids=str,
+)
+def test_extreme_parameters_are_served(changes):
+    """The likeliest token is sampled where they leave only that one."""
+    engine = make_engine(NAME, max_model_len=len(IDS) + 8)
+    number = engine.add(IDS, GREEDY.replace(**changes))
+    found = run_all(engine)[number]
+    assert len(found) == 8
+    if "logit_bias" not in changes:
+        assert found == TOKENS[:8]
+
+
 def test_the_outputs_of_one_request_have_consecutive_seeds():
     params = SamplingParams(n=3, seed=2**63 - 2, temperature=1.0)
     assert [p.seed for p in params.split()] == [2**63 - 2, 2**63 - 1, 0]
@@ -325,32 +432,59 @@ def test_the_outputs_of_one_request_have_consecutive_seeds():
     ("name", "value"),
     [
         ("n", 0),
+        ("n", 2**40),
+        ("n", 1.5),
         ("temperature", -0.1),
+        ("temperature", 1e300),
+        ("temperature", "hot"),
         ("temperature", math.nan),
         ("temperature", math.inf),
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_p", math.nan),
         ("top_k", -2),
+        ("top_k", math.inf),
+        ("top_k", None),
         ("min_p", 1.5),
+        ("min_p", math.nan),
         ("presence_penalty", 2.1),
+        ("presence_penalty", 1e300),
         ("frequency_penalty", math.nan),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", math.inf),
+        ("repetition_penalty", 1e300),
+        ("repetition_penalty", 1e-300),
         ("logit_bias", {3: 101.0}),
+        ("logit_bias", {3: 1e300}),
+        ("logit_bias", {"3": 1.0}),
+        ("logit_bias", {3: None}),
+        ("logit_bias", [3]),
         ("logit_bias", {3: math.nan}),
         ("logit_bias", dict.fromkeys(range(MAX_BIASES + 1), 1.0)),
-        ("seed", -1),
+        ("seed", 2**63),
+        ("seed", -(2**63) - 1),
+        ("seed", 2**70),
+        pytest.param("seed", 10**5000, id="seed-of 5001 digits"),
+        ("seed", 0.5),
         ("min_tokens", -1),
         ("min_tokens", 17),
         ("max_tokens", 0),
+        ("max_tokens", math.inf),
+        ("stop", [7]),
+        ("stop", 7),
+        ("stop_token_ids", ["a"]),
+        ("stop_token_ids", 7),
+        ("bad_words", "word"),
+        ("bad_words", [7]),
         ("logprobs", 21),
+        ("logprobs", 2**70),
         ("prompt_logprobs", -1),
     ],
 )
 def test_a_parameter_out_of_range_is_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=f"{name} is .*: it must be"):
+    with pytest.raises(ValueError, match=f"{name} is .*: it must be") as caught:
         SamplingParams(**{name: value})
+    assert len(str(caught.value)) < 250
 
 
 @pytest.mark.parametrize(
