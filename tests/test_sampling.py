@@ -86,6 +86,7 @@ def test_samples_follow_the_softmax(temperature):
     assert np.abs(found - wanted).max() < 4 * np.sqrt(0.25 / rows)
 
 
+@pytest.mark.slow
 def test_unlikely_tokens_are_sampled_as_often_as_they_should():
     """Tokens of probability 1e-8 in a vocabulary of Llama 4's size, in fixed rows.
 

@@ -395,7 +395,20 @@ def test_models_are_listed_and_retrieved_by_every_served_name(client):
         ({"top_p": 7.0}, "top_p", "top_p is 7.0"),
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"max_tokens": "many"}, "max_tokens", "valid integer"),
-        ({"seed": -5}, "seed", "from 0"),
+        ({"temperature": 1e300}, "temperature", "at most 1e6"),
+        ({"presence_penalty": 1e300}, "presence_penalty", "from -2 to 2"),
+        ({"frequency_penalty": -1e300}, "frequency_penalty", "from -2 to 2"),
+        ({"extra_body": {"repetition_penalty": 1e300}}, "repetition_penalty", "to 1e6"),
+        ({"extra_body": {"min_p": -1e300}}, "min_p", "from 0 to 1"),
+        ({"extra_body": {"top_k": 2**70}}, "top_k", "less than or equal"),
+        ({"extra_body": {"min_tokens": 25}}, "min_tokens", "at most max_tokens"),
+        ({"max_tokens": 2**70}, "max_tokens", "less than or equal"),
+        ({"logit_bias": {"65": 1e300}}, "logit_bias", "from -100 to 100"),
+        ({"logit_bias": {"9" * 400: 1.0}}, "logit_bias", "not the id of a token"),
+        ({"logprobs": True, "top_logprobs": 2**70}, "top_logprobs", "less than or equal"),
+        ({"extra_body": {"prompt_logprobs": 2**30}}, "prompt_logprobs", "--max-logprobs"),
+        ({"seed": 2**63}, "seed", "from -2**63 to 2**63 - 1"),
+        ({"n": 2**70}, "n", "at most 16384"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 1000}, "n", "answers fit"),
         ({"logprobs": True, "top_logprobs": 50}, "top_logprobs", "--max-logprobs"),
@@ -426,6 +439,31 @@ def test_invalid_fields_are_refused_with_their_name_and_the_way_out(client, opti
     assert caught.value.status_code == (404 if param == "model" else 400)
     assert isinstance(caught.value.body, dict) and says in caught.value.body["message"]
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize("text", ["NaN", "1e999", "-Infinity", '"hot"', "[1]"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("n", "temperature", "top_p", "top_k", "min_p", "max_tokens", "min_tokens", "seed"),
+        *("presence_penalty", "frequency_penalty", "repetition_penalty", "prompt_logprobs"),
+    ],
+)
+def test_a_number_that_is_none_is_refused(server, name, text):
+    body = f'{{"messages": {json.dumps(ASK)}, "{name}": {text}}}'
+    answer = server.post(
+        "/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 400
+    assert len(answer.json()["error"]["message"]) < 300
+
+
+def test_negative_seeds_repeat_and_minus_one_is_random(client):
+    texts = [
+        chat(client, temperature=1.0, seed=seed).choices[0].message.content
+        for seed in (-5, -5, -(2**63), -1, -1)
+    ]
+    assert texts[0] == texts[1] and len(set(texts)) == 4
 
 
 def test_suffix_and_best_of_are_refused_with_a_message(client):
