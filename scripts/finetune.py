@@ -17,6 +17,7 @@ from l4jax import checkpoint
 from l4jax.engine.program_cache import enable_compilation_cache
 from l4jax.llm import find_cache_folder
 from l4jax.text.tokenizer import Tokenizer
+from l4jax.text.tokenizer_check import check_tokenizer
 from l4jax.train.batches import DataConfig
 from l4jax.train.conversations import count_tiles, read_documents
 from l4jax.train.lora import TARGETS, LoraConfig, make_processor, train_adapter
@@ -63,6 +64,7 @@ def _run(args: argparse.Namespace) -> None:
     config = checkpoint.load_config(folder)
     processor = make_processor(config, folder)
     tokenizer = Tokenizer.from_folder(folder)
+    check_tokenizer(tokenizer, config, folder)
     documents = read_documents(args.data, tokenizer, processor, args.length)
     data = DataConfig(
         folder=folder,

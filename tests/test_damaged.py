@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +18,15 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from l4jax import checkpoint
+from l4jax import checkpoint, generate
+from l4jax.checkpoint import peft
 from l4jax.checkpoint.safetensors import INDEX, Index, write_safetensors
 from l4jax.config import TINY, Config
 from l4jax.engine.config import EngineConfig
 from l4jax.engine.request import SamplingParams
 from l4jax.inputs import InputProcessor
 from l4jax.testing import write_model
+from tests.adapters import make_adapter
 from tests.tiers import every
 
 TEXT = "Why is the sky blue?<|eot|>"
@@ -202,6 +205,24 @@ def test_file_of_another_model_is_refused(folders, damaged, whole, file):
     check(damaged, whole, file)
 
 
+@pytest.mark.parametrize("change", ["no added tokens", "eos", "deep", "index"])
+def test_command_refuses_a_damaged_folder_in_one_line(damaged, change, capsys):
+    if change == "no added tokens":
+        raw = json.loads((damaged / "tokenizer.json").read_text())
+        replace(damaged / "tokenizer.json", json.dumps({**raw, "added_tokens": []}).encode())
+    elif change == "eos":
+        replace(damaged / "generation_config.json", b'{"eos_token_id": "abc"}')
+    elif change == "deep":
+        replace(damaged / "config.json", b'{"a":' * 5000 + b"1" + b"}" * 5000)
+    else:
+        replace(damaged / INDEX, b"[]")
+    assert generate.main(["--model", str(damaged), "--prompt", "a", "--max-tokens", "2"]) == 1
+    said = capsys.readouterr()
+    lines = [line for line in said.err.splitlines() if line.startswith("l4jax.generate: ")]
+    assert len(lines) == 1 and str(damaged) in lines[0] and lines[0].endswith(".")
+    assert "Traceback" not in said.err and not said.out
+
+
 def list_numbers(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """List the paths of the numbers in a value of JSON."""
     if isinstance(value, dict | list):
@@ -254,3 +275,61 @@ def test_flipped_bit_is_refused_or_means_what_the_file_says(damaged, whole, seed
     replace(damaged / file, bytes(content))
     is_config = file in CONFIGS and file != INDEX
     check(damaged, whole, file, lambda found: is_config and found[:-1] != whole[:-1])
+
+
+# Adapters.
+
+
+@pytest.fixture(scope="module")
+def lora(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lora")
+    config = checkpoint.load_config(folders[0])
+    adapter = make_adapter(config, r"text/layer_0/(attention|feed_forward)/.*")
+    checkpoint.write_adapter(folder, adapter, config, "base")
+    path = folder / peft.CONFIG
+    more = {"rank_pattern": {"o_proj": 3}, "alpha_pattern": {"o_proj": 6.0}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    return folder
+
+
+def damage_adapter(content: bytes, name: str, seed: int) -> list[bytes]:
+    """List damaged contents of a file of an adapter."""
+    rng = random.Random(seed)
+    flipped = bytearray(content)
+    end = len(content) if name == peft.CONFIG else 8 + int.from_bytes(content[:8], "little")
+    flipped[rng.randrange(end)] ^= 1 << rng.randrange(8)
+    cases = [bytes(flipped)]
+    if seed == 0:
+        cases += [*truncate(content), b"[]", b"\x89PNG\r\n\x1a\n", b"[" * 5000 + b"]" * 5000]
+    if seed == 0 and name == peft.CONFIG:
+        raw = json.loads(content)
+        texts = [json.dumps(set_value(raw, path, "HERE")) for path in list_numbers(raw)]
+        cases += [text.replace('"HERE"', x).encode() for text in texts for x in NUMBERS]
+    return cases
+
+
+@pytest.mark.parametrize("seed", every(5, range(20)))
+@pytest.mark.parametrize("name", [peft.CONFIG, peft.WEIGHTS])
+def test_damaged_adapter_is_refused_or_means_what_its_config_says(
+    folders, lora, tmp_path, name, seed
+):
+    config = checkpoint.load_config(folders[0])
+    whole = checkpoint.read_adapter(lora, config)
+    shutil.copytree(lora, tmp_path / "lora")
+    content = (lora / name).read_bytes()
+    for damaged in damage_adapter(content, name, seed):
+        replace(tmp_path / "lora" / name, damaged)
+        try:
+            found = checkpoint.read_adapter(tmp_path / "lora", config)
+        except (ValueError, OSError) as error:
+            said = str(error)
+            assert said.endswith(".") and "\n" not in said and len(said) < 700, said
+            assert "adapter_" in said, said
+            continue
+        if name == peft.CONFIG:  # another scale or layout is another adapter
+            meant = ("lora_alpha", "alpha_pattern", "use_rslora", "peft_version")
+            before, after = json.loads(content), json.loads(damaged)
+            if any(before.get(key) != after.get(key) for key in meant):
+                continue
+        assert (found.rank, found.alpha) == (whole.rank, whole.alpha)
+        assert jax.tree.all(jax.tree.map(np.array_equal, found.factors, whole.factors))

@@ -415,5 +415,11 @@ def _name_fused_module(name: str, fused: list[str]) -> str:
 
 def _parse_version(settings: Mapping[str, Any]) -> tuple[int, ...]:
     """Parse the version of PEFT that wrote a config; older ones leave it out."""
-    found = re.match(r"(\d+)\.(\d+)\.(\d+)", settings.get("peft_version") or "")
+    version = settings.get("peft_version")
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version if isinstance(version, str) else "")
+    if version is not None and not found:
+        raise CheckpointError(
+            f"{CONFIG}: peft_version is {quote(version)}, no version, and it decides the layout of "
+            "fused experts: save the adapter again."
+        )
     return tuple(map(int, found.groups())) if found else (0, 0, 0)

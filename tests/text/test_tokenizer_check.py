@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from l4jax.checkpoint import load_config
-from l4jax.config import TINY, Config
+from l4jax.config import SCOUT, TINY, Config
 from l4jax.engine.config import EngineConfig
 from l4jax.inputs import InputProcessor
 from l4jax.testing import SPECIAL_TOKENS, write_model
@@ -129,3 +129,9 @@ def test_end_ids_are_those_of_both_files_or_else_the_tokenizers(folder: Path) ->
     edit(config, lambda raw: raw["text_config"].pop("eos_token_id"))
     assert load_config(folder).eos_ids == ()
     assert load(folder).eos_ids == (Tokenizer.from_folder(folder).token_id("<|eot|>"),)
+
+
+def test_llama_4s_own_tokenizer_is_that_of_scout(real: Tokenizer, real_folder: Path) -> None:
+    check_tokenizer(real, SCOUT, real_folder)
+    with pytest.raises(TokenizerError, match="eos_token_id has 128009"):  # Llama 3's
+        check_tokenizer(real, change_id(SCOUT, eos_ids=(128009,)), real_folder)
