@@ -1,5 +1,6 @@
 """The generate command, in its own process."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from l4jax import generate
+from l4jax import generate, serve
+from l4jax.config import TINY
+from l4jax.testing import write_model
 from l4jax.train import bundle
 
 
@@ -87,3 +90,20 @@ def test_invalid_arguments_give_one_line_and_exit_code_1(words, says, capsys):
     last = told.err.strip().splitlines()[-1]
     assert last.startswith("l4jax.generate: ") and says in last
     assert "Traceback" not in told.err and told.out == ""
+
+
+def test_limit_of_the_checkpoint_is_the_default_of_commands(tmp_path, monkeypatch, capsys):
+    write_model(tmp_path / "model", TINY.replace_text(layers=1).replace_vision(layers=1))
+    path = tmp_path / "model" / "generation_config.json"
+    raw = {"max_new_tokens": 3, "temperature": 0.0, "repetition_penalty": 1.25}
+    path.write_text(json.dumps(raw))
+    words = ["--model", str(tmp_path / "model")]
+    assert generate.main([*words, "--prompt", "a"]) == 0
+    assert capsys.readouterr().err.splitlines()[-1].startswith("3 tokens, ")
+    services = []
+    monkeypatch.setattr("l4jax.server.run.serve", lambda service: services.append(service) or 0)
+    assert serve.main(words) == 0
+    assert serve.main([*words, "--override-generation-config", '{"max_new_tokens": 2}']) == 0
+    assert serve.main([*words, "--generation-config", "vllm"]) == 0
+    assert [service.options.max_new_tokens for service in services] == [3, 2, None]
+    assert [service.defaults.repetition_penalty for service in services] == [1.25, 1.25, 1.0]

@@ -31,7 +31,7 @@ def check_tokenizer(tokenizer: Tokenizer, config: Config, folder: Path) -> None:
             f"{config.text.vocab}: they belong to different models; {way_out}"
         )
     for name, token in tokenizer.special_tokens_map.items():
-        if tokenizer.backend.token_to_id(token) is None:
+        if name != "pad_token" and tokenizer.backend.token_to_id(token) is None:
             raise TokenizerError(
                 f"{folder / 'tokenizer_config.json'}: {name} is {quote(token)}, which {file.name} "
                 f"lacks; {way_out}"
@@ -57,10 +57,29 @@ def check_tokenizer(tokenizer: Tokenizer, config: Config, folder: Path) -> None:
                 f"{folder / 'config.json'} or generation_config.json: eos_token_id has {token_id}, "
                 f"and {file.name} {found}: name the ids of special tokens that end a turn."
             )
-    template = re.sub(r"\{#.*?#\}", "", tokenizer.chat_template or "", flags=re.DOTALL)
-    for token in re.findall(r"<\|[A-Za-z0-9_]+\|>", template):
+    _check_template(tokenizer, folder)
+
+
+def _check_template(tokenizer: Tokenizer, folder: Path) -> None:
+    """Refuse a chat template that is no Jinja, or writes special tokens that do not exist."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    # transformers adds the tag `generation`, which marks text for training.
+    template = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", tokenizer.chat_template or "")
+    where = f"the chat template in {folder} (chat_template.jinja or tokenizer_config.json)"
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    except TemplateSyntaxError as error:
+        raise TokenizerError(
+            f"{where} is not Jinja: line {error.lineno}: {error.message}; download it again."
+        ) from None
+    except RecursionError:
+        raise TokenizerError(f"{where} is nested too deeply: download it again.") from None
+    for token in re.findall(
+        r"<\|[A-Za-z0-9_]+\|>", re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
+    ):
         if token not in tokenizer.special_ids:
             raise TokenizerError(
-                f"the chat template in {folder} writes {token}, and {file.name} has no such "
-                f"special token; {way_out}"
+                f"{where} writes {token}, and tokenizer.json has no such special token; "
+                "take all files from one repository."
             )

@@ -113,6 +113,16 @@ def test_token_of_the_template_that_does_not_exist_is_refused(folder: Path) -> N
         load(folder)
 
 
+def test_template_that_is_no_jinja_is_refused(folder: Path) -> None:
+    path = folder / "chat_template.jinja"
+    content = path.read_text()
+    path.write_text("{% generation %}" + content + "{%- endgeneration -%}")
+    load(folder)
+    path.write_text(content[: len(content) // 2])
+    with pytest.raises(TokenizerError, match=r"chat_template\.jinja.* is not Jinja: line \d+: "):
+        load(folder)
+
+
 def test_named_token_that_does_not_exist_is_refused(folder: Path) -> None:
     edit(folder / "tokenizer_config.json", lambda raw: raw.update(eos_token="</s>"))
     with pytest.raises(TokenizerError, match=r"eos_token is '</s>', which tokenizer\.json lacks"):
@@ -135,3 +145,17 @@ def test_llama_4s_own_tokenizer_is_that_of_scout(real: Tokenizer, real_folder: P
     check_tokenizer(real, SCOUT, real_folder)
     with pytest.raises(TokenizerError, match="eos_token_id has 128009"):  # Llama 3's
         check_tokenizer(real, change_id(SCOUT, eos_ids=(128009,)), real_folder)
+
+
+def test_tokenizer_saved_by_transformers_is_taken(folder: Path) -> None:
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+    whole = load(folder)
+    PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(folder)
+    GenerationConfig.from_pretrained(folder).save_pretrained(folder)
+    again = load(folder)
+    text = "Why is the sky blue?<|eot|>"
+    assert again.tokenizer.encode(text) == whole.tokenizer.encode(text)
+    assert again.tokenizer.special_tokens_map == whole.tokenizer.special_tokens_map
+    assert again.tokenizer.chat_template == whole.tokenizer.chat_template
+    assert (again.eos_ids, again.default_params) == (whole.eos_ids, whole.default_params)
