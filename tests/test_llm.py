@@ -383,6 +383,7 @@ def test_a_text_only_model_generates_and_refuses_images(tmp_path):
         ({"block_size": 12}, "block_size is 12: it must divide the attention chunk of 32"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5"),
         ({"load_format": "pt"}, "load_format is 'pt'"),
+        ({"seed": 2**63}, "seed is 9223372036854775808: it must be from"),
         ({"kernels": "fast"}, "kernels is 'fast': it is 'portable', 'hopper' or 'auto'"),
         ({"kernels": "hopper"}, "and here is cpu with jax .*: they run on an H100"),
         (

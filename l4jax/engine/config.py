@@ -274,6 +274,10 @@ class EngineConfig:
                 f"dtype is {self.dtype!r}: it is auto, bfloat16 or float32 "
                 "(float16 cannot hold the range of Llama 4's activations)."
             )
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(
+                f"seed is {str(self.seed)[:100]}: it must be from -2**63 to 2**63 - 1."
+            )
         self._check_sizes()
         _read_images_per_prompt(self.limit_mm_per_prompt)
         _read_speculation(self.speculative_config)

@@ -85,7 +85,7 @@ class Engine:
         )
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
-        self._seeds = random.Random(engine_config.seed)
+        self._seeds = random.Random(engine_config.seed % 2**64)
         self._pending: PendingStep | None = None  # dispatched, and not yet postprocessed
         self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
         self._counts = dict.fromkeys(("prompt", "generation", "queries", "hits"), 0)
