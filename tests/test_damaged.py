@@ -5,6 +5,7 @@ finite weight, a digit of a config or a token's text into another one.
 """
 
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -19,7 +20,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from l4jax import checkpoint, generate
-from l4jax.checkpoint import peft
+from l4jax.checkpoint import orbax_writer, peft
 from l4jax.checkpoint.safetensors import INDEX, Index, write_safetensors
 from l4jax.config import TINY, Config
 from l4jax.engine.config import EngineConfig
@@ -333,3 +334,56 @@ def test_damaged_adapter_is_refused_or_means_what_its_config_says(
                 continue
         assert (found.rank, found.alpha) == (whole.rank, whole.alpha)
         assert jax.tree.all(jax.tree.map(np.array_equal, found.factors, whole.factors))
+
+
+# Orbax.
+
+OCDBT = bytes.fromhex("0cdb")  # the first bytes of its index files
+
+
+@pytest.fixture(scope="module")
+def converted(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("orbax") / "model"
+    orbax_writer.convert_folder(folders[0], folder, progress=False)
+    return folder
+
+
+# Orbax abandons the coroutines of other arrays when one fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("kind", every(6, ["half", "empty", "list", "deep", "absent", "flip"]))
+def test_damaged_file_of_orbax_is_refused_or_changes_nothing(
+    folders, converted, whole, tmp_path, kind
+):
+    files = [path for path in (converted / "orbax").rglob("*") if path.is_file()]
+    files.sort(key=lambda path: (path.stat().st_size, path.name))  # names are random
+    described = [file for file in files if file.parent.name != "d"]
+    rest = random.Random(kind).sample([file for file in files if file.parent.name == "d"], 4)
+    for number, file in enumerate([*described, *rest]):
+        copy = tmp_path / str(number)
+        shutil.copytree(converted, copy)
+        content = file.read_bytes()
+        flipped = bytearray(content)
+        if file in described or content.startswith(OCDBT):  # not the data of a weight
+            flipped[len(content) // 2] ^= 4
+        damaged = copy / file.relative_to(converted)
+        damaged.unlink()
+        contents = {
+            "half": content[: len(content) // 2],
+            "empty": b"",
+            "list": b"[]",
+            "deep": b"[" * 5000 + b"]" * 5000,
+            "flip": bytes(flipped),
+        }
+        if kind in contents:
+            damaged.write_bytes(contents[kind])
+        try:
+            found = load(copy)
+        except (ValueError, OSError) as error:
+            said = str(error)
+            assert said.endswith(".") and "\n" not in said and "orbax" in said, said
+            continue
+        except BaseException as error:
+            error.add_note(str(damaged))
+            raise
+        assert jax.tree.all(jax.tree.map(np.array_equal, found.weights, whole.weights)), damaged
+    gc.collect()  # the coroutines end in this test

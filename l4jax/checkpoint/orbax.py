@@ -148,7 +148,9 @@ def _restore(checkpointer: ocp.Checkpointer, path: Path, args: Any) -> Any:
         return jax.block_until_ready(checkpointer.restore(path, args=args))
     except Exception as error:
         # Orbax wraps the storage's errors in a plain Exception, with pages of its settings.
-        if type(error) is not Exception and not isinstance(error, ValueError | OSError):
+        if type(error) is not Exception and not isinstance(
+            error, ValueError | OSError | RecursionError
+        ):
             raise
         cause = str(error.__cause__ or error).strip().partition("\n")[0][:200]
         raise CheckpointError(
@@ -174,7 +176,7 @@ def read_specs(folder: str | Path) -> dict[str, tuple[np.dtype, tuple[int, ...]]
         specs = {
             name: (np.dtype(leaf.dtype), tuple(leaf.shape)) for name, leaf in flatten(tree).items()
         }
-    except (ValueError, OSError, KeyError, AttributeError):
+    except (ValueError, OSError, KeyError, AttributeError, TypeError, RecursionError):
         specs = {}
     if not specs:
         raise CheckpointError(

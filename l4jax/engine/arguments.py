@@ -138,5 +138,6 @@ def read_template(value: str) -> str:
         return value
     try:
         return Path(value).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--chat-template {value!r} cannot be read: {error.strerror}.") from error
+    except (OSError, ValueError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise ValueError(f"--chat-template {value!r} cannot be read: {cause}.") from error

@@ -51,8 +51,9 @@ def read_documents(
     documents = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    except (OSError, ValueError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} cannot be read: {cause}.") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -77,7 +78,7 @@ def _read_line(line: str, folder: Path) -> dict[str, Any]:
     """Parse a line's fields; image paths are relative to `folder`."""
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"it is not JSON ({error}).") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("messages"), list):
         raise DataError('it is not like {"messages": [...]}.')
