@@ -1,6 +1,8 @@
 """Inputs of `LLM` and of the server: prompts and messages to token ids and images, and defaults."""
 
 import dataclasses
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,6 +17,8 @@ from l4jax.text.image import ImageProcessor
 from l4jax.text.tokenizer import Tokenizer
 from l4jax.text.tokenizer_check import check_tokenizer
 
+log = logging.getLogger(__name__)
+
 # Keys of generation_config.json, and the sampling parameters that they set.
 GENERATION_FIELDS = {
     "temperature": "temperature",
@@ -24,6 +28,13 @@ GENERATION_FIELDS = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
+
+# Keys that change no answer, or only the choice among several of them.
+_INERT = re.compile(
+    r"do_sample|(bos|eos|pad)_token_id|transformers_version|_from_model_config|max_length|use_cache"
+    r"|(cache|compile)_.*|disable_compile|return_.*|output_.*|max_time"
+    r"|(num_)?assistant_.*|target_lookbehind|is_assistant|max_matching_ngram_size|prefill_chunk_size"
+)
 
 Messages: TypeAlias = Sequence[dict[str, Any]]
 # Text, or {"prompt": text, "multi_modal_data": {"image": [...]}}, or {"prompt_token_ids": [...]}.
@@ -194,6 +205,10 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
             fields[name] = getattr(SamplingParams(**{name: kind(value)}), name)
         except ValueError as error:
             raise ConfigError(f"{path}: {key} is not usable: {error}") from None
+    for key, value in raw.items():
+        is_off = value is None or value in (False, 0, 1, "", [], {})  # penalties are off at 1
+        if not (is_off or key in GENERATION_FIELDS or _INERT.fullmatch(key)):
+            log.warning("%s: %s is %s, which l4jax does not apply.", path, key, quote(value))
     samples = raw.get("do_sample")
     if samples not in (None, True, False) or isinstance(samples, float):
         raise ConfigError(f"{path}: do_sample is {quote(samples)}, neither true nor false.")

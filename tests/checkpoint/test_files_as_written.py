@@ -114,6 +114,19 @@ def test_sampling_defaults_are_those_of_the_file(tmp_path):
     assert read_generation(tmp_path, do_sample=None, temperature=None) == SamplingParams()
 
 
+def test_setting_that_is_not_applied_is_noted(tmp_path, caplog):
+    # The defaults that transformers 4.51 wrote into some files.
+    read_generation(tmp_path, max_length=20, length_penalty=1.0, num_beams=1, cache_config=None,
+                    early_stopping=False, suppress_tokens=[], assistant_lookbehind=10)  # fmt: skip
+    assert not caplog.records
+    read_generation(tmp_path, no_repeat_ngram_size=3, temperature=0.5)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1
+    assert said[0].endswith(
+        "generation_config.json: no_repeat_ngram_size is 3, which l4jax does not apply."
+    )
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("top_k", float("inf")), ("top_k", 1.5), ("temperature", -1), ("temperature", "1"),
