@@ -17,7 +17,9 @@ DATA, MODEL = "data", "model"
 AXES = (DATA, MODEL)  # outermost first; neighbors on the innermost are best connected
 # The types of devices, make_mesh and config.update are partially unknown.
 _jax: Any = jax
-_MEM_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # environment variable, read when jax starts
+# Environment variables, read when jax starts: the older name and the newer; jaxlib refuses both.
+_MEM_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+_MEM_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", _MEM_FRACTION)
 
 
 class MeshError(ValueError):
@@ -78,7 +80,8 @@ def prepare_devices(text: str | int) -> str | None:
         threads = max(int(os.environ.get("NPROC", "0")), os.cpu_count() or 1, 2 * wanted)
         os.environ["NPROC"] = str(threads)
         # jax's default is 75 % of a GPU, which Scout's fp8 weights alone fill.
-        os.environ.setdefault(_MEM_FRACTION, "0.97")
+        if _read_mem_fraction() is None:
+            os.environ[_MEM_FRACTION] = "0.97"
         # This applies to the CPU backend only.
         made = getattr(jax.config, "jax_num_cpu_devices", 1)
         _jax.config.update("jax_num_cpu_devices", max(made, wanted))
@@ -100,7 +103,12 @@ def prepare_devices(text: str | int) -> str | None:
 
 def find_gpu_share() -> float:
     """Return the share of a GPU's memory that jax preallocates."""
-    return float(os.environ.get(_MEM_FRACTION, "0.75"))  # jax's default
+    return float(_read_mem_fraction() or "0.75")  # jax's default
+
+
+def _read_mem_fraction() -> str | None:
+    """Return the share that the environment sets, under either name; jaxlib ignores empty text."""
+    return next((text for name in _MEM_FRACTIONS if (text := os.environ.get(name))), None)
 
 
 def make_mesh(text: str | int) -> Mesh:

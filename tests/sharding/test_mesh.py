@@ -7,6 +7,7 @@ import sys
 import jax
 import pytest
 
+import sharding.mesh
 from sharding import MeshError, make_mesh, prepare_devices
 from sharding.mesh import parse_mesh
 
@@ -74,3 +75,18 @@ def test_jax_preallocates_97_percent_of_a_gpu_unless_the_environment_sets_a_shar
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == taken
+
+
+@pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_a_memory_share_of_the_user_is_kept_under_either_name(name, monkeypatch):
+    """jaxlib raises if both names are set."""
+    for other in sharding.mesh._MEM_FRACTIONS:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv("NPROC", "16")
+    monkeypatch.setenv(name, "0.5")
+    monkeypatch.setattr(sharding.mesh, "_has_backend", lambda: False)
+    monkeypatch.setattr(sharding.mesh._jax.config, "update", lambda *_: None)
+    prepare_devices("1")
+    assert os.environ[name] == "0.5"
+    assert sum(x in os.environ for x in sharding.mesh._MEM_FRACTIONS) == 1
+    assert sharding.mesh.find_gpu_share() == 0.5
