@@ -169,9 +169,12 @@ def train_adapter(
     put = functools.partial(jax.device_put, device=layout.place_all(PACKED_AXES))
     settings = lora_config.describe()
 
+    def write(state: TrainState) -> None:
+        checkpoint.write_adapter(folder, lora_config.make_adapter(state), config, model)
+
     def save(state: TrainState) -> tuple[TrainState, dict[str, float]]:
         state = saved_state.save(folder, state, settings, saved_state.keep_exact)
-        checkpoint.write_adapter(folder, lora_config.make_adapter(state), config, model)
+        write(state)
         return jax.device_put(state, shardings), {}
 
     with activate(layout):
@@ -180,6 +183,8 @@ def train_adapter(
         )
         if state is None:
             state = jax.jit(lora_config.initialize, out_shardings=shardings)()
+        else:
+            write(state)  # a run killed after it saved the state left an older adapter, or none
         step = make_step(_make_loss(lora_config), training.hparams)
         train_step = jax.jit(step, donate_argnums=0)
         batches = map(put, make_batches(documents, training.data, int(state.step)))

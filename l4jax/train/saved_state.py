@@ -131,6 +131,7 @@ def restore(
         StateError: the configurations differ; names the first difference.
         CheckpointError: a file is damaged.
     """
+    shutil.rmtree(folder / ".unfinished", ignore_errors=True)  # left by a killed run
     states = list_saved(folder)
     if not states:
         return None

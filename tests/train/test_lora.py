@@ -6,6 +6,7 @@ import functools
 import io
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -381,6 +382,21 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(run, tmp_pat
     again = train_adapter(lora_config, documents, tmp_path, model="base", quiet=True)
     assert read_losses(tmp_path) == read_losses(folder)
     jax.tree.map(np.testing.assert_array_equal, again.factors, adapter.factors)
+
+
+@pytest.mark.parametrize("file", ["missing", "older"])
+def test_a_run_resumed_at_its_last_step_writes_the_adapter(file, run, tmp_path):
+    folder, lora_config, documents, _ = run
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    adapter = tmp_path / "adapter_model.safetensors"
+    expected = adapter.read_bytes()
+    adapter.unlink()
+    if file == "older":
+        adapter.write_bytes(expected[:100])
+    (tmp_path / ".unfinished").mkdir()
+    train_adapter(lora_config, documents, tmp_path, model="base", quiet=True)
+    assert adapter.read_bytes() == expected
+    assert not (tmp_path / ".unfinished").exists()
 
 
 def test_the_folder_of_another_run_is_refused(run):
