@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _COMPILERS = 16  # threads of `compile`
 _CORES_PER_COMPILER = 4  # in the background, while requests run
+_CHECKSUM = hashlib.sha256().digest_size  # bytes in front of a program on disk
 _KEPT = 100  # executables on disk; a model on a mesh has about 20
 
 
@@ -63,7 +64,7 @@ class ProgramCache:
         folder: Path | None,
     ):
         self._context, self._devices, self._activate = context, devices, activate
-        self._folder = folder
+        self._folder = folder if folder and _is_private(folder) else None
         self._executables: dict[Hashable, Future[Any]] = {}
         self._lowering = threading.Lock()
 
@@ -231,17 +232,46 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 
+def _is_private(folder: Path) -> bool:
+    """Return whether a folder is this user's alone to write, or still to be made.
+
+    Unpickling runs code that the file names, so a file of another user is not read.
+    """
+    if not folder.is_dir():
+        return True
+    found = folder.stat()
+    if found.st_uid == os.geteuid() and not found.st_mode & 0o022:
+        return True
+    logger.warning(
+        "compiled programs are not kept: other users may write to %s; chmod 700 it, or remove it",
+        folder,
+    )
+    return False
+
+
+def _hash_file(file: Path, kept: bytes) -> bytes:
+    """Hash a program and its file's name, which is its key."""
+    return hashlib.sha256(file.name.encode() + kept).digest()
+
+
 def _read(file: Path, devices: Sequence[Any]) -> Any:
-    """Load an executable; None if there is none, or it cannot be used."""
+    """Load an executable; None if there is none. A file that cannot be used is removed."""
     try:
-        kept = pickle.loads(file.read_bytes())
-        executable = serialize_executable.deserialize_and_load(*kept, execution_devices=devices)
+        written = file.read_bytes()
+        checksum, kept = written[:_CHECKSUM], written[_CHECKSUM:]
+        if checksum != _hash_file(file, kept):
+            raise ValueError("the file is damaged, or of another program")
+        executable = serialize_executable.deserialize_and_load(
+            *pickle.loads(kept), execution_devices=devices
+        )
         _mark_used(file)
         return executable
     except FileNotFoundError:
         return None
     except Exception as error:  # truncated, or written by another version
         logger.warning("compiling again: %s: %s", file, error)
+        with contextlib.suppress(OSError):
+            file.unlink()
         return None
 
 
@@ -262,11 +292,16 @@ def _write(file: Path, executable: Any) -> None:
     """Write an executable atomically, and evict those that were used longest ago."""
     try:
         kept = pickle.dumps(serialize_executable.serialize(executable))
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
-            temporary.write(kept)
-        _mark_used(Path(temporary.name))
-        os.replace(temporary.name, file)
+            try:
+                temporary.write(_hash_file(file, kept) + kept)
+                temporary.flush()
+                _mark_used(Path(temporary.name))
+                os.replace(temporary.name, file)
+            except BaseException:
+                os.unlink(temporary.name)
+                raise
         for old in sorted(file.parent.iterdir(), key=_find_last_use)[:-_KEPT]:
             old.unlink(missing_ok=True)
     except Exception as error:  # such as a full disk; the start goes on

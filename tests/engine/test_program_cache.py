@@ -87,6 +87,50 @@ def test_a_truncated_file_is_written_again(tmp_path):
     assert (second.count, third.count) == (1, 0)
 
 
+def test_files_with_swapped_contents_are_compiled_again(tmp_path):
+    for size in (4, 5):
+        compile_one(tmp_path, Traced().make_program(size))
+    one, other = tmp_path.iterdir()
+    contents = one.read_bytes(), other.read_bytes()
+    one.write_bytes(contents[1])
+    other.write_bytes(contents[0])
+    again, third = Traced(), Traced()
+    for traced in (again, third):
+        assert compile_one(tmp_path, traced.make_program(4)) == [0, 2, 4, 6]
+        assert compile_one(tmp_path, traced.make_program(5)) == [0, 2, 4, 6, 8]
+    assert (again.count, third.count) == (2, 0)
+
+
+def test_a_damaged_file_is_removed_before_it_is_unpickled(tmp_path, monkeypatch):
+    compile_one(tmp_path, Traced().make_program())
+    (file,) = tmp_path.iterdir()
+    written = bytearray(file.read_bytes())
+    written[len(written) // 2] ^= 1
+    file.write_bytes(written)
+    monkeypatch.setattr(program_cache.pickle, "loads", lambda _: pytest.fail("unpickled"))
+    assert program_cache._read(file, jax.devices()[:1]) is None
+    assert not file.exists()
+
+
+def test_a_folder_that_other_users_may_write_to_is_not_read(tmp_path, caplog):
+    folder = tmp_path / "executables"
+    compile_one(folder, Traced().make_program())
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    traced = Traced()
+    assert compile_one(folder, traced.make_program()) == [0, 2, 4, 6]
+    assert traced.count == 1 and "other users may write" in caplog.text
+
+
+def test_a_program_that_cannot_be_stored_leaves_no_temporary_file(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(program_cache.os, "replace", fail)
+    assert compile_one(tmp_path, Traced().make_program()) == [0, 2, 4, 6]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_start_goes_on_if_no_file_can_be_written(tmp_path):
     folder = tmp_path / "file"
     folder.write_text("in the way")
