@@ -58,6 +58,7 @@ def write_atomically(source: Path, folder: Path, total: int) -> Iterator[Path]:
         folder: to be made.
         total: the bytes that will be written; refused if the disk has less space.
     """
+    folder = folder.resolve()  # a symbolic link stays, and the space of its target's disk counts
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     if free < total:
@@ -88,6 +89,15 @@ def _check_folders(source: Path, folder: Path, *, overwrite: bool) -> None:
     if folder.resolve() in (source.resolve(), *source.resolve().parents):
         raise CheckpointError(
             f"{folder} holds the checkpoint that is to be converted: choose another folder."
+        )
+    if source.resolve() in folder.resolve().parents:
+        raise CheckpointError(
+            f"{folder} is inside the checkpoint {source}, which would not load any more: "
+            "choose a folder outside."
+        )
+    if os.path.ismount(folder):
+        raise CheckpointError(
+            f"{folder} is a mount point, which cannot be replaced: give a new folder inside it."
         )
 
 
