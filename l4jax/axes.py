@@ -27,7 +27,9 @@ QUERIES = "queries"  # query heads of one kv head
 QUERIES_KV = "queries_kv"  # query heads, key and value of one kv head: the fused projection
 HEAD_DIM = "head_dim"
 EXPERTS = "experts"
-HIDDEN = "hidden"  # inside a feed-forward block
+SCORES = "scores"  # experts, as rows of the router
+HIDDEN = "hidden"  # inside a dense feed-forward block, or the shared expert
+EXPERT_HIDDEN = "expert_hidden"  # inside a routed expert
 GATE_UP = "gate_up"  # 2: gate, up
 
 # Weights of the vision tower and its adapter.
@@ -52,6 +54,7 @@ TOKENS = "tokens"
 ROWS = "rows"
 SLOTS = "slots"  # of the decode state
 PAGES = "pages"
+STRIPES = "stripes"  # parts of a page of the global layers; no array has this axis
 PAGE = "page"  # slots of a page
 TABLE = "table"  # entries of a page table
 GROUPS = "groups"  # the chunk-local groups of layers
@@ -61,6 +64,7 @@ CHANNELS = "channels"  # of an image tile, as are its rows and columns below
 PIXELS_Y = "pixels_y"
 PIXELS_X = "pixels_x"
 LAYERS = "layers"
+SINGLE = "single"  # an axis of size 1, such as the experts of a dense block
 LIST = "list"  # stop ids of a row, log-probabilities of a token
 
 ALL = tuple(name for key, name in sorted(globals().items()) if key.isupper())

@@ -21,6 +21,8 @@ EXAMPLES = """examples:
 ENGINE_FIELDS = (
     "mesh",
     "tensor_parallel_size",
+    "decode_context_parallel_size",
+    "enable_expert_parallel",
     "kernels",
     "dtype",
     "quantization",

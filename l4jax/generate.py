@@ -25,6 +25,8 @@ ENGINE_FIELDS = (
     "attn_temperature_tuning",
     "mesh",
     "tensor_parallel_size",
+    "decode_context_parallel_size",
+    "enable_expert_parallel",
     "kernels",
     "kv_cache_dtype",
     "calculate_kv_scales",

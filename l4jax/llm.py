@@ -35,8 +35,9 @@ class LLM:
         engine_args: all other fields of `l4jax.engine.config.EngineConfig`, which documents them:
             the checkpoint (dtype, quantization, quantize_attention, lora, load_format, revision,
             chat_template, attn_temperature_tuning), the devices (mesh, tensor_parallel_size,
-            data_parallel_size, kernels, gpu_memory_utilization), and the engine (max_model_len,
-            max_num_seqs, max_num_batched_tokens, block_size, kv_cache_dtype, calculate_kv_scales,
+            data_parallel_size, decode_context_parallel_size, enable_expert_parallel, kernels,
+            gpu_memory_utilization), and the engine (max_model_len, max_num_seqs,
+            max_num_batched_tokens, block_size, kv_cache_dtype, calculate_kv_scales,
             kv_cache_memory_bytes, enable_prefix_caching, speculative_config, limit_mm_per_prompt,
             loop_steps, seed).
 
@@ -66,6 +67,7 @@ class LLM:
             engine_config.mesh_shape,
             _choose_dtype(engine_config.dtype, self.folder),
             kernels=engine_config.kernels,
+            enable_expert_parallel=engine_config.enable_expert_parallel,
         )
         self._notify(runner.notice)
         self._load_weights(runner, engine_config)

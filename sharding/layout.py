@@ -1,13 +1,14 @@
 """A mesh and a rule table together: from the names of an array's axes to its sharding."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sharding.mesh import MeshError, describe
+from sharding.mesh import MODEL, SEQ, MeshError, describe
 from sharding.rules import Rules
 
 Names = tuple[str, ...]
@@ -22,14 +23,19 @@ class Layout:
     mesh: Mesh
     rules: Rules
 
+    def find(self, axis: str) -> tuple[str, ...]:
+        """Return the mesh axes of more than one device that cut a logical axis."""
+        return tuple(place for place in self.rules.find(axis) if self.mesh.shape[place] > 1)
+
     def count(self, axis: str) -> int:
         """Return the number of shards of a logical axis."""
-        place = self.rules.find(axis)
-        return 1 if place is None else self.mesh.shape[place]
+        return math.prod(self.mesh.shape[place] for place in self.find(axis))
 
     def spec(self, names: Names) -> PartitionSpec:
         """Return the partition of an array whose axes have these logical names."""
-        return PartitionSpec(*(self.rules.find(name) for name in names))
+        places = map(self.rules.find, names)
+        # A single mesh axis stands alone: jax compares partitions by their spelling.
+        return PartitionSpec(*(found[0] if len(found) == 1 else found or None for found in places))
 
     def place(self, names: Names) -> NamedSharding:
         """Return the sharding of an array whose axes have these logical names."""
@@ -50,16 +56,20 @@ class Layout:
             sum_over: a logical axis that the function contracts; the partial results of its shards
                 are summed (`psum`).
         """
-        axis = None if sum_over is None else self.rules.find(sum_over)
+        summed = () if sum_over is None else self.find(sum_over)
 
         def sum_results(*arguments: Any) -> Any:
-            return _lax.psum(fn(*arguments), axis)
+            return _lax.psum(fn(*arguments), summed)
 
-        run = fn if axis is None else sum_results
+        run = sum_results if summed else fn
         specs = jax.tree.map(self.spec, (ins, outs), is_leaf=_is_names)
         return jax.shard_map(
             run, mesh=self.mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False
         )
+
+    def find_index(self, axis: str) -> Any:
+        """Return the index of a device's shard of a logical axis, inside a `local` function."""
+        return _lax.axis_index(self.find(axis))
 
     def check(self, axis: str, size: int, elements: str) -> None:
         """Refuse a mesh that does not divide a logical axis evenly.
@@ -74,14 +84,26 @@ class Layout:
         """
         parts = self.count(axis)
         if size % parts:
-            text = "x".join(str(n) for n in self.mesh.shape.values() if n > 1)
-            fits = [n for n in range(1, size + 1) if size % n == 0 and n < parts]
-            place = str(self.rules.find(axis))
+            shape, places = dict(self.mesh.shape), self.find(axis)
+            place = MODEL if MODEL in places else places[-1]
+            others = parts // shape[place]
+            fits = [n for n in range(1, shape[place]) if size % (n * others) == 0]
+            advice = "and no size of it divides them: take other axes."
+            if fits:
+                advice = (
+                    f"the {place} axis may have {' or '.join(map(str, fits[-3:]))} here: "
+                    f"{describe({**shape, place: fits[-1]})}."
+                )
             raise MeshError(
-                f"--mesh {text}: {parts} devices cannot share {size} {elements}; the {place} axis "
-                f"may have {' or '.join(map(str, fits[-3:]))} here: "
-                f"{describe({**self.mesh.shape, place: fits[-1]})}."
+                f"--mesh {_format(shape)}: {parts} devices cannot share {size} {elements}; {advice}"
             )
+
+
+def _format(shape: dict[str, int]) -> str:
+    """Format a mesh as users write it."""
+    if shape.get(SEQ, 1) > 1:
+        return describe({name: size for name, size in shape.items() if size > 1})
+    return "x".join(str(size) for size in shape.values() if size > 1)
 
 
 def _is_names(leaf: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Meshes of devices, parsed from `8`, `2x4` or `data=2,model=4`.
+"""Meshes of devices, parsed from `8`, `2x4` or `data=2,seq=2,model=2`.
 
 One number is the size of the `model` axis; two numbers are data x model; names are explicit.
 Without an accelerator jax makes as many CPU devices as the mesh needs.
@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-DATA, MODEL = "data", "model"
-AXES = (DATA, MODEL)  # outermost first; neighbors on the innermost are best connected
+DATA, SEQ, MODEL = "data", "seq", "model"
+AXES = (DATA, SEQ, MODEL)  # outermost first; neighbors on the innermost are best connected
 # The types of devices, make_mesh and config.update are partially unknown.
 _jax: Any = jax
 # Environment variables, read when jax starts: the older name and the newer; jaxlib refuses both.
@@ -29,7 +29,7 @@ class MeshError(ValueError):
 def parse_mesh(text: str | int) -> dict[str, int]:
     """Parse the size of each axis of `AXES`, in that order.
 
-    `"2x4"` is `{"data": 2, "model": 4}`. Raises `MeshError` for any other syntax.
+    `"2x4"` is `{"data": 2, "seq": 1, "model": 4}`. Raises `MeshError` for any other syntax.
     """
     text = str(text).strip().lower()
     if re.fullmatch(r"\d+", text):
@@ -41,7 +41,9 @@ def parse_mesh(text: str | int) -> dict[str, int]:
         for part in text.split(","):
             match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
             if not match:
-                raise MeshError(f"--mesh {text}: write 8, 2x4 (data x model) or data=2,model=4.")
+                raise MeshError(
+                    f"--mesh {text}: write 8, 2x4 (data x model) or data=2,seq=2,model=2."
+                )
             name, size = match[1], int(match[2])
             if name not in AXES:
                 raise MeshError(
@@ -123,8 +125,8 @@ def make_mesh(text: str | int) -> Mesh:
 
 
 def describe(sizes: Mapping[str, int]) -> str:
-    """Format axis sizes as `data=2,model=4`."""
-    return ",".join(f"{name}={size}" for name, size in sizes.items())
+    """Format axis sizes as `data=2,model=4`; a sequence axis of one device is left out."""
+    return ",".join(f"{name}={n}" for name, n in sizes.items() if n > 1 or name != SEQ)
 
 
 def _has_backend() -> bool:

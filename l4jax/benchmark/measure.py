@@ -49,7 +49,13 @@ class Bench:
             quantizes_attention = quantization == "fp8"
         with self._clock("load"):
             kernels, mesh = engine_config.kernels, engine_config.mesh_shape
-            self.runner = Runner(self.config, mesh, dtype, kernels=kernels)
+            self.runner = Runner(
+                self.config,
+                mesh,
+                dtype,
+                kernels=kernels,
+                enable_expert_parallel=engine_config.enable_expert_parallel,
+            )
             self.runner.initialize(
                 engine_config.seed,
                 quantization=quantization,

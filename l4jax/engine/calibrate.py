@@ -52,9 +52,16 @@ def make_batch(config: Config, page: int, shards: int) -> cache.Batch:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "page", "shards", "dtype"))
+@functools.partial(jax.jit, static_argnames=("model", "page", "shards", "stripes", "dtype"))
 def find_largest(
-    params: Parameters, batch: cache.Batch, *, model: Llama4, page: int, shards: int, dtype: Any
+    params: Parameters,
+    batch: cache.Batch,
+    *,
+    model: Llama4,
+    page: int,
+    shards: int,
+    stripes: int = 1,
+    dtype: Any,
 ) -> tuple[Array, Array]:
     """Return the largest key and the largest value of each layer, two of [layers] float32.
 
@@ -63,15 +70,17 @@ def find_largest(
     Args:
         params: the tree of `declare_parameters`.
         batch: of `make_batch`.
-        model, page, shards, dtype: static; dtype is that of keys and values.
+        model, page, shards, stripes, dtype: static; dtype is that of keys and values.
     """
     text = model.config
-    pool = cache.make_pool(text, batch.tables.global_RB.size * text.nope_interval, page, dtype)
+    pages = batch.tables.global_RB.size * text.nope_interval * stripes
+    pool = cache.make_pool(text, pages, page, dtype)
     _, pool = decode.bind(model, params)(batch, pool)
 
     def reduce(arrays: tuple[Array, ...]) -> Array:
-        # An array has one repetition of the pattern: [shards, groups, ..]; unwritten pages are 0.
-        grouped = [x.reshape(shards, text.nope_interval, -1) for x in arrays]
+        # An array has one repetition of the pattern: [shards * stripes, groups, ..]; unwritten
+        # pages are 0.
+        grouped = [x.reshape(shards * stripes, text.nope_interval, -1) for x in arrays]
         largest = jnp.concatenate([jnp.abs(x).max((0, 2)) for x in grouped])
         return largest[: text.layers].astype(jnp.float32)
 

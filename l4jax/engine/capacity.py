@@ -12,17 +12,33 @@ _LOGITS_ARRAYS = 6  # alive at once, one or two more than sampling needs
 _HIDDEN_ARRAYS = 6  # alive at once, as wide as gate and up of an expert, 2 bytes per number
 
 
-def choose_page(config: Config, engine_config: EngineConfig) -> int:
-    """Return the positions of a page: `block_size`, or 128's common divisor with the chunk."""
+def choose_page(config: Config, engine_config: EngineConfig, stripes: int = 1) -> int:
+    """Return the positions of a page: `block_size`, or 128's common divisor with the chunk.
+
+    A global page has one stripe of this size on each of `stripes` devices, and ends with a chunk.
+    """
     chunk = config.text.chunk
-    page = engine_config.block_size or math.gcd(chunk, 128)
-    if chunk % page:
-        raise CapacityError(f"block_size is {page}: it must divide the attention chunk of {chunk}.")
+    if chunk % stripes:
+        raise CapacityError(
+            f"{stripes} devices of the seq axis cannot share the attention chunk of {chunk}: "
+            "take a divisor of it."
+        )
+    page = engine_config.block_size or math.gcd(chunk // stripes, 128)
+    if chunk % (page * stripes):
+        shared = f", and {stripes} pages of it together" if stripes > 1 else ""
+        raise CapacityError(
+            f"block_size is {page}: it{shared} must divide the attention chunk of {chunk}."
+        )
     return page
 
 
 def compute_limits(
-    config: Config, engine_config: EngineConfig, shards: int, page_bytes: int, pool_bytes: int
+    config: Config,
+    engine_config: EngineConfig,
+    shards: int,
+    page_bytes: int,
+    pool_bytes: int,
+    stripes: int = 1,
 ) -> Limits:
     """Compute the sizes that the scheduler keeps within.
 
@@ -31,13 +47,14 @@ def compute_limits(
         engine_config: the requested sizes.
         shards: data shards; requests and tokens are divided among them.
         page_bytes: bytes of one page id, over all arrays of the pool.
-        pool_bytes: bytes that the pool of a data shard may take.
+        pool_bytes: bytes that the pool of a data shard may take, of each stripe.
+        stripes: devices that share a global page.
 
     Raises:
         CapacityError: if a request of `max_model_len` tokens does not fit.
     """
-    text, page = config.text, choose_page(config, engine_config)
-    geometry = PageGeometry(page, text.chunk, text.nope_interval - 1)
+    text, page = config.text, choose_page(config, engine_config, stripes)
+    geometry = PageGeometry(page, text.chunk, text.nope_interval - 1, stripes)
     requested = engine_config.max_model_len
     if requested is not None and requested > text.max_positions:
         raise CapacityError(
@@ -68,6 +85,7 @@ def compute_limits(
         loop_steps=engine_config.loop_steps,
         max_length=longest,
         drafts=speculation.num_speculative_tokens if speculation else 0,
+        stripes=stripes,
     )
 
 

@@ -54,9 +54,14 @@ class EngineConfig:
         seed: seeds requests that have no seed of their own, and random weights.
         attn_temperature_tuning: True or False overrides the model's config.
         mesh: "8" is eight devices that share each layer, "2x4" two groups of four,
-            "data=2,model=4" the same.
+            "data=2,model=4" the same. "seq=2,model=4" is context parallelism: the positions of a
+            request's global layers are spread over two groups of four.
         tensor_parallel_size: devices that share each layer; `2x4` has 4.
         data_parallel_size: groups of devices, each with its own requests; `2x4` has 2.
+        decode_context_parallel_size: groups into which the devices of `tensor_parallel_size` are
+            divided, each with a part of every request's positions; 8 and 2 are the mesh
+            "seq=2,model=4".
+        enable_expert_parallel: give each device whole experts, instead of a part of every expert.
         kernels: "portable" runs everywhere; "hopper" is faster, on an H100 or an H200; "auto" is
             "hopper" where it runs.
         gpu_memory_utilization: share of an accelerator's memory for weights and page pool.
@@ -171,6 +176,25 @@ class EngineConfig:
             default_help="1",
         ),
     )
+    decode_context_parallel_size: int | None = field(
+        default=None,
+        metadata=_flag(
+            DEVICES,
+            "groups of the tensor-parallel devices, each with a part of a request's positions",
+            kind="integer",
+            aliases=("-dcp",),
+            default_help="1",
+        ),
+    )
+    enable_expert_parallel: bool = field(
+        default=False,
+        metadata=_flag(
+            DEVICES,
+            "give each device whole experts",
+            kind="flag",
+            default_help="a part of every expert",
+        ),
+    )
     kernels: str = field(
         default="auto",
         metadata=_flag(
@@ -262,9 +286,16 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("tensor_parallel_size", "data_parallel_size"):
+        names = ("tensor_parallel_size", "data_parallel_size", "decode_context_parallel_size")
+        for name in names:
             if self.mesh is not None and getattr(self, name) is not None:
                 raise ValueError(f"mesh and {name} are two spellings of one thing: give one.")
+        tensor, seq = self.tensor_parallel_size or 1, self.decode_context_parallel_size or 1
+        if self.decode_context_parallel_size == 0 or seq < 1 or tensor % seq:
+            raise ValueError(
+                f"decode_context_parallel_size is {self.decode_context_parallel_size}: "
+                f"it must divide tensor_parallel_size, which is {tensor}."
+            )
         if self.load_format not in ("auto", "dummy"):
             raise ValueError(f"load_format is {self.load_format!r}: it is 'auto' or 'dummy'.")
         if self.lora is not None and self.load_format == "dummy":
@@ -309,7 +340,11 @@ class EngineConfig:
         if self.mesh is not None:
             return self.mesh
         sizes = (self.data_parallel_size, self.tensor_parallel_size)
-        return "x".join(str(1 if size is None else size) for size in sizes)
+        data, tensor = (1 if size is None else size for size in sizes)
+        seq = self.decode_context_parallel_size or 1
+        if seq == 1:
+            return f"{data}x{tensor}"
+        return f"data={data},seq={seq},model={tensor // seq}"
 
     @property
     def max_images(self) -> int:

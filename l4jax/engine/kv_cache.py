@@ -17,7 +17,7 @@ from l4jax.engine.scheduler import Limits
 from l4jax.model import Llama4, Parameters
 from sharding import Layout, find_gpu_share
 
-CPU_POOL_BYTES = 2**28  # of a data shard without `kv_cache_memory_bytes`
+CPU_POOL_BYTES = 2**28  # of a stripe of a data shard, without `kv_cache_memory_bytes`
 
 Scales = tuple[np.ndarray, np.ndarray]  # float32 [layers], of keys and of values
 
@@ -38,9 +38,9 @@ class DeviceState:
 
 
 def measure_pool_bytes(config: Config, engine_config: EngineConfig, layout: Layout) -> int:
-    """Return the bytes that the page pool of one data shard may take, over its devices."""
+    """Return the bytes that one stripe of a data shard's page pool may take, over its devices."""
     if engine_config.kv_cache_memory_bytes is not None:
-        return engine_config.kv_cache_memory_bytes
+        return engine_config.kv_cache_memory_bytes // layout.count(axes.STRIPES)
     device = layout.mesh.devices.flat[0]
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
@@ -62,12 +62,14 @@ def calibrate_scales(
     """Calibrate the scales of an fp8 cache on fixed prompts. Call it under the layout."""
     shards = layout.count(axes.ROWS)
     batch = calibrate.make_batch(config, page, shards)
+    stripes = layout.count(axes.STRIPES)
     largest = calibrate.find_largest(
         params,
         jax.device_put(batch, layout.place_all(cache.name_axes())),
         model=model,
         page=page,
         shards=shards,
+        stripes=stripes,
         dtype=dtype,
     )
     k_largest, v_largest = jax.device_get(largest)
@@ -97,9 +99,8 @@ def allocate_state(
         The state, and the shardings of its arrays.
     """
     text, vision = config.text, config.vision
-    make_pool = functools.partial(
-        cache.make_pool, text, limits.shards * limits.pages, limits.page, cache_dtype
-    )
+    pages = limits.shards * limits.stripes * limits.pages
+    make_pool = functools.partial(cache.make_pool, text, pages, limits.page, cache_dtype)
     make_decode_state = functools.partial(
         decode.make_decode_state, limits.shards * limits.requests, text.vocab
     )

@@ -1,15 +1,18 @@
 """Kernel selection, and entry through `shard_map`: each device on its own heads, rows and pages."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from l4jax import axes, cache
-from l4jax.kernels import PORTABLE, Kernels
+from l4jax.engine.context_parallel import ContextParallel
+from l4jax.engine.expert_parallel import ExpertParallel
+from l4jax.kernels import PORTABLE, Kernels, portable
 from l4jax.kernels.formats import name_axes
 from l4jax.kernels.reference import HeadTransform, Norm
+from sharding import Layout
 
 # Logical axes of an einsum's letters; among contracted letters, the first may be sharded.
 _AXES = {
@@ -17,6 +20,13 @@ _AXES = {
     **{"F": axes.HIDDEN, "c": axes.GATE_UP},
     **{"K": axes.KV_HEADS, "J": axes.QUERIES_KV, "G": axes.QUERIES, "H": axes.HEAD_DIM},
 }
+_TOKEN, _X = (axes.TOKENS,), (axes.TOKENS, axes.WIDTH)
+_Y = (axes.TOKENS, axes.KV_HEADS, axes.QUERIES, axes.HEAD_DIM)
+_QKV = (axes.KV_HEADS, axes.QUERIES_KV, axes.HEAD_DIM, axes.WIDTH)
+_GATE_UP = (axes.EXPERTS, axes.GATE_UP, axes.EXPERT_HIDDEN, axes.WIDTH)
+_DOWN = (axes.EXPERTS, axes.WIDTH, axes.EXPERT_HIDDEN)
+_SHARED_GATE_UP = (axes.GATE_UP, axes.HIDDEN, axes.WIDTH)
+_SHARED_DOWN = (axes.WIDTH, axes.HIDDEN)
 
 
 def resolve_kernels(name: str, device: Any) -> str:
@@ -49,6 +59,7 @@ def choose_kernels(name: str, device: Any) -> Kernels:
     return Kernels(
         normalize=hopper.normalize,
         attend=hopper.attend,
+        attend_part=portable.attend_part,
         route=hopper.route,
         run_experts=hopper.run_experts,
         mix_experts=hopper.mix_experts,
@@ -56,88 +67,120 @@ def choose_kernels(name: str, device: Any) -> Kernels:
     )
 
 
-def make_kernels(kernels: Kernels, local: Callable[..., Any]) -> Kernels:
+def make_kernels(kernels: Kernels, layout: Layout) -> Kernels:
     """Wrap each kernel in `shard_map`, so that it sees a device's own heads, rows and pages.
 
     They are jitted: each is traced once per shape and not once per layer.
 
     Args:
         kernels: bundle for one device.
-        local: `sharding.Layout.local`, which makes such functions from logical axes.
+        layout: mesh and strategy.
     """
-    table, at = (axes.ROWS, axes.TABLE), (axes.TOKENS,)
-    pool, y = cache.POOL_AXES, (axes.TOKENS, axes.KV_HEADS, axes.QUERIES, axes.HEAD_DIM)
-    qkv = (axes.KV_HEADS, axes.QUERIES_KV, axes.HEAD_DIM, axes.WIDTH)
-    x, gate_up = (axes.TOKENS, axes.WIDTH), (axes.EXPERTS, axes.GATE_UP, axes.HIDDEN, axes.WIDTH)
-    down = (axes.EXPERTS, axes.WIDTH, axes.HIDDEN)
+    local = _LocalKernels(kernels, layout)
+    is_striped = bool(layout.find(axes.STRIPES))
+    return Kernels(
+        normalize=jax.jit(local.normalize),
+        embed=jax.jit(local.embed),
+        attend=jax.jit(local.attend),
+        attend_global=jax.jit(local.attend_striped) if is_striped else None,
+        route=jax.jit(local.route),
+        run_experts=jax.jit(local.run_experts),
+        mix_experts=jax.jit(local.mix_experts),
+        multiply=jax.jit(local.multiply, static_argnums=0),
+    )
 
-    def name_normed(norm: Norm) -> tuple[Any, Any]:
-        """Return the axes of tokens and of the norm applied to them."""
-        return x, Norm(x[1:], norm.eps)
 
-    def normalize(x_TD: Any, norm: Norm) -> jax.Array:
-        return local(kernels.normalize, name_normed(norm), x)(x_TD, norm)
+@dataclasses.dataclass(frozen=True)
+class _LocalKernels:
+    """Kernels of whole arrays, each of which runs on the devices' own shards."""
 
-    def attend(
-        x_TD: Any, norm: Norm, qkv_KJHD: Any, transform: HeadTransform, *pool_and_tables: Any
+    kernels: Kernels
+    layout: Layout
+
+    def normalize(self, x_TD: Any, norm: Norm) -> jax.Array:
+        return self.layout.local(self.kernels.normalize, _name_normed(norm), _X)(x_TD, norm)
+
+    def embed(self, token_T: Any, embedding_VD: Any) -> jax.Array:
+        layout = self.layout
+
+        # Each device looks up its own words. XLA would gather the whole table for one token.
+        def look_up(token_T: Any, embedding_VD: Any) -> jax.Array:
+            if not layout.find(axes.VOCAB):
+                return self.kernels.embed(token_T, embedding_VD)
+            first = layout.find_index(axes.VOCAB) * len(embedding_VD)
+            return self.kernels.embed(token_T, embedding_VD, first)
+
+        ins = (_TOKEN, (axes.VOCAB, axes.WIDTH))
+        return layout.local(look_up, ins, _X, sum_over=axes.VOCAB)(token_T, embedding_VD)
+
+    def attend(self, *arguments: Any) -> tuple[Any, Any, Any]:
+        return self._attend(self.kernels.attend, *arguments)
+
+    def attend_striped(self, *arguments: Any) -> tuple[Any, Any, Any]:
+        return self._attend(ContextParallel(self.kernels, self.layout).attend, *arguments)
+
+    def _attend(
+        self,
+        fn: Any,
+        x_TD: Any,
+        norm: Norm,
+        qkv_KJHD: Any,
+        transform: HeadTransform,
+        *pool_and_tables: Any,
     ) -> tuple[Any, Any, Any]:
         transform_axes = HeadTransform(
             angle_TH=None if transform.angle_TH is None else (axes.TOKENS, axes.HEAD_DIM),
             eps=transform.eps,
-            factor_T=None if transform.factor_T is None else at,
+            factor_T=None if transform.factor_T is None else _TOKEN,
             scales=None if transform.scales is None else ((), ()),
         )
-        ins = (
-            *name_normed(norm),
-            name_axes(qkv_KJHD, qkv),
-            transform_axes,
-            pool,
-            pool,
-            table,
-            at,
-            at,
-        )
-        run = local(kernels.attend, ins, (y, pool, pool))
+        pool, table = cache.POOL_AXES, (axes.ROWS, axes.TABLE)
+        qkv = name_axes(qkv_KJHD, _QKV)
+        ins = (*_name_normed(norm), qkv, transform_axes, pool, pool, table, _TOKEN, _TOKEN)
+        run = self.layout.local(fn, ins, (_Y, pool, pool))
         return run(x_TD, norm, qkv_KJHD, transform, *pool_and_tables)
 
-    def route(x_TD: Any, norm: Norm, router_ED: Any) -> tuple[Any, Any, Any]:
-        ins = (*name_normed(norm), name_axes(router_ED, (axes.EXPERTS, axes.WIDTH)))
-        outs = ((axes.TOKENS, axes.EXPERTS), at, at)
-        return local(kernels.route, ins, outs)(x_TD, norm, router_ED)
+    def route(self, x_TD: Any, norm: Norm, router_ED: Any) -> tuple[Any, Any, Any]:
+        ins = (*_name_normed(norm), name_axes(router_ED, (axes.SCORES, axes.WIDTH)))
+        outs = ((axes.TOKENS, axes.SCORES), _TOKEN, _TOKEN)
+        return self.layout.local(self.kernels.route, ins, outs)(x_TD, norm, router_ED)
 
     def run_experts(
-        x_TD: Any, norm: Norm, expert_T: Any, gate_up_EcFD: Any, down_EDF: Any
+        self, x_TD: Any, norm: Norm, expert_T: Any, gate_up_EcFD: Any, down_EDF: Any
     ) -> jax.Array:
-        ins = (*name_normed(norm), at, name_axes(gate_up_EcFD, gate_up), name_axes(down_EDF, down))
-        run = local(kernels.run_experts, ins, x, sum_over=axes.HIDDEN)
+        """Run the one expert of a dense block."""
+        ins = (
+            *_name_normed(norm),
+            _TOKEN,
+            name_axes(gate_up_EcFD, (axes.SINGLE, *_SHARED_GATE_UP)),
+            name_axes(down_EDF, (axes.SINGLE, *_SHARED_DOWN)),
+        )
+        run = self.layout.local(self.kernels.run_experts, ins, _X, sum_over=axes.HIDDEN)
         return run(x_TD, norm, expert_T, gate_up_EcFD, down_EDF)
 
-    def mix_experts(x_TD: Any, norm: Norm, expert_T: Any, gate_T: Any, *weights: Any) -> jax.Array:
-        names = (gate_up, down, gate_up[1:], down[1:])
-        ins = (
-            *name_normed(norm),
-            at,
-            at,
-            *(name_axes(w, n) for w, n in zip(weights, names, strict=True)),
-        )
-        run = local(kernels.mix_experts, ins, x, sum_over=axes.HIDDEN)
+    def mix_experts(
+        self, x_TD: Any, norm: Norm, expert_T: Any, gate_T: Any, *weights: Any
+    ) -> jax.Array:
+        names = (_GATE_UP, _DOWN, _SHARED_GATE_UP, _SHARED_DOWN)
+        named = (name_axes(w, n) for w, n in zip(weights, names, strict=True))
+        ins = (*_name_normed(norm), _TOKEN, _TOKEN, *named)
+        if self.layout.find(axes.EXPERTS):
+            run = self.layout.local(ExpertParallel(self.kernels, self.layout).mix_experts, ins, _X)
+        else:
+            run = self.layout.local(self.kernels.mix_experts, ins, _X, sum_over=axes.HIDDEN)
         return run(x_TD, norm, expert_T, gate_T, *weights)
 
-    def multiply(subscripts: str, x: Any, weight: Any) -> jax.Array:
+    def multiply(self, subscripts: str, x: Any, weight: Any) -> jax.Array:
         ins, out = subscripts.split("->")
         x_axes, w_axes, out_axes = (
             tuple(_AXES[letter] for letter in letters) for letters in (*ins.split(","), out)
         )
         summed = next(axis for axis in w_axes if axis not in out_axes)
-        run = functools.partial(kernels.multiply, subscripts)
+        run = functools.partial(self.kernels.multiply, subscripts)
         ins = (x_axes, name_axes(weight, w_axes))
-        return local(run, ins, out_axes, sum_over=summed)(x, weight)
+        return self.layout.local(run, ins, out_axes, sum_over=summed)(x, weight)
 
-    return Kernels(
-        normalize=jax.jit(normalize),
-        attend=jax.jit(attend),
-        route=jax.jit(route),
-        run_experts=jax.jit(run_experts),
-        mix_experts=jax.jit(mix_experts),
-        multiply=jax.jit(multiply, static_argnums=0),
-    )
+
+def _name_normed(norm: Norm) -> tuple[Any, Any]:
+    """Return the axes of tokens and of the norm applied to them."""
+    return _X, Norm(_X[1:], norm.eps)

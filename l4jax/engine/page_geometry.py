@@ -11,13 +11,19 @@ class PageGeometry:
     group over its current attention chunk.
     """
 
-    page: int  # positions
-    chunk: int  # positions; a multiple of `page`
+    page: int  # positions of a local page
+    chunk: int  # positions; a multiple of `global_page`
     local_groups: int
+    stripes: int = 1  # devices that share a global page
+
+    @property
+    def global_page(self) -> int:
+        """Positions of a page of the global group: one stripe of `page` on each device."""
+        return self.page * self.stripes
 
     def count_global(self, length: int) -> int:
         """Count the pages of the global group for this many positions."""
-        return -(-length // self.page)
+        return -(-length // self.global_page)
 
     def count_local(self, length: int) -> int:
         """Count the pages of one local group for this many positions, a chunk's at most."""
@@ -57,7 +63,7 @@ class PageGeometry:
 
     def find_chunk_block(self, position: int) -> int:
         """Return the index, in the global table, of the first page of a position's chunk."""
-        return self.find_chunk_start(position) // self.page
+        return self.find_chunk_start(position) // self.global_page
 
     def find_longest(self, pages: int, max_length: int) -> int:
         """Return the longest request, up to `max_length`, that fits in `pages`; by bisection."""

@@ -24,7 +24,7 @@ from l4jax.engine.request import MAX_LOGPROBS
 from l4jax.engine.scheduler import Limits, ScheduledChunk, SchedulerOutput
 from l4jax.kernels.formats import FP8
 from l4jax.model import Llama4, VisionTower
-from l4jax.strategies import STRATEGIES, activate, check_mesh
+from l4jax.strategies import activate, check_mesh, choose_strategy
 from sharding import Layout, make_mesh, prepare_devices
 
 TILES = (1, 4)  # image tiles that are encoded in one call
@@ -68,8 +68,9 @@ class Runner:
         config: Config,
         mesh: str | int,
         dtype: Any,
-        strategy: str = "tensor",
         kernels: str = "auto",
+        *,
+        enable_expert_parallel: bool = False,
     ):
         """Make the mesh and choose the kernels.
 
@@ -79,12 +80,13 @@ class Runner:
         """
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.notice = prepare_devices(mesh)
-        self.layout = Layout(make_mesh(mesh), STRATEGIES[strategy])
+        rules = choose_strategy(mesh, enable_expert_parallel=enable_expert_parallel)
+        self.layout = Layout(make_mesh(mesh), rules)
         check_mesh(config, self.layout)
         device = self.layout.mesh.devices.flat[0]
         self.kernels = resolve_kernels(kernels, device)
         bundle = choose_kernels(self.kernels, device)
-        self.model = Llama4(config.text, make_kernels(bundle, self.layout.local))
+        self.model = Llama4(config.text, make_kernels(bundle, self.layout))
         self.tower = VisionTower(config.vision, config.text.width) if config.vision else None
         self.kv_scales: kv_cache.Scales | None = None  # of the checkpoint
         # Without CUDA graphs, a program with a branch or a loop blocks the calling thread until the
@@ -141,7 +143,8 @@ class Runner:
             CapacityError: if the sizes do not fit in memory.
         """
         self._free_state()
-        page = choose_page(self.config, engine_config)
+        stripes = self.layout.count(axes.STRIPES)
+        page = choose_page(self.config, engine_config, stripes)
         self._cache_dtype = self.dtype if engine_config.kv_cache_dtype == "auto" else FP8
         self._scales = None
         if self._cache_dtype == FP8:
@@ -152,6 +155,7 @@ class Runner:
             self.layout.count(axes.ROWS),
             cache.count_page_bytes(self.config.text, page, self._cache_dtype),
             kv_cache.measure_pool_bytes(self.config, engine_config, self.layout),
+            stripes,
         )
         self.buckets = Buckets.of(self.limits)
         context = (self.config, self.layout, self.kernels, self.dtype, self._precision)

@@ -48,11 +48,12 @@ class Limits:
     loop_steps: int
     max_length: int
     drafts: int = 0  # draft tokens of a row in a step, at most
+    stripes: int = 1  # devices that share a global page
 
     @functools.cached_property
     def geometry(self) -> PageGeometry:
         """The page counts of requests."""
-        return PageGeometry(self.page, self.chunk, self.local_groups)
+        return PageGeometry(self.page, self.chunk, self.local_groups, self.stripes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +187,7 @@ class Scheduler:
                 return
             # Free pages count, and so do pages that need not be computed again.
             best = max(placements, key=lambda found: found.spare_pages + len(found.global_pages))
-            length, shard = len(best.global_pages) * self.limits.page, best.shard
+            length, shard = len(best.global_pages) * self.limits.geometry.global_page, best.shard
             needs_features = length < request.patches_end
             if needs_features and request.tiles > self.features.free:
                 return
@@ -237,25 +238,32 @@ class Scheduler:
         cached, too. The last token is never taken from the cache: its logits are needed.
         """
         limits, pages = self.limits, self.pages[shard]
+        size, stripes = limits.geometry.global_page, range(limits.stripes)
         global_pages: list[int] = []
         local_pages = self._make_groups()
         if not self._enable_prefix_caching or request.params.prompt_logprobs is not None:
             return global_pages, local_pages
-        for block in range((len(request.tokens) - 1) // limits.page):
-            page = pages.find_cached((GLOBAL_GROUP, request.hash_block(block, limits.page)))
+        for block in range((len(request.tokens) - 1) // size):
+            page = pages.find_cached((GLOBAL_GROUP, request.hash_block(block, size), 0))
             if page is None:
                 break
             global_pages.append(page)
-        first = limits.geometry.find_chunk_block(len(global_pages) * limits.page)
+        first = limits.geometry.find_chunk_block(len(global_pages) * size)
         for block in range(first, len(global_pages)):
-            key = request.hash_block(block, limits.page)
-            ids = [pages.find_cached((group, key)) for group in range(limits.local_groups)]
-            cached = [page for page in ids if page is not None]
-            if len(cached) < len(ids):
+            key = request.hash_block(block, size)
+            cached = [
+                [
+                    page
+                    for stripe in stripes
+                    if (page := pages.find_cached((group, key, stripe))) is not None
+                ]
+                for group in range(limits.local_groups)
+            ]
+            if any(len(ids) < limits.stripes for ids in cached):
                 break
-            for group, page in zip(local_pages, cached, strict=True):
-                group.append(page)
-        return global_pages[: first + len(local_pages[0])], local_pages
+            for group, ids in zip(local_pages, cached, strict=True):
+                group += ids
+        return global_pages[: first + len(local_pages[0]) // limits.stripes], local_pages
 
     def _propose_drafts(self) -> dict[Request, tuple[int, ...]]:
         """Draft tokens of decoding requests: within the chunk, the length and the step's tokens.
@@ -418,15 +426,17 @@ class Scheduler:
         """Add the pages that a scheduled chunk fills to the prefix cache."""
         if not self._enable_prefix_caching:
             return
-        request, page = chunk.request, self.limits.page
+        request, size = chunk.request, self.limits.geometry.global_page
+        stripes = self.limits.stripes
         pages, first = self.pages[request.shard], self.limits.geometry.find_chunk_block(chunk.start)
-        blocks = min(chunk.stop, len(request.tokens)) // page
+        blocks = min(chunk.stop, len(request.tokens)) // size
         for block in range(request.cached_blocks, blocks):
-            key = request.hash_block(block, page)
-            pages.cache(request.global_pages[block], (GLOBAL_GROUP, key))
+            key = request.hash_block(block, size)
+            pages.cache(request.global_pages[block], (GLOBAL_GROUP, key, 0))
             if block >= first:  # the local pages of earlier chunks have been released
                 for group, ids in enumerate(chunk.local_pages):
-                    pages.cache(ids[block - first], (group, key))
+                    for stripe in range(stripes):
+                        pages.cache(ids[(block - first) * stripes + stripe], (group, key, stripe))
         request.cached_blocks = max(request.cached_blocks, blocks)
 
     def _release(self, request: Request) -> None:

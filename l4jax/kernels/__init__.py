@@ -20,7 +20,11 @@ class Kernels:
     """
 
     normalize: Callable[..., Array] = reference.normalize
+    embed: Callable[..., Array] = reference.embed
     attend: Callable[..., tuple[Array, Array, Array]] = reference.attend
+    # The global layers' attention, where it differs from `attend`: under context parallelism.
+    attend_global: Callable[..., tuple[Array, Array, Array]] | None = None
+    attend_part: Callable[..., tuple[Array, Array, Array, Array]] = reference.attend_part
     attend_all: Callable[..., Array] = reference.attend_all
     route: Callable[..., tuple[Array, Array, Array]] = reference.route
     run_experts: Callable[..., Array] = reference.run_experts
@@ -29,4 +33,4 @@ class Kernels:
 
 
 REFERENCE = Kernels()
-PORTABLE = Kernels(attend=portable.attend)
+PORTABLE = Kernels(attend=portable.attend, attend_part=portable.attend_part)

@@ -27,6 +27,39 @@ def attend(
     return attend_heads(heads, transform, k_PKZH, v_PKZH, table_RB, row_T, position_T)
 
 
+def attend_part(
+    x_TD: Array,
+    norm: Norm | None,
+    qkv_KJHD: Weight,
+    transform: HeadTransform,
+    k_PKZH: Array,
+    v_PKZH: Array,
+    table_RB: Array,
+    row_T: Array,
+    position_T: Array,
+    stored_T: Array,
+) -> tuple[Array, Array, Array, Array]:
+    """Compute `reference.attend_part` with the blocked `attend_pages_part` of this module."""
+    heads = reference.project_heads(x_TD, norm, qkv_KJHD, transform)
+    return attend_heads_part(heads, k_PKZH, v_PKZH, table_RB, row_T, position_T, stored_T)
+
+
+def attend_heads_part(
+    heads: tuple[Array, Array, Array],
+    k_PKZH: Array,
+    v_PKZH: Array,
+    table_RB: Array,
+    row_T: Array,
+    position_T: Array,
+    stored_T: Array,
+) -> tuple[Array, Array, Array, Array]:
+    """Store keys and values, then attend: `attend_part` from the result of `transform_heads` on."""
+    q_TKGH, k_TKH, v_TKH = heads
+    k_PKZH, v_PKZH = reference.store(k_PKZH, v_PKZH, k_TKH, v_TKH, table_RB, row_T, stored_T)
+    y_TKGH, lse_TKG = attend_pages_part(q_TKGH, k_PKZH, v_PKZH, table_RB, row_T, position_T)
+    return y_TKGH, lse_TKG, k_PKZH, v_PKZH
+
+
 def attend_heads(
     heads: tuple[Array, Array, Array],
     transform: HeadTransform,
@@ -46,7 +79,15 @@ def attend_heads(
 def attend_pages(
     q_TKGH: Array, k_PKZH: Array, v_PKZH: Array, table_RB: Array, row_T: Array, position_T: Array
 ) -> Array:
-    """Compute `reference.attend_pages` by an online softmax over blocks of pages.
+    """Compute `reference.attend_pages`: see `attend_pages_part`."""
+    y_TKGH, _ = attend_pages_part(q_TKGH, k_PKZH, v_PKZH, table_RB, row_T, position_T)
+    return y_TKGH.astype(q_TKGH.dtype)
+
+
+def attend_pages_part(
+    q_TKGH: Array, k_PKZH: Array, v_PKZH: Array, table_RB: Array, row_T: Array, position_T: Array
+) -> tuple[Array, Array]:
+    """Compute `reference.attend_pages_part` by an online softmax over blocks of pages.
 
     The loop ends at the last block of the longest row. Tokens are cut into items of up to 64
     neighbors of one row, which share a read of its pages. In a decode step each token is an item.
@@ -93,12 +134,14 @@ def attend_pages(
     # The initial peak is finite, so that a token that sees no position gives 0 / tiny and not nan.
     peak = jnp.full(q_IUKGH.shape[:-1], jnp.finfo(jnp.float32).min)
     blocks = position_T.max() // (columns * page) + 1
-    _, total_IUKG, sum_IUKGH = lax.fori_loop(
+    peak_IUKG, total_IUKG, sum_IUKGH = lax.fori_loop(
         0, blocks, attend_block, (peak, jnp.zeros_like(peak), jnp.zeros_like(q_IUKGH))
     )
-    out_IUKGH = sum_IUKGH / jnp.maximum(total_IUKG, 1e-30)[..., None]
+    total_IUKG = jnp.maximum(total_IUKG, 1e-30)
+    out_IUKGH = sum_IUKGH / total_IUKG[..., None]
+    lse_IUKG = peak_IUKG + jnp.log(total_IUKG)
     place_T = jnp.arange(tokens) - token_IU[item_T, 0]
-    return out_IUKGH[item_T, place_T].astype(q_TKGH.dtype)
+    return out_IUKGH[item_T, place_T], lse_IUKG[item_T, place_T]
 
 
 def _cut(row_T: Array, rows: int, block: int) -> tuple[Array, Array, Array]:

@@ -68,6 +68,20 @@ class HeadTransform:
         return y_TKGH if self.scales is None else y_TKGH * self.scales[1].astype(y_TKGH.dtype)
 
 
+def embed(token_T: Array, embedding_VD: Array, first: Array | int = 0) -> Array:
+    """Look up embeddings [T, D]: zeros for tokens outside the table.
+
+    Args:
+        token_T: int32 tokens.
+        embedding_VD: a part of the vocabulary.
+        first: the token of the part's first row.
+    """
+    at_T = token_T - first
+    is_here_T = (at_T >= 0) & (at_T < len(embedding_VD))
+    x_TD = embedding_VD[jnp.clip(at_T, 0, len(embedding_VD) - 1)]
+    return jnp.where(is_here_T[:, None], x_TD, 0)
+
+
 def rotate(x_H: Array, angle_H: Array | np.ndarray) -> Array:
     """Apply RoPE: rotate each pair of neighbors (2i, 2i+1) of the last axis, in float32.
 
@@ -178,6 +192,36 @@ def attend(
     return transform.restore(y_TKGH), k_PKZH, v_PKZH
 
 
+def attend_part(
+    x_TD: Array,
+    norm: Norm | None,
+    qkv_KJHD: Weight,
+    transform: HeadTransform,
+    k_PKZH: Array,
+    v_PKZH: Array,
+    table_RB: Array,
+    row_T: Array,
+    position_T: Array,
+    stored_T: Array,
+) -> tuple[Array, Array, Array, Array]:
+    """Attend to a part of the cached positions; the parts' outputs are merged afterwards.
+
+    Args:
+        x_TD, norm, qkv_KJHD, transform: as for `project_heads`.
+        k_PKZH, v_PKZH, table_RB, row_T: as for `store`.
+        position_T: int32 last position of the part that each token sees; -1 sees none.
+        stored_T: int32 position at which each token is stored; -1 is stored in another part.
+
+    Returns:
+        The output [T, K, G, H] float32, its value scale not undone; the log-sum-exp of the scores
+        [T, K, G] float32, near float32's minimum without a position; the pool's arrays.
+    """
+    q_TKGH, k_TKH, v_TKH = project_heads(x_TD, norm, qkv_KJHD, transform)
+    k_PKZH, v_PKZH = store(k_PKZH, v_PKZH, k_TKH, v_TKH, table_RB, row_T, stored_T)
+    y_TKGH, lse_TKG = attend_pages_part(q_TKGH, k_PKZH, v_PKZH, table_RB, row_T, position_T)
+    return y_TKGH, lse_TKG, k_PKZH, v_PKZH
+
+
 def attend_pages(
     q_TKGH: Array, k_PKZH: Array, v_PKZH: Array, table_RB: Array, row_T: Array, position_T: Array
 ) -> Array:
@@ -194,19 +238,32 @@ def attend_pages(
     Returns:
         [T, K, G, H] in the dtype of the queries.
     """
+    y_TKGH, _ = attend_pages_part(q_TKGH, k_PKZH, v_PKZH, table_RB, row_T, position_T)
+    return y_TKGH.astype(q_TKGH.dtype)
+
+
+def attend_pages_part(
+    q_TKGH: Array, k_PKZH: Array, v_PKZH: Array, table_RB: Array, row_T: Array, position_T: Array
+) -> tuple[Array, Array]:
+    """Compute `attend_pages` in float32, and the log-sum-exp of the scores [T, K, G]."""
     head_dim = q_TKGH.shape[-1]
     k_TKSH, v_TKSH = (
         _gather(pages, table_RB[row_T]).astype(q_TKGH.dtype) for pages in (k_PKZH, v_PKZH)
     )
     is_visible_TS = jnp.arange(k_TKSH.shape[2]) <= position_T[:, None]
     score_TKGS = jnp.einsum("TKGH,TKSH->TKGS", q_TKGH, k_TKSH, preferred_element_type=jnp.float32)
-    score_TKGS = jnp.where(is_visible_TS[:, None, None], score_TKGS * head_dim**-0.5, -jnp.inf)
+    lowest = jnp.finfo(jnp.float32).min
+    score_TKGS = jnp.where(is_visible_TS[:, None, None], score_TKGS * head_dim**-0.5, lowest)
     # Positions beyond a row's length hold a previous owner's data: mask values too, 0 * nan is nan.
     v_TKSH = jnp.where(is_visible_TS[:, None, :, None], v_TKSH, 0)
     weight_TKGS = jax.nn.softmax(score_TKGS, axis=-1, where=is_visible_TS[:, None, None])
-    return jnp.einsum(
-        "TKGS,TKSH->TKGH", weight_TKGS.astype(q_TKGH.dtype), v_TKSH.astype(q_TKGH.dtype)
+    y_TKGH = jnp.einsum(
+        "TKGS,TKSH->TKGH",
+        weight_TKGS.astype(q_TKGH.dtype),
+        v_TKSH,
+        preferred_element_type=jnp.float32,
     )
+    return y_TKGH, jax.nn.logsumexp(score_TKGS, axis=-1)
 
 
 def _gather(pages_PKZH: Array, table_TB: Array) -> Array:
@@ -238,7 +295,13 @@ def route(x_TD: Array, norm: Norm | None, router_ED: Weight) -> tuple[Array, Arr
 
 
 def run_experts(
-    x_TD: Array, norm: Norm | None, expert_T: Array, gate_up_EcFD: Weight, down_EDF: Weight
+    x_TD: Array,
+    norm: Norm | None,
+    expert_T: Array,
+    gate_up_EcFD: Weight,
+    down_EDF: Weight,
+    *,
+    is_partial: bool = False,
 ) -> Array:
     """Run each token through its own expert: `down @ (silu(gate @ x) * (up @ x))`.
 
@@ -248,6 +311,7 @@ def run_experts(
         expert_T: int32 expert of each token.
         gate_up_EcFD: gate (c = 0) and up (c = 1) matrices of all experts, in any format.
         down_EDF: down matrices of all experts.
+        is_partial: whether tokens may have an id beyond the experts; their output is zero.
     """
     experts = jnp.arange(gate_up_EcFD.shape[0])
     x_TD = normalize(x_TD, norm)
@@ -267,6 +331,8 @@ def mix_experts(
     down_EDF: Weight,
     shared_gate_up_cFD: Weight,
     shared_down_DF: Weight,
+    *,
+    is_partial: bool = False,
 ) -> Array:
     """Compute `shared(x) + expert(gate * x)`: the shared expert and each token's routed expert.
 
@@ -275,12 +341,14 @@ def mix_experts(
         norm: applied to the tokens first.
         expert_T: int32 routed expert of each token.
         gate_T: float32, scales the routed expert's input.
-        gate_up_EcFD, down_EDF: as for `run_experts`.
+        gate_up_EcFD, down_EDF, is_partial: as for `run_experts`.
         shared_gate_up_cFD, shared_down_DF: the shared expert's matrices, in the same format.
     """
     first_T = jnp.zeros_like(expert_T)
     shared = jax.tree.map(lambda w: w[None], (shared_gate_up_cFD, shared_down_DF))
     x_TD = normalize(x_TD, norm)
     scaled_TD = x_TD * gate_T[:, None].astype(x_TD.dtype)
-    routed_TD = run_experts(scaled_TD, None, expert_T, gate_up_EcFD, down_EDF)
+    routed_TD = run_experts(
+        scaled_TD, None, expert_T, gate_up_EcFD, down_EDF, is_partial=is_partial
+    )
     return run_experts(x_TD, None, first_T, *shared) + routed_TD

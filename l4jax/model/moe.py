@@ -23,18 +23,18 @@ class MixtureOfExperts(nn.Module):
     @nn.compact
     def __call__(self, x_TD: Array, norm: Norm | None) -> Array:
         c = self.config
-        router_ED = declare(self, "router", (c.experts, c.width), (axes.EXPERTS, axes.WIDTH))
+        router_ED = declare(self, "router", (c.experts, c.width), (axes.SCORES, axes.WIDTH))
         gate_up_EcFD = declare(
             self,
             "gate_up",
             (c.experts, 2, c.expert_width, c.width),
-            (axes.EXPERTS, axes.GATE_UP, axes.HIDDEN, axes.WIDTH),
+            (axes.EXPERTS, axes.GATE_UP, axes.EXPERT_HIDDEN, axes.WIDTH),
         )
         down_EDF = declare(
             self,
             "down",
             (c.experts, c.width, c.expert_width),
-            (axes.EXPERTS, axes.WIDTH, axes.HIDDEN),
+            (axes.EXPERTS, axes.WIDTH, axes.EXPERT_HIDDEN),
         )
         shared = GatedMLP(c.width, c.expert_width, self.kernels, name="shared")
         score_TE, expert_T, gate_T = self.kernels.route(x_TD, norm, router_ED)

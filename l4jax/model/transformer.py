@@ -82,7 +82,8 @@ class Llama4(nn.Module):
         Returns:
             [T, D] normed hidden states, for `compute_logits`; and the pool with the step's tokens.
         """
-        x_TD = constrain(self.embedding_VD[batch.token_T], axes.TOKENS, axes.WIDTH)
+        x_TD = self.kernels.embed(batch.token_T, self.embedding_VD)
+        x_TD = constrain(x_TD, axes.TOKENS, axes.WIDTH)
         if features_IND is not None and batch.feature_T is not None:
             features_MD = features_IND.reshape(-1, features_IND.shape[-1])
             is_image_T = batch.feature_T >= 0

@@ -26,7 +26,13 @@ RAW = {
     kind: weights.tiny_config(kind, num_hidden_layers=2, intermediate_size=48)
     for kind in ("scout", "maverick")
 }
-MESH = {"hidden": "model", "kv_heads": "model", "vocab": "model", "vision_hidden": "model"}
+MESH = {
+    "hidden": "model",
+    "expert_hidden": "model",
+    "kv_heads": "model",
+    "vocab": "model",
+    "vision_hidden": "model",
+}
 EVERYTHING = ".*"
 
 

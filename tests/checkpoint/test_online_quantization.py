@@ -19,7 +19,13 @@ from l4jax.kernels.formats import Quantized, dequantize
 from tests import quantized, weights
 from tests.checkpoint.published import arrange, place_on_mesh, place_on_one
 
-MESH = {"hidden": "model", "kv_heads": "model", "vocab": "model", "vision_hidden": "model"}
+MESH = {
+    "hidden": "model",
+    "expert_hidden": "model",
+    "kv_heads": "model",
+    "vocab": "model",
+    "vision_hidden": "model",
+}
 EXPERT = {**MESH, "experts": "data"}
 # Each of four devices has 128 of 512 columns, one group: as many groups as on one device.
 RAW = {

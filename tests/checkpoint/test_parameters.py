@@ -17,7 +17,13 @@ from l4jax.model import declare_parameters
 from tests import weights
 from tests.checkpoint.published import arrange, place_on_mesh, place_on_one
 
-TENSOR = {"hidden": "model", "kv_heads": "model", "vocab": "model", "vision_hidden": "model"}
+TENSOR = {
+    "hidden": "model",
+    "expert_hidden": "model",
+    "kv_heads": "model",
+    "vocab": "model",
+    "vision_hidden": "model",
+}
 EXPERT = {**TENSOR, "experts": "data"}
 
 

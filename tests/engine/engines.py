@@ -13,16 +13,35 @@ from l4jax.engine.runner import Runner
 from l4jax.text.image import Tiles
 from tests import weights
 
+# Meshes of every strategy besides tensor and data parallelism; see `load_runner`.
+STRATEGIES = (
+    "seq=2,model=4",
+    "2x2 experts",
+    "data=2,seq=2,model=2",
+    "4 experts",
+    "seq=4,model=2",
+    "data=2,seq=2 experts",
+    "seq=2,model=2 experts",
+)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
 
 
 @functools.cache
 def load_runner(name: str, mesh: str) -> Runner:
-    """Load a float32 runner with the weights of a golden; each engine allocates its KV cache."""
+    """Load a float32 runner with the weights of a golden; each engine allocates its KV cache.
+
+    A mesh like "8 experts" is expert parallel.
+    """
+    shape, _, strategy = mesh.partition(" ")
     golden = weights.read_golden(name)
     with tempfile.TemporaryDirectory() as folder:
         weights.write_checkpoint(folder, golden.config, golden.weights_seed)
-        runner = Runner(checkpoint.load_config(folder), mesh, "float32")
+        runner = Runner(
+            checkpoint.load_config(folder),
+            shape,
+            "float32",
+            enable_expert_parallel=strategy == "experts",
+        )
         runner.load(Path(folder), progress=False)
     return runner
 

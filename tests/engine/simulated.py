@@ -82,7 +82,7 @@ class SimulatedRunner:
         return self.limits
 
     def reset_state(self) -> None:
-        self.pool: dict[tuple[int, int, int], int] = {}
+        self.pool: dict[tuple[int, int, int, int], int] = {}
         self.last_tokens: dict[int, int] = {}
 
     def dispatch(self, output: SchedulerOutput) -> SimulatedStep:
@@ -123,22 +123,31 @@ class SimulatedRunner:
     def _advance(self, chunk: ScheduledChunk, position: int, token: int) -> int:
         """Run a token: read the values of all positions before it from the pages, write its own."""
         page, length = self.limits.page, self.limits.chunk
+        size, stripes = self.limits.geometry.global_page, self.limits.stripes
         shard, first = chunk.request.shard, position // length * length
 
-        def locate(at: int, group: int) -> tuple[int, int, int]:
+        def locate(at: int, group: int) -> list[tuple[int, int, int, int]]:
+            """Find the shard, page, stripe and slot of a position: all copies of local ones."""
             if group < 0:
-                return shard, chunk.request.global_pages[at // page], at % page
-            return shard, chunk.local_pages[group][(at - first) // page], at % page
+                column, within = divmod(at, size)
+                return [(shard, chunk.request.global_pages[column], *divmod(within, page))]
+            local = chunk.local_pages[group][(at - first) // page]
+            return [(shard, local, stripe, (at - first) % page) for stripe in range(stripes)]
 
-        seen = sum(self.pool.get(locate(at, -1), EMPTY) for at in range(position)) % PRIME
+        def read(at: int, group: int) -> int:
+            (value,) = {self.pool.get(key, EMPTY) for key in locate(at, group)}
+            return value
+
+        seen = sum(read(at, -1) for at in range(position)) % PRIME
         local = {
-            sum(self.pool.get(locate(at, group), EMPTY) - group for at in range(first, position))
+            sum(read(at, group) - group for at in range(first, position))
             for group in range(self.limits.local_groups)
         }
         assert len(local) == 1, "the local groups differ"
         state = mix(token, position, seen, local.pop() % PRIME)
         for group in range(-1, self.limits.local_groups):
-            self.pool[locate(position, group)] = state + max(group, 0)
+            for key in locate(position, group):
+                self.pool[key] = state + max(group, 0)
         return state
 
 
@@ -169,7 +178,7 @@ def check_output(output: SchedulerOutput, limits: Limits) -> None:
             assert request.shard == shard
             assert chunk.start // limits.chunk == (chunk.stop - 1) // limits.chunk  # one per row
             assert chunk.max_sampled <= max(limits.loop_steps, 1 + limits.drafts)
-            assert len(request.global_pages) * limits.page >= chunk.stop
+            assert len(request.global_pages) * limits.geometry.global_page >= chunk.stop
             for page in find_written(chunk, limits):  # one row writes a page
                 assert page not in written, f"page {page} has two rows"
                 written[page] = request.id
@@ -182,7 +191,8 @@ def check_output(output: SchedulerOutput, limits: Limits) -> None:
 
 def find_written(chunk: ScheduledChunk, limits: Limits) -> list[int]:
     first = chunk.start // limits.chunk * limits.chunk
-    blocks = slice(chunk.start // limits.page, -(-chunk.stop // limits.page))
+    size = limits.geometry.global_page
+    blocks = slice(chunk.start // size, -(-chunk.stop // size))
     here = slice((chunk.start - first) // limits.page, -(-(chunk.stop - first) // limits.page))
     # The previous row of the same request may write the first page of a row, too.
     local = [page for group in chunk.local_pages for page in group[here]]

@@ -37,8 +37,16 @@ def make_params(count: int) -> list[SamplingParams]:
     ]
 
 
+# Few pages of a data shard, over its stripes, so that requests are preempted.
+PAGES = {"1": 46, "2x4": 39, "data=2,seq=2,model=2": 2 * 23, "2x2 experts": 39}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "speculates"), [("1", False), ("2x4", True)], ids=str)
+@pytest.mark.parametrize(
+    ("mesh", "speculates"),
+    [("1", False), ("2x4", True), ("data=2,seq=2,model=2", True), ("2x2 experts", False)],
+    ids=str,
+)
 def test_a_request_has_the_same_output_in_any_batch_as_at_batch_size_1(mesh, speculates):
     """Random arrivals, preemption, prefix cache hits, drafts and chunked prefill together, greedy
     and sampled."""
@@ -49,7 +57,7 @@ def test_a_request_has_the_same_output_in_any_batch_as_at_batch_size_1(mesh, spe
         max_model_len=128,
         max_num_seqs=6,
         max_num_batched_tokens=24 if mesh == "1" else 48,
-        kv_cache_memory_bytes=(46 if mesh == "1" else 39) * page_bytes(),
+        kv_cache_memory_bytes=PAGES[mesh] * page_bytes(),
         speculative_config={"num_speculative_tokens": 3, "prompt_lookup_min": 1}
         if speculates
         else None,

@@ -115,10 +115,12 @@ def test_scales_of_some_layers_only_are_refused(tmp_path):
         checkpoint.load_kv_scales(tmp_path, config)
 
 
-@pytest.mark.parametrize("mesh", [pytest.param("1", marks=pytest.mark.slow), "2x4"])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param("1", marks=pytest.mark.slow), "2x4", "data=2,seq=2,model=2"]
+)
 def test_an_engine_runs_on_an_fp8_cache_and_frees_all_pages(mesh):
     golden = weights.read_golden("scout-8-text")
-    engine = make_engine("scout-8-text", mesh, kv_cache_dtype="fp8")
+    engine = make_engine("scout-8-text", mesh, kv_cache_dtype="fp8", block_size=2)
     for _ in range(3):
         engine.add(golden.ids.tolist(), GREEDY.replace(max_tokens=20))
     found = run_all(engine)

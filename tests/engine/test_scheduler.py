@@ -50,6 +50,7 @@ def find_longest(engine) -> int:
             "rows": st.integers(5, 9),
             "loop_steps": st.integers(1, 8),
             "page": st.sampled_from([1, 2, 4]),
+            "stripes": st.sampled_from([1, 2]),
         }
     ),
     st.booleans(),

@@ -13,22 +13,24 @@ from sharding.mesh import parse_mesh
 
 
 @pytest.mark.parametrize(
-    ("text", "data", "model"),
+    ("text", "data", "seq", "model"),
     [
-        ("8", 1, 8),
-        (8, 1, 8),
-        ("2x4", 2, 4),
-        (" 2X4 ", 2, 4),
-        ("data=2,model=4", 2, 4),
-        ("model=4, data=2", 2, 4),
-        ("data=8", 8, 1),
-        ("1", 1, 1),
+        ("8", 1, 1, 8),
+        (8, 1, 1, 8),
+        ("2x4", 2, 1, 4),
+        (" 2X4 ", 2, 1, 4),
+        ("data=2,model=4", 2, 1, 4),
+        ("data=2,seq=2,model=2", 2, 2, 2),
+        ("seq=8", 1, 8, 1),
+        ("model=4, data=2", 2, 1, 4),
+        ("data=8", 8, 1, 1),
+        ("1", 1, 1, 1),
     ],
 )
-def test_a_mesh_can_be_written_in_several_ways(text, data, model):
-    assert parse_mesh(text) == {"data": data, "model": model}
+def test_a_mesh_can_be_written_in_several_ways(text, data, seq, model):
+    assert parse_mesh(text) == {"data": data, "seq": seq, "model": model}
     mesh = make_mesh(text)
-    assert dict(mesh.shape) == {"data": data, "model": model}
+    assert dict(mesh.shape) == {"data": data, "seq": seq, "model": model}
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,7 @@ def test_a_mesh_can_be_written_in_several_ways(text, data, model):
         ("-3", "write 8, 2x4"),
         ("0", "at least one device"),
         ("data=0,model=8", "at least one device"),
-        ("depth=2", "no axis 'depth'; the axes are data, model"),
+        ("depth=2", "no axis 'depth'; the axes are data, seq, model"),
         ("model=2,model=4", "stands there twice"),
     ],
 )

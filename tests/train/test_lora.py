@@ -437,7 +437,7 @@ def test_factors_are_sharded_as_their_weights(model, data):
         "experts",
         "parts",
         "rank",
-        "hidden",
+        "expert_hidden",
     )
     out = names["text/layer_0/attention/out"]
     assert out["first"][1:] == ("rank", "kv_heads", "queries", "head_dim")

@@ -62,14 +62,30 @@ class Hopper:
         expert_T: Array,
         gate_up_EcFD: Weight,
         down_EDF: Weight,
+        *,
+        is_partial: bool = False,
     ) -> Array:
         """Compute `reference.run_experts`."""
+        if is_partial:
+            x_TD = self.normalize(x_TD, norm)
+            return reference.run_experts(
+                x_TD, None, expert_T, gate_up_EcFD, down_EDF, is_partial=True
+            )
         return Experts(self._linear).run(x_TD, norm, expert_T, gate_up_EcFD, down_EDF)
 
     def mix_experts(
-        self, x_TD: Array, norm: Norm | None, expert_T: Array, gate_T: Array, *weights: Weight
+        self,
+        x_TD: Array,
+        norm: Norm | None,
+        expert_T: Array,
+        gate_T: Array,
+        *weights: Weight,
+        is_partial: bool = False,
     ) -> Array:
         """Compute `reference.mix_experts`."""
+        if is_partial:
+            x_TD = self.normalize(x_TD, norm)
+            return reference.mix_experts(x_TD, None, expert_T, gate_T, *weights, is_partial=True)
         return Experts(self._linear).mix(x_TD, norm, expert_T, gate_T, *weights)
 
     def attend(
