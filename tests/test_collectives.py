@@ -42,10 +42,12 @@ def find(config, mesh: str, rows: int, tokens: int) -> list[Collective]:
 @pytest.mark.parametrize("mesh", TABLE)
 def test_the_layers_communicate_what_the_table_of_their_strategy_says(mesh):
     for expected, rows, tokens in zip(TABLE[mesh], (2, 1), (2, 256), strict=True):
-        found = collections.Counter(
-            each.kind for each in find(TINY, mesh, rows, tokens) if each.part == "layers"
-        )
-        assert found == expected, f"{tokens} tokens"
+        found = find(TINY, mesh, rows, tokens)
+        kinds = collections.Counter(each.kind for each in found if each.part == "layers")
+        assert kinds == expected, f"{tokens} tokens"
+        # Devices look up their own words. On GPUs XLA would gather the whole table for one token;
+        # on CPUs it would not.
+        assert [each.kind for each in found if each.part == "embedding"] == ["all-reduce"]
 
 
 @pytest.mark.slow
@@ -55,7 +57,6 @@ def test_the_layers_communicate_what_the_table_of_their_strategy_says(mesh):
 )
 @pytest.mark.parametrize("rows", [1, 8])
 def test_no_weight_and_no_page_is_communicated_at_the_published_shapes(config, mesh, rows):
-    """One token's activations, of all rows and data shards, are the largest result. A row of the
-    embedding, looked up by XLA, would gather the whole table at batch size 1."""
+    """The activations of all rows and data shards are the largest result."""
     largest = max(each.bytes for each in find(config, mesh, rows, rows))
     assert largest <= 4 * 2 * rows * config.text.width
