@@ -81,7 +81,7 @@ def load(
         read = orbax.load
     else:
         read = load_parameters
-    return read(
+    params = read(
         folder,
         config,
         dtype,
@@ -90,6 +90,8 @@ def load(
         lora=lora,
         progress=progress,
     )
+    parameters.check_finite(params, folder)
+    return params
 
 
 def load_kv_scales(folder: str | Path, config: Config) -> tuple[np.ndarray, np.ndarray] | None:

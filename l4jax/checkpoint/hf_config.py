@@ -106,6 +106,7 @@ _PROVENANCE = re.compile(
     r"|(axolotl|trl|wandb|training)_|(model_(name|id|path)|tags)$"
 )
 _KNOWN_PROVENANCE = re.compile(r"unsloth_|transformers\.js_config$|quantization_config$")
+QUANTIZERS = ("compressed-tensors", "modelopt")  # values of quant_method
 
 
 def load_config(folder: str | Path) -> Config:
@@ -116,17 +117,46 @@ def load_config(folder: str | Path) -> Config:
             compute.
     """
     path = Path(folder) / "config.json"
+    if not path.exists() and any(Path(folder).glob("*.gguf")):
+        raise ConfigError(
+            f"{folder} holds GGUF files, which l4jax does not read: give the folder of a Hugging "
+            "Face checkpoint, and quantize it with --quantization int4."
+        )
     if not path.exists():
         raise ConfigError(
             f"{path} does not exist: give the folder of a Hugging Face Llama 4 checkpoint."
         )
     raw = read_object(path, ConfigError)
     try:
+        _check_quantization(raw.get("quantization_config"))
         config = parse_config(raw)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     more = _load_generation_eos_ids(Path(folder), config.text.vocab)
     return dataclasses.replace(config, eos_ids=tuple(dict.fromkeys((*config.eos_ids, *more))))
+
+
+def _check_quantization(config: Any) -> None:
+    """Refuse quantizers whose files l4jax does not read.
+
+    The tensors of the others say how they are quantized, and are checked as they are read.
+    """
+    if not isinstance(config, Mapping):
+        if config is not None:
+            raise ConfigError(f"quantization_config is {config!r:.100}: it must be an object.")
+        return
+    keys = cast(Mapping[str, Any], config)
+    method = keys.get("quant_method", "compressed-tensors")
+    if method not in QUANTIZERS:
+        raise ConfigError(
+            f"quantization_config.quant_method is {method!r:.100}: l4jax reads "
+            f"{' and '.join(QUANTIZERS)}; or take the BF16 checkpoint with --quantization int4."
+        )
+    if keys.get("transform_config"):
+        raise ConfigError(
+            "quantization_config.transform_config rotates activations, which l4jax does not "
+            "compute: take a checkpoint that was quantized without transforms."
+        )
 
 
 def _load_generation_eos_ids(folder: Path, vocab: int) -> tuple[int, ...]:

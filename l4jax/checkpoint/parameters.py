@@ -25,6 +25,7 @@ from l4jax.checkpoint.quantized_reader import (
     Nvfp4Recipe,
     QuantizedRecipe,
     check_int4_metadata,
+    check_unused_tensors,
     dequantize_nvfp4,
     make_scale_view,
     unpack_int4,
@@ -233,6 +234,7 @@ def _load_quantized(
 ) -> Quantized:
     """Load data and scales as they are stored, each device its own slices of both."""
     sharding = place(names)
+    check_unused_tensors(index, [source.name for source in recipe.data.sources])
     if recipe.is_packed:
         check_int4_metadata(index, [source.name for source in recipe.data.sources])
         data = _load_int4(index, recipe, sharding, pool)
@@ -398,6 +400,28 @@ def _shrink_box(box: Box, factor: int, axis: int = -1) -> Box:
     cuts = list(box)
     cuts[axis] = slice(cuts[axis].start // factor, cuts[axis].stop // factor)
     return tuple(cuts)
+
+
+def check_finite(params: Parameters, folder: str | Path) -> None:
+    """Refuse weights that are not finite: a reduction of each on its devices, read once.
+
+    Raises:
+        CheckpointError: naming the parameters.
+    """
+    flags = {path: _is_finite(leaf) for path, leaf in flatten(params).items()}
+    wrong = [path for path, is_finite in jax.device_get(flags).items() if not is_finite]
+    if wrong:
+        raise CheckpointError(
+            f"{folder} has weights that are not finite (NaN or infinity) in {list_few(wrong)}: "
+            "download or convert it again, and check its adapter if it has one."
+        )
+
+
+@jax.jit
+def _is_finite(weight: Any) -> jax.Array:
+    """Return whether a weight of any format is finite; int4 data always is."""
+    leaves = [leaf for leaf in jax.tree.leaves(weight) if leaf.dtype != jnp.int4]
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in leaves])
 
 
 def flatten(tree: Any) -> dict[str, Any]:

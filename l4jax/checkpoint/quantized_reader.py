@@ -8,7 +8,7 @@ bytes with a `weight_scale_2`. Any set of layers may be quantized. Scales of act
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +20,7 @@ from l4jax.checkpoint.safetensors import Index, TensorSpec
 # Name -> the file that holds the tensor, for errors; the folder if no file does.
 Locate = Callable[[str], str]
 WORD_VALUES = 8  # int4 values in a 32-bit word
+_PACKED_ZEROS = np.uint32(0x88888888).view(np.int32)  # eight int4 zeros in a word
 NVFP4_GROUP_SIZE = 16
 _FP4_MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _FP4_VALUES = np.concatenate([_FP4_MAGNITUDES, -_FP4_MAGNITUDES])  # by nibble, the sign on top
@@ -183,6 +184,36 @@ def check_int4_metadata(index: Index, names: list[str]) -> None:
                     f"{index.tensors[base + '_g_idx'].path}: {base}_g_idx puts columns into groups "
                     "out of order, which is not supported: quantize without activation ordering "
                     "(actorder)."
+                )
+
+
+def check_unused_tensors(index: Index, weights: Iterable[str]) -> None:
+    """Refuse tensors beside int4 and fp8 weights that change their values and are not read.
+
+    A zero point of zero and a global scale of one change nothing.
+
+    Args:
+        weights: names of the stored data; fused experts have no `weight` in theirs.
+    """
+    for data in weights:
+        weight = data.removesuffix("_packed")
+        weight = weight if weight.endswith("weight") else f"{weight}_weight"
+        for suffix, wanted, cause in (
+            ("zero_point", 0, "asymmetric quantization"),
+            ("global_scale", 1, "a scale of scales"),
+            ("scale_2", 1, "a scale of scales"),
+        ):
+            name = f"{weight}_{suffix}"
+            if name not in index.specs:
+                continue
+            values = index.view(name)
+            # Packed int4 stores a zero point of zero as the nibble 8.
+            is_packed = suffix == "zero_point" and index.specs[name][0] == "I32"
+            if not (values == (_PACKED_ZEROS if is_packed else wanted)).all():
+                raise CheckpointError(
+                    f"{index.tensors[name].path}: {name} is {cause}, which is not supported for "
+                    "this format: quantize symmetrically (symmetric: true), or take the BF16 "
+                    "checkpoint with --quantization int4."
                 )
 
 

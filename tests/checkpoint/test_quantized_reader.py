@@ -16,6 +16,7 @@ from l4jax.checkpoint import parameters
 from l4jax.checkpoint.errors import CheckpointError
 from l4jax.checkpoint.parameters import flatten, unflatten
 from l4jax.checkpoint.safetensors import Index, write_safetensors
+from l4jax.config import ConfigError
 from l4jax.engine.config import EngineConfig
 from l4jax.engine.engine import Engine
 from l4jax.engine.runner import Runner
@@ -277,3 +278,71 @@ def test_mesh_that_cuts_a_group_is_refused(columns, group, tmp_path):
     says = f"keeps {group} values together, and 8 devices would cut through them: take fewer"
     with pytest.raises(CheckpointError, match=says):
         runner.load(tmp_path, progress=False)
+
+
+def test_an_int4_weight_with_zero_points_is_refused_and_one_without_is_not(tmp_path):
+    """As compressed-tensors writes `symmetric: false`: packed along the outputs, 8 for zero."""
+    raw = weights.tiny_config("scout", attention_chunk_size=8, **WIDTHS)
+    quantized.write_checkpoint(tmp_path, raw, 0, "w4a16", group_size=16)
+    index = Index.open(tmp_path)
+    packed = next(name for name in sorted(index.specs) if name.endswith("weight_packed"))
+    groups = index.specs[packed.replace("_packed", "_scale")][1]
+    name = packed.replace("_packed", "_zero_point")
+    tensors = {name: np.array(index.view(name)) for name in index.specs}
+    file = index.tensors[packed].path
+    config = checkpoint.load_config(tmp_path)
+    for word, is_zero in ((0x88888888, True), (0x88888889, False)):
+        words = np.full((groups[0] // 8, groups[1]), word, np.uint32).view(np.int32)
+        write_safetensors(file, {**tensors, name: words})
+        if is_zero:
+            load(tmp_path, config)
+            continue
+        with pytest.raises(CheckpointError, match="weight_zero_point is asymmetric quantization"):
+            load(tmp_path, config)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "hqq", "fbgemm_fp8", 8])
+def test_other_quantizers_are_refused_by_name(tmp_path, method):
+    raw = weights.tiny_config("scout")
+    weights.write_checkpoint(tmp_path, raw | {"quantization_config": {"quant_method": method}}, 0)
+    with pytest.raises(ConfigError, match=re.escape(f"quant_method is {method!r}: l4jax reads")):
+        checkpoint.load_config(tmp_path)
+
+
+def test_gguf_files_and_rotated_activations_are_refused(tmp_path):
+    (tmp_path / "scout-q4.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match="holds GGUF files, which l4jax does not read"):
+        checkpoint.load_config(tmp_path)
+    config = {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {}}}
+    raw = weights.tiny_config("scout") | {"quantization_config": config}
+    weights.write_checkpoint(tmp_path, raw, 0)
+    with pytest.raises(ConfigError, match="transform_config rotates activations"):
+        checkpoint.load_config(tmp_path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("mesh", ["1", "2x4"])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value, mesh):
+    raw = weights.tiny_config("scout", attention_chunk_size=8)
+    weights.write_checkpoint(tmp_path, raw, 0)
+    index = Index.open(tmp_path)
+    tensors = {name: np.array(index.view(name)) for name in index.specs}
+    name = next(name for name in tensors if name.endswith("layers.1.self_attn.q_proj.weight"))
+    tensors[name][-1, -1] = value
+    write_safetensors(index.tensors[name].path, tensors)
+    runner = Runner(checkpoint.load_config(tmp_path), mesh, "float32")
+    with pytest.raises(CheckpointError, match=r"not finite .* in text/layer_1/attention/qkv"):
+        runner.load(tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("scheme", ["fp8-dynamic", "w4a16"])
+def test_quantized_weights_that_are_not_finite_are_refused(tmp_path, scheme):
+    raw = weights.tiny_config("scout", attention_chunk_size=8, **WIDTHS)
+    quantized.write_checkpoint(tmp_path, raw, 0, scheme, group_size=16)
+    index = Index.open(tmp_path)
+    tensors = {name: np.array(index.view(name)) for name in index.specs}
+    name = next(name for name in sorted(tensors) if name.endswith("weight_scale"))
+    tensors[name][0, 0] = np.nan
+    write_safetensors(index.tensors[name].path, tensors)
+    with pytest.raises(CheckpointError, match="weights that are not finite"):
+        load(tmp_path, checkpoint.load_config(tmp_path))
