@@ -5,9 +5,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from l4jax.engine.request import SamplingParams, StructuredOutputsParams
     from l4jax.llm import LLM
+    from l4jax.outputs import GenerationError
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "StructuredOutputsParams", "__version__"]
+__all__ = [
+    "LLM",
+    "GenerationError",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,6 +23,10 @@ def __getattr__(name: str) -> Any:
         from l4jax.llm import LLM
 
         return LLM
+    if name == "GenerationError":
+        from l4jax.outputs import GenerationError
+
+        return GenerationError
     if name in ("SamplingParams", "StructuredOutputsParams"):
         from l4jax.engine import request
 

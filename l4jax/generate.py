@@ -1,9 +1,12 @@
 """The command `python -m l4jax.generate --mesh 8 --prompt "..."`: stream one completion."""
 
 import argparse
+import contextlib
+import logging
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ ENGINE_FIELDS = (
 )
 SAMPLING = ("max_tokens", "temperature", "top_p", "seed")
 MAX_TOKENS = 256  # of a checkpoint that names no max_new_tokens
+TRACEBACK = "L4JAX_TRACEBACK"  # environment variable: raise instead of a sentence
 SAMPLE = "sample"  # name of the bundled chart
 # Defaults on a terminal: of a prompt, and of one with images.
 PROMPT, IMAGE_PROMPT = "Why is the sky blue?", "List all values."
@@ -66,9 +70,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, build, stream, print; return 0, 1 for an invalid argument, 130 for Ctrl-C."""
+    """Parse, build, stream, print; return 0, 1 for any failure, 130 for Ctrl-C."""
     args = parse(argv)
-    started = time.perf_counter()
+    started, tokens = time.perf_counter(), 0
     if args.prompt is None:
         piped = "" if sys.stdin.isatty() else sys.stdin.read().strip()
         args.prompt = piped or (IMAGE_PROMPT if args.image else PROMPT)
@@ -80,13 +84,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         llm = LLM(**vars(config))
         given = {key: getattr(args, key) for key in SAMPLING if getattr(args, key) is not None}
         params = llm.get_default_sampling_params(max_tokens=MAX_TOKENS).replace(**given)
-        loaded, first, tokens = time.perf_counter(), 0.0, 0
-        for delta in llm.stream(_make_messages(args), params):
-            first = first or time.perf_counter()
-            tokens += len(delta.token_ids)
-            print(delta.text, end="", flush=True)
-    except (ValueError, OSError) as error:
-        print(f"l4jax.generate: {error}", file=sys.stderr)
+        loaded, first = time.perf_counter(), 0.0
+        with _hide_log():
+            for delta in llm.stream(_make_messages(args), params):
+                first = first or time.perf_counter()
+                tokens += len(delta.token_ids)
+                print(delta.text, end="", flush=True)
+    except Exception as error:  # of any kind: a sentence, and never half an answer with status 0
+        if os.environ.get(TRACEBACK):
+            raise
+        print("\n" if tokens else "", end="", flush=True)
+        print(f"l4jax.generate: {_describe(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nl4jax.generate: interrupted", file=sys.stderr)
@@ -100,6 +108,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def _describe(error: Exception) -> str:
+    """Describe an error in a sentence; unexpected ones with their kind and the way to a traceback.
+
+    Errors for users are ValueError, OSError and GenerationError.
+    """
+    from l4jax.outputs import GenerationError
+
+    if isinstance(error, ValueError | OSError | GenerationError):
+        return str(error)
+    from l4jax.engine.engine import describe_error
+
+    return f"{describe_error(error)} ({TRACEBACK}=1 prints a traceback)"
+
+
+@contextlib.contextmanager
+def _hide_log() -> Iterator[None]:
+    """Hide the engine's log of a failed step: the command prints its cause."""
+    engine = logging.getLogger("l4jax.engine.engine")
+
+    def is_shown(_: logging.LogRecord) -> bool:
+        return bool(os.environ.get(TRACEBACK))
+
+    engine.addFilter(is_shown)
+    try:
+        yield
+    finally:
+        engine.removeFilter(is_shown)
 
 
 def _make_messages(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from l4jax.engine.program_cache import enable_compilation_cache
 from l4jax.engine.request import SamplingParams
 from l4jax.engine.runner import Runner
 from l4jax.inputs import InputProcessor, Messages, PromptLike, expand_params, get_prompt_text
-from l4jax.outputs import CompletionBuilder, CompletionDelta, RequestOutput
+from l4jax.outputs import CompletionBuilder, CompletionDelta, GenerationError, RequestOutput
 from l4jax.text.chat import Prompt
 from l4jax.text.tokenizer import Tokenizer
 
@@ -131,6 +131,9 @@ class LLM:
                 with one `<|image|>` in the text for each image, or `{"prompt_token_ids": [...]}`.
             sampling_params: for all prompts, or one for each; None is the checkpoint's default.
             use_tqdm: show a progress bar on standard error.
+
+        Raises:
+            GenerationError: a step failed; the outputs of all requests are in it.
         """
         many = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         texts = [get_prompt_text(prompt) for prompt in many]
@@ -163,14 +166,23 @@ class LLM:
     def stream(
         self, prompt: PromptLike | Messages, sampling_params: SamplingParams | None = None
     ) -> Iterator[CompletionDelta]:
-        """Complete a prompt or a conversation piece by piece. Closing the iterator aborts it."""
+        """Complete a prompt or a conversation piece by piece. Closing the iterator aborts it.
+
+        Raises:
+            GenerationError: a step failed, after the pieces before it.
+        """
         if isinstance(prompt, str | Mapping):
             encoded = self.inputs.encode_prompt(prompt)
         else:
             encoded = self.inputs.render_messages(prompt)
         self.engine.check(encoded.token_ids, encoded.images)
         params = sampling_params or self.inputs.default_params
-        return self._run([(encoded, CompletionBuilder(self.tokenizer, params))])
+        return self._stream(encoded, CompletionBuilder(self.tokenizer, params))
+
+    def _stream(self, prompt: Prompt, builder: CompletionBuilder) -> Iterator[CompletionDelta]:
+        yield from self._run([(prompt, builder)])
+        if builder.error is not None:
+            raise GenerationError(f"a step failed: {builder.error}")
 
     def _complete(
         self,
@@ -197,7 +209,7 @@ class LLM:
         with tqdm(total=len(requests), desc="completions", unit="req", disable=hides_bar) as bar:
             for delta in self._run(requests):
                 bar.update(delta.finish_reason is not None)
-        return [
+        outputs = [
             RequestOutput(
                 str(its[0].request_id),
                 text,
@@ -208,6 +220,12 @@ class LLM:
             )
             for text, prompt, its in zip(texts, prompts, builders, strict=True)
         ]
+        errors = [builder.error for _, builder in requests if builder.error is not None]
+        if errors:
+            raise GenerationError(
+                f"{len(errors)} of {len(requests)} requests failed: {errors[0]}", outputs
+            )
+        return outputs
 
     def _run(
         self, requests: Sequence[tuple[Prompt, CompletionBuilder]]

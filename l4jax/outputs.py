@@ -1,6 +1,7 @@
 """Outputs of `LLM`, and the builder that turns the engine's token ids into text."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from l4jax.engine.engine import RequestUpdate
 from l4jax.engine.request import SamplingParams, TokenLogprobs
@@ -18,6 +19,7 @@ class CompletionDelta:
         logprobs: of the new tokens, if `SamplingParams.logprobs` requests them.
         finish_reason: "stop" or "length" in the last delta, "error" if its step failed.
         stop_reason: the stop string or the stop token id that ended the completion, as in vLLM.
+        error: the cause, in one line, if the finish_reason is "error".
     """
 
     text: str
@@ -25,11 +27,25 @@ class CompletionDelta:
     logprobs: list[TokenLogprobs]
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    error: str | None = None
+
+
+class GenerationError(RuntimeError):
+    """A step that failed, and with it one request or several.
+
+    Attributes:
+        outputs: of all requests of the call, in order; a failed one has the finish_reason "error"
+            and the text before the failure. Empty for `LLM.stream`.
+    """
+
+    def __init__(self, message: str, outputs: "Sequence[RequestOutput]" = ()):
+        super().__init__(message)
+        self.outputs = list(outputs)
 
 
 @dataclasses.dataclass(frozen=True)
 class CompletionOutput:
-    """One completion of a prompt; the fields are vLLM's."""
+    """One completion of a prompt; the fields are vLLM's, and the error of a failed one."""
 
     index: int
     text: str
@@ -38,6 +54,7 @@ class CompletionOutput:
     logprobs: list[TokenLogprobs] | None
     finish_reason: str | None
     stop_reason: int | str | None
+    error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +89,7 @@ class CompletionBuilder:
         self.request_id: int | None = None
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.error: str | None = None
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.cached_tokens = 0
 
@@ -109,7 +127,8 @@ class CompletionBuilder:
         self._token_ids += tokens
         self._logprobs += logprobs
         self.finish_reason = finish_reason
-        return CompletionDelta(text, tokens, logprobs, finish_reason, self.stop_reason)
+        self.error = update.error if finish_reason == "error" else None
+        return CompletionDelta(text, tokens, logprobs, finish_reason, self.stop_reason, self.error)
 
     def build(self, index: int = 0) -> CompletionOutput:
         """Return the completion so far, as number `index` of its prompt."""
@@ -122,6 +141,7 @@ class CompletionBuilder:
             logprobs=self._logprobs if has_logprobs else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            error=self.error,
         )
 
     def _find_stop(self, text: str, tokens: int) -> tuple[str, int] | None:

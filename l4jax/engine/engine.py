@@ -29,6 +29,8 @@ from l4jax.text.image import Tiles
 
 log = logging.getLogger(__name__)
 
+GRAMMAR_ERROR = "the output does not match its grammar, or the grammar exceeds its limits"
+
 
 @dataclasses.dataclass(frozen=True)
 class RequestUpdate:
@@ -40,6 +42,7 @@ class RequestUpdate:
         prompt_logprobs: of each prompt token, None for the first one; in the first update, if
             requested.
         cached_tokens: prompt tokens found in the prefix cache.
+        error: the cause, in one line, if the finish_reason is "error".
     """
 
     request_id: int
@@ -48,6 +51,7 @@ class RequestUpdate:
     finish_reason: str | None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     cached_tokens: int = 0
+    error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +295,7 @@ class Engine:
             request.finish_reason,
             prompt_logprobs if is_first else None,
             request.cached_tokens or 0,
+            GRAMMAR_ERROR if request.finish_reason == "error" else None,
         )
         if request.finish_reason is not None:
             self.cancel(request.id)
@@ -302,7 +307,7 @@ class Engine:
         self._pending = None
         failed = {chunk.request.id for shard in output.chunks for chunk in shard}
         updates = [
-            self._end(request, "error")
+            self._end(request, "error", describe_error(error))
             for request in list(self._requests.values())
             if request.id in failed
         ]
@@ -314,12 +319,20 @@ class Engine:
         self.runner.reset_state()
         return updates
 
-    def _end(self, request: Request, finish_reason: str) -> RequestUpdate:
+    def _end(self, request: Request, finish_reason: str, error: str | None = None) -> RequestUpdate:
         """End a request with its tokens so far."""
         request.finish_reason = finish_reason
         self.cancel(request.id)
         cached_tokens = request.cached_tokens or 0
-        return RequestUpdate(request.id, [], [], finish_reason, cached_tokens=cached_tokens)
+        return RequestUpdate(
+            request.id, [], [], finish_reason, cached_tokens=cached_tokens, error=error
+        )
+
+
+def describe_error(error: BaseException) -> str:
+    """Describe an exception in one line of at most 300 characters."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
 
 
 def _advance_matcher(request: Request, tokens: list[int]) -> bool:
