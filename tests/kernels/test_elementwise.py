@@ -1,12 +1,16 @@
 """Row kernels, on rows that several warpgroups share and on short rows."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from l4jax.kernels import formats, reference
-from l4jax.kernels.hopper import elementwise
+from l4jax.kernels.hopper import elementwise, linear, moe
+from l4jax.kernels.hopper.dispatch import Hopper
+from l4jax.kernels.hopper.mosaic import THREADS
 from l4jax.kernels.hopper.slot_assignment import assign_slots_in_kernel
 from tests import tiers
 from tests.kernels import laws
@@ -119,3 +123,34 @@ def test_one_launch_assigns_the_slots_of_the_definition(tokens, experts, shared_
 
 def test_one_launch_keeps_the_token_order_of_the_definition():
     laws.check_order(assign_slots_in_kernel, 8, experts=5, shared_blocks=1, interpret=INTERPRET)
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "fp8"])
+@pytest.mark.parametrize(("width", "hidden"), [(256, 64), (64, 128), (256, 192), (256, 128)])
+def test_each_thread_has_equally_many_elements_of_a_row(monkeypatch, form, width, hidden):
+    # The interpreter takes any width; the compiler does not.
+    def assert_even(kernel, parts):
+        def run(x, *rest, **options):
+            assert x.shape[-1] // parts % THREADS == 0
+            return kernel(x, *rest, **options)
+
+        return run
+
+    for module, name, parts in (
+        (moe, "activate_rows", 2),
+        (linear, "quantize_rows", 1),
+        (linear, "normalize_rows", 1),
+    ):
+        monkeypatch.setattr(module, name, assert_even(getattr(module, name), parts))
+    rng = np.random.default_rng(0)
+    up = laws.make_weight(rng, form, 2, 2, hidden, width)
+    down = laws.make_weight(rng, form, 2, width, hidden)
+    out = laws.make_weight(rng, form, 256, width)
+    kernels, norm = Hopper(132, INTERPRET), laws.make_norm(rng, width)
+    for tokens in (1, 64, 256):
+        x_TD = laws.make_tokens(rng, tokens, width)
+        expert_T = jnp.zeros(tokens, jnp.int32)
+        y_TD = jax.eval_shape(kernels.run_experts, x_TD, norm, expert_T, up, down)
+        assert y_TD.shape == x_TD.shape
+        y_TV = jax.eval_shape(functools.partial(kernels.multiply, "TD,VD->TV"), x_TD, out)
+        assert y_TV.shape == (tokens, 256)

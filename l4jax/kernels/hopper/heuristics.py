@@ -175,7 +175,12 @@ def estimate_active_blocks(tokens: int, experts: int, slots: int) -> float:
 
 def can_run_router(tokens: int, experts: int, width: int) -> bool:
     """Return whether the router kernel takes these shapes."""
-    return width % THREADS == 0 and tokens <= ROUTER_TOKENS and experts <= ROUTER_EXPERTS
+    return can_run_rows(width) and tokens <= ROUTER_TOKENS and experts <= ROUTER_EXPERTS
+
+
+def can_run_rows(width: int) -> bool:
+    """Return whether the row kernels take rows of this width: each thread has equally many."""
+    return width % THREADS == 0
 
 
 def choose_attention_splits(rows: int, kv_heads: int, table_width: int, sms: int) -> int:

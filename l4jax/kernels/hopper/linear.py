@@ -22,12 +22,12 @@ from l4jax.kernels.hopper.heuristics import (
     RESIDENT_TOKENS,
     TALL_RATIO,
     TileConfig,
+    can_run_rows,
     choose_slots,
     choose_tile_config,
     estimate_active_blocks,
 )
 from l4jax.kernels.hopper.int4 import permute_columns
-from l4jax.kernels.hopper.mosaic import THREADS
 from l4jax.kernels.hopper.slot_assignment import (
     SlotAssignment,
     assign_slots,
@@ -80,7 +80,7 @@ class Linear:
 
     def normalize(self, x_TU: Array, norm: Norm | None) -> Array:
         """Compute `reference.normalize`, in one launch where XLA makes two."""
-        if norm is None or x_TU.shape[1] % THREADS or x_TU.dtype != jnp.bfloat16:
+        if norm is None or not can_run_rows(x_TU.shape[1]) or x_TU.dtype != jnp.bfloat16:
             return reference.normalize(x_TU, norm)
         return normalize_rows(x_TU, norm, interpret=self.interpret)
 
@@ -195,6 +195,8 @@ class Linear:
     ) -> tuple[Array, Array | None]:
         """Quantize prepared tokens where the weight is fp8; return their scales, or None."""
         if get_data(weight).dtype == FP8:
+            if not can_run_rows(x_TU.shape[1]):
+                return formats.quantize_tokens(self.normalize(x_TU, norm), (1,))
             return quantize_rows(x_TU, norm, slots=len(x_TU), interpret=self.interpret)
         return x_TU, None
 

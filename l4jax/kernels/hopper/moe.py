@@ -15,7 +15,11 @@ from jax import Array
 from l4jax.kernels import reference
 from l4jax.kernels.formats import FP8, Weight
 from l4jax.kernels.hopper.elementwise import activate_rows
-from l4jax.kernels.hopper.heuristics import MEMORY_BOUND_TOKENS, SHARED_EXPERT_TOKENS
+from l4jax.kernels.hopper.heuristics import (
+    MEMORY_BOUND_TOKENS,
+    SHARED_EXPERT_TOKENS,
+    can_run_rows,
+)
 from l4jax.kernels.hopper.int4 import permute_columns
 from l4jax.kernels.hopper.linear import (
     Linear,
@@ -101,7 +105,12 @@ class Experts:
     def _configure(
         self, up_EOD: Weight, down_EDF: Weight, tokens: int, *, has_shared: bool = False
     ) -> tuple[MatmulConfig, MatmulConfig] | None:
-        """Configure both matmuls: all experts see the same inputs, but not the same hidden rows."""
+        """Configure both matmuls: all experts see the same inputs, but not the same hidden rows.
+
+        A device's share of the hidden size may be too narrow for `activate_rows`: return None.
+        """
+        if not can_run_rows(down_EDF.shape[-1]):
+            return None
         up = self.linear.configure(up_EOD, tokens, has_shared=has_shared)
         down = self.linear.configure(down_EDF, tokens, has_shared=has_shared, can_be_resident=False)
         return None if up is None or down is None else (up, down)
