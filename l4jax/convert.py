@@ -5,6 +5,7 @@ a third (int4) of the size, which other servers read, too.
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # leaves accelerators to other processes
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")  # leaves accelerators to other processes
     from l4jax.checkpoint import compressed_tensors_writer, find_folder, orbax_writer
 
     try:

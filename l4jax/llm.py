@@ -54,7 +54,7 @@ class LLM:
         engine_config = EngineConfig(model=model, **engine_args)
         self._is_quiet = quiet
         self._updates: dict[int, collections.deque[RequestUpdate]] = {}
-        enable_compilation_cache(find_cache_folder() / "compiled")
+        self._notify(enable_compilation_cache(find_cache_folder() / "compiled"))
         self.folder = self._find_folder(engine_config)
         self.config = checkpoint.load_config(self.folder)
         has_tuning = engine_config.attn_temperature_tuning
@@ -273,7 +273,12 @@ def find_cache_folder() -> Path:
     """Return the folder of compiled programs and downloads: `L4JAX_CACHE`, or the user's cache."""
     if folder := os.environ.get("L4JAX_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "l4jax"
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "l4jax"
+    try:
+        return Path.home() / ".cache" / "l4jax"
+    except RuntimeError:  # a container's user without a home
+        return Path(os.devnull) / "l4jax"
 
 
 def _choose_dtype(dtype: str, folder: Path) -> str:

@@ -59,7 +59,8 @@ def main() -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    enable_compilation_cache(find_cache_folder() / "compiled")
+    if notice := enable_compilation_cache(find_cache_folder() / "compiled"):
+        print(notice, file=sys.stderr)
     folder = checkpoint.find_folder(args.model)
     config = checkpoint.load_config(folder)
     processor = make_processor(config, folder)

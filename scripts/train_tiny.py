@@ -9,6 +9,7 @@ RUN/curves.svg. `--export` writes the newest saved state in Hugging Face's layou
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from l4jax import checkpoint
@@ -65,7 +66,8 @@ def main() -> None:
         size = (args.export / "model.safetensors").stat().st_size
         print(f"{args.export}: step {int(state.step)}, {size / 1e6:.1f} MB, {config.text}")
         return
-    enable_compilation_cache(find_cache_folder() / "compiled")
+    if notice := enable_compilation_cache(find_cache_folder() / "compiled"):
+        print(notice, file=sys.stderr)
     seconds = None if args.minutes is None else 60 * args.minutes
     train(training, args.folder, mesh=args.mesh, workers=args.workers, seconds=seconds)
 

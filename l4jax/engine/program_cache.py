@@ -31,6 +31,11 @@ logger = logging.getLogger(__name__)
 _COMPILERS = 16  # threads of `compile`
 _CORES_PER_COMPILER = 4  # in the background, while requests run
 _CHECKSUM = hashlib.sha256().digest_size  # bytes in front of a program on disk
+# Options of jax's cache: keep every program.
+_CACHE_OPTIONS = {
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
 _KEPT = 100  # executables on disk; a model on a mesh has about 20
 
 
@@ -188,16 +193,31 @@ def find_program_folder(device: Any) -> Path | None:
     return Path(parent) / "executables" if is_kept else None
 
 
-def enable_compilation_cache(folder: Path) -> None:
-    """Let jax keep compiled programs in a folder, unless the environment configures its cache."""
-    if os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "").lower() in ("false", "0"):
-        return
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return
-    folder.mkdir(parents=True, exist_ok=True)
+def enable_compilation_cache(folder: Path) -> str | None:
+    """Let jax keep compiled programs in a folder, unless the user configures jax's cache.
+
+    The user's options win, in the environment or in `jax.config`.
+
+    Returns:
+        A line for the user if the folder cannot be written: nothing is kept then.
+    """
+    settings: Any = jax.config  # its type has no settings
+    if not settings.jax_enable_compilation_cache or settings.jax_compilation_cache_dir:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # a read-only file system has folders, too
+            pass
+    except OSError as error:
+        return (
+            f"Compiled programs are not kept ({error.strerror}: {folder}): "
+            "set L4JAX_CACHE to a folder that can be written."
+        )
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    for name, value in _CACHE_OPTIONS.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
+    return None
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from l4jax.engine import program_cache, runner
 from l4jax.engine.program_cache import Program, ProgramCache
+from l4jax.llm import find_cache_folder
 from tests.engine.engines import GREEDY, make_engine, run_all
 
 
@@ -214,3 +215,46 @@ def test_a_second_engine_starts_without_lowering_and_samples_the_same(tmp_path, 
         engine.add(list(range(4, 40)), GREEDY.replace(max_tokens=4, **changes))
     plain, processed = run_all(engine).values()
     assert plain == processed and len(plain) == 4
+
+
+@pytest.fixture
+def unset_cache(monkeypatch):
+    """Jax's own defaults, as in a new process."""
+    names = ("jax_compilation_cache_dir", *program_cache._CACHE_OPTIONS)
+    settings: Any = jax.config
+    before = {name: getattr(settings, name) for name in names}
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield settings
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_the_users_options_of_the_cache_win(tmp_path, monkeypatch, unset_cache):
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "7")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 7.0)
+    assert program_cache.enable_compilation_cache(tmp_path / "ours") is None
+    assert unset_cache.jax_compilation_cache_dir == str(tmp_path / "ours")
+    assert unset_cache.jax_persistent_cache_min_compile_time_secs == 7.0
+    assert unset_cache.jax_persistent_cache_min_entry_size_bytes == -1
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "theirs"))
+    assert program_cache.enable_compilation_cache(tmp_path / "ours") is None
+    assert unset_cache.jax_compilation_cache_dir == str(tmp_path / "theirs")
+
+
+def test_a_folder_that_cannot_be_written_keeps_nothing_and_says_so(tmp_path, unset_cache):
+    (tmp_path / "file").write_text("")
+    line = program_cache.enable_compilation_cache(tmp_path / "file" / "compiled")
+    assert line is not None and "set L4JAX_CACHE to a folder that can be written" in line
+    assert unset_cache.jax_compilation_cache_dir is None
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch, unset_cache):
+    def find_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("L4JAX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pathlib.Path.home", find_home)
+    line = program_cache.enable_compilation_cache(find_cache_folder() / "compiled")
+    assert line is not None and line.startswith("Compiled programs are not kept (Not a directory")
