@@ -24,6 +24,7 @@ EXAMPLES = """examples:
 """
 GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 OPTIONS = Options()
+TUNING_KEY = "attn_temperature_tuning"  # of --override-generation-config, as in vLLM
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -45,7 +46,25 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.model_tag is not None and args.model is not None:
         parser.error("the model is named twice: as an argument and as --model")
     args.model = args.model or args.model_tag
+    _take_temperature_tuning(parser, args)
     return args
+
+
+def _take_temperature_tuning(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Take a key of vLLM's that changes the model, and not its sampling defaults."""
+    changes = dict(args.override_generation_config)
+    value = changes.pop(TUNING_KEY, None)
+    if value is None:
+        return
+    if not isinstance(value, bool):
+        parser.error(
+            f"--override-generation-config: {TUNING_KEY} is {value!r:.100}: it is true or false"
+        )
+    switch = "on" if value else "off"
+    if args.attn_temperature_tuning not in (None, switch):
+        parser.error(f"--attn-temperature-tuning and {TUNING_KEY} contradict each other")
+    args.attn_temperature_tuning = switch
+    args.override_generation_config = changes
 
 
 def _add_answers(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +81,7 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
         type=parse_object,
         default={},
         metavar="JSON",
-        help=f"sampling defaults on top: {', '.join(GENERATION_KEYS)}",
+        help=f"sampling defaults on top: {', '.join(GENERATION_KEYS)}; {TUNING_KEY} as by its flag",
     )
     add("--max-logprobs", type=int, default=20, metavar="N", help="(default: %(default)s)")
     add(
@@ -202,7 +221,7 @@ def make_generation_changes(args: argparse.Namespace) -> dict[str, Any]:
     if unknown:
         raise ValueError(
             f"--override-generation-config has {unknown[0]!r}: "
-            f"it takes {', '.join(GENERATION_KEYS)}."
+            f"it takes {', '.join((*GENERATION_KEYS, TUNING_KEY))}."
         )
     limit = changes.pop("max_new_tokens", None)
     if limit is not None and (not isinstance(limit, int) or limit < 1):

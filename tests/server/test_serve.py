@@ -94,6 +94,26 @@ def test_an_invalid_count_is_refused(text):
 
 
 @pytest.mark.parametrize(
+    ("words", "length", "tuned"),
+    [
+        ("Llama-4-Scout-17B-16E-Instruct --max-model-len 1000000", 1_000_000, True),
+        ("Llama-4-Maverick-17B-128E-Instruct-FP8 --max-model-len 430000", 430_000, True),
+        ("Llama-4-Scout-17B-16E-Instruct --max-model-len 3600000", 3_600_000, False),
+    ],
+)
+def test_commands_with_the_temperature_as_a_generation_config_mean_the_same(words, length, tuned):
+    """As in the announcement of Llama 4 in vLLM, where the key switches the temperature of global
+    layers."""
+    value = str(tuned).lower()
+    override = f'--override-generation-config={{"attn_temperature_tuning": {value}}}'
+    args = parse([*f"meta-llama/{words} --tensor-parallel-size 8".split(), override])
+    engine = make_engine_config(args)
+    assert engine.max_model_len == length and engine.mesh_shape == "1x8"
+    assert engine.attn_temperature_tuning is tuned
+    assert make_generation_changes(args) == {}
+
+
+@pytest.mark.parametrize(
     ("words", "says"),
     [
         (["--max-waiting", "-1"], "--max-waiting is -1"),
@@ -118,6 +138,17 @@ def test_invalid_options_give_one_line_and_exit_code_1(words, says, capsys):
     [
         (["a", "--model", "b"], "named twice"),
         (["--mesh", "8", "-tp", "8"], "two spellings"),
+        (
+            ["--override-generation-config", '{"attn_temperature_tuning": 4}'],
+            "attn_temperature_tuning is 4: it is true or false",
+        ),
+        (
+            [
+                *("--attn-temperature-tuning", "off"),
+                *("--override-generation-config", '{"attn_temperature_tuning": true}'),
+            ],
+            "contradict each other",
+        ),
         (["--max-model-len", "many"], "is not a count"),
         (["--allowed-origins", "a"], "is not JSON"),
         (["--limit-mm-per-prompt", "image"], "is not JSON"),
