@@ -17,6 +17,10 @@ EXAMPLES = """examples:
   python -m l4jax.generate --image sample --prompt "Which bar is the largest?"
   echo "What is 12 + 34?" | python -m l4jax.generate --temperature 0
   python -m l4jax.generate --model FOLDER --mesh 8 --image photo.png --prompt "What does it show?"
+
+environment:
+  L4JAX_CACHE      folder of compiled programs and downloads (default: ~/.cache/l4jax)
+  L4JAX_TRACEBACK  1: raise errors with their traceback
 """
 # Fields of `EngineConfig` that are flags here; --seed is the sampling seed.
 ENGINE_FIELDS = (
