@@ -39,9 +39,25 @@ def attend_part(
     position_T: Array,
     stored_T: Array,
 ) -> tuple[Array, Array, Array, Array]:
-    """Compute `reference.attend_part` with the blocked `attend_pages_part` of this module."""
+    """Compute `reference.attend_part` with the blocked `attend_pages` of this module."""
     heads = reference.project_heads(x_TD, norm, qkv_KJHD, transform)
     return attend_heads_part(heads, k_PKZH, v_PKZH, table_RB, row_T, position_T, stored_T)
+
+
+def attend_heads(
+    heads: tuple[Array, Array, Array],
+    transform: HeadTransform,
+    k_PKZH: Array,
+    v_PKZH: Array,
+    table_RB: Array,
+    row_T: Array,
+    position_T: Array,
+) -> tuple[Array, Array, Array]:
+    """Store keys and values, then attend: `attend` from the result of `transform_heads` on."""
+    y_TKGH, _, k_PKZH, v_PKZH = attend_heads_part(
+        heads, k_PKZH, v_PKZH, table_RB, row_T, position_T, stored_T=position_T
+    )
+    return transform.restore(y_TKGH.astype(heads[0].dtype)), k_PKZH, v_PKZH
 
 
 def attend_heads_part(
@@ -56,38 +72,14 @@ def attend_heads_part(
     """Store keys and values, then attend: `attend_part` from the result of `transform_heads` on."""
     q_TKGH, k_TKH, v_TKH = heads
     k_PKZH, v_PKZH = reference.store(k_PKZH, v_PKZH, k_TKH, v_TKH, table_RB, row_T, stored_T)
-    y_TKGH, lse_TKG = attend_pages_part(q_TKGH, k_PKZH, v_PKZH, table_RB, row_T, position_T)
+    y_TKGH, lse_TKG = attend_pages(q_TKGH, k_PKZH, v_PKZH, table_RB, row_T, position_T)
     return y_TKGH, lse_TKG, k_PKZH, v_PKZH
-
-
-def attend_heads(
-    heads: tuple[Array, Array, Array],
-    transform: HeadTransform,
-    k_PKZH: Array,
-    v_PKZH: Array,
-    table_RB: Array,
-    row_T: Array,
-    position_T: Array,
-) -> tuple[Array, Array, Array]:
-    """Store keys and values, then attend: `attend` from the result of `transform_heads` on."""
-    (q_TKGH, k_TKH, v_TKH), tables = heads, (table_RB, row_T, position_T)
-    k_PKZH, v_PKZH = reference.store(k_PKZH, v_PKZH, k_TKH, v_TKH, *tables)
-    y_TKGH = attend_pages(q_TKGH, k_PKZH, v_PKZH, *tables)
-    return transform.restore(y_TKGH), k_PKZH, v_PKZH
 
 
 def attend_pages(
     q_TKGH: Array, k_PKZH: Array, v_PKZH: Array, table_RB: Array, row_T: Array, position_T: Array
-) -> Array:
-    """Compute `reference.attend_pages`: see `attend_pages_part`."""
-    y_TKGH, _ = attend_pages_part(q_TKGH, k_PKZH, v_PKZH, table_RB, row_T, position_T)
-    return y_TKGH.astype(q_TKGH.dtype)
-
-
-def attend_pages_part(
-    q_TKGH: Array, k_PKZH: Array, v_PKZH: Array, table_RB: Array, row_T: Array, position_T: Array
 ) -> tuple[Array, Array]:
-    """Compute `reference.attend_pages_part` by an online softmax over blocks of pages.
+    """Compute `reference.attend_pages` by an online softmax over blocks of pages.
 
     The loop ends at the last block of the longest row. Tokens are cut into items of up to 64
     neighbors of one row, which share a read of its pages. In a decode step each token is an item.

@@ -186,10 +186,11 @@ def attend(
     Returns:
         The attention output [T, K, G, H], and the pool's arrays with the writes done.
     """
-    q_TKGH, k_TKH, v_TKH = project_heads(x_TD, norm, qkv_KJHD, transform)
-    k_PKZH, v_PKZH = store(k_PKZH, v_PKZH, k_TKH, v_TKH, table_RB, row_T, position_T)
-    y_TKGH = attend_pages(q_TKGH, k_PKZH, v_PKZH, table_RB, row_T, position_T)
-    return transform.restore(y_TKGH), k_PKZH, v_PKZH
+    tables = (table_RB, row_T, position_T)
+    y_TKGH, _, k_PKZH, v_PKZH = attend_part(
+        x_TD, norm, qkv_KJHD, transform, k_PKZH, v_PKZH, *tables, stored_T=position_T
+    )
+    return transform.restore(y_TKGH.astype(x_TD.dtype)), k_PKZH, v_PKZH
 
 
 def attend_part(
@@ -218,13 +219,13 @@ def attend_part(
     """
     q_TKGH, k_TKH, v_TKH = project_heads(x_TD, norm, qkv_KJHD, transform)
     k_PKZH, v_PKZH = store(k_PKZH, v_PKZH, k_TKH, v_TKH, table_RB, row_T, stored_T)
-    y_TKGH, lse_TKG = attend_pages_part(q_TKGH, k_PKZH, v_PKZH, table_RB, row_T, position_T)
+    y_TKGH, lse_TKG = attend_pages(q_TKGH, k_PKZH, v_PKZH, table_RB, row_T, position_T)
     return y_TKGH, lse_TKG, k_PKZH, v_PKZH
 
 
 def attend_pages(
     q_TKGH: Array, k_PKZH: Array, v_PKZH: Array, table_RB: Array, row_T: Array, position_T: Array
-) -> Array:
+) -> tuple[Array, Array]:
     """Compute causal attention of each token over its row's cached positions, 0 up to its own.
 
     Scores are scaled by head_dim ** -0.5; the softmax is float32. Tokens at position -1 get zeros.
@@ -236,16 +237,8 @@ def attend_pages(
             ascend.
 
     Returns:
-        [T, K, G, H] in the dtype of the queries.
+        The output [T, K, G, H] float32, and the log-sum-exp of the scores [T, K, G] float32.
     """
-    y_TKGH, _ = attend_pages_part(q_TKGH, k_PKZH, v_PKZH, table_RB, row_T, position_T)
-    return y_TKGH.astype(q_TKGH.dtype)
-
-
-def attend_pages_part(
-    q_TKGH: Array, k_PKZH: Array, v_PKZH: Array, table_RB: Array, row_T: Array, position_T: Array
-) -> tuple[Array, Array]:
-    """Compute `attend_pages` in float32, and the log-sum-exp of the scores [T, K, G]."""
     head_dim = q_TKGH.shape[-1]
     k_TKSH, v_TKSH = (
         _gather(pages, table_RB[row_T]).astype(q_TKGH.dtype) for pages in (k_PKZH, v_PKZH)

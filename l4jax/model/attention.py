@@ -77,8 +77,9 @@ class Attention(nn.Module):
         )
         transform = self.make_head_transform(positions, scales)
         tables = (positions.table_RB, positions.row_T, positions.position_T)
-        kernels = self.kernels
-        attend = (self.is_nope and kernels.attend_global) or kernels.attend
+        attend = self.kernels.attend
+        if self.is_nope and self.kernels.attend_global is not None:
+            attend = self.kernels.attend_global
         y_TKGH, k_PKZH, v_PKZH = attend(x_TD, norm, qkv_KJHD, transform, k_PKZH, v_PKZH, *tables)
         y_TD = self.kernels.multiply("TKGH,DKGH->TD", y_TKGH, out_DKGH)
         return y_TD, k_PKZH, v_PKZH

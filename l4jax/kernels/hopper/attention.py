@@ -111,7 +111,7 @@ def attend(
     sms: int,
     interpret: Any = None,
 ) -> Array:
-    """Compute `reference.attend_pages`.
+    """Compute the output of `reference.attend_pages`, in the dtype of the heads.
 
     Args:
         x_TKUH: rows of each kv head, of which the first `heads` are queries.
