@@ -19,7 +19,7 @@ EXAMPLES = """examples:
   python -m l4jax.generate --model FOLDER --mesh 8 --image photo.png --prompt "What does it show?"
 
 environment:
-  L4JAX_CACHE      folder of compiled programs and downloads (default: ~/.cache/l4jax)
+  L4JAX_CACHE      folder of compiled programs (default: ~/.cache/l4jax)
   L4JAX_TRACEBACK  1: raise errors with their traceback
 """
 # Fields of `EngineConfig` that are flags here; --seed is the sampling seed.

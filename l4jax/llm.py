@@ -150,7 +150,11 @@ class LLM:
         add_generation_prompt: bool = True,
         tools: list[dict[str, Any]] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation or several, each a list of OpenAI-style messages."""
+        """Answer one conversation or several, each a list of OpenAI-style messages.
+
+        Raises:
+            GenerationError: as for `generate`.
+        """
         many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         rendered = [
             self.inputs.render_messages(
@@ -270,7 +274,7 @@ class LLM:
 
 
 def find_cache_folder() -> Path:
-    """Return the folder of compiled programs and downloads: `L4JAX_CACHE`, or the user's cache."""
+    """Return the folder of compiled programs: `L4JAX_CACHE`, or one in the user's cache."""
     if folder := os.environ.get("L4JAX_CACHE"):
         return Path(folder)
     if folder := os.environ.get("XDG_CACHE_HOME"):

@@ -88,7 +88,7 @@ class Layout:
             place = MODEL if MODEL in places else places[-1]
             others = parts // shape[place]
             fits = [n for n in range(1, shape[place]) if size % (n * others) == 0]
-            advice = "and no size of it divides them: take other axes."
+            advice = f"no size of the {place} axis divides them; take smaller other axes."
             if fits:
                 advice = (
                     f"the {place} axis may have {' or '.join(map(str, fits[-3:]))} here: "

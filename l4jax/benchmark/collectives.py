@@ -14,7 +14,7 @@ from l4jax import axes, cache, decode
 from l4jax.cache import Batch, PageTables
 from l4jax.config import Config
 from l4jax.engine.local_kernels import make_kernels
-from l4jax.kernels import PORTABLE, Kernels
+from l4jax.kernels import PORTABLE
 from l4jax.model import Llama4, declare_parameters
 from l4jax.sampling import SAMPLING_METADATA_AXES, SamplingMetadata
 from l4jax.strategies import activate
@@ -50,19 +50,17 @@ def compile_step(
     tokens: int,
     *,
     dtype: Any = jnp.bfloat16,
-    kernels: Kernels = PORTABLE,
 ) -> str:
     """Compile `decode.step` for the shapes of a model, and return the optimized program's text.
 
     Args:
         config: of the model; images are left out.
-        layout: mesh and strategy. The mesh's devices may be described and not present.
+        layout: mesh and strategy.
         rows: of each data shard.
         tokens: of each data shard; as many as rows is a decode step.
         dtype: of weights and cache.
-        kernels: for one device.
     """
-    model, text = Llama4(config.text, make_kernels(kernels, layout)), config.text
+    model, text = Llama4(config.text, make_kernels(PORTABLE, layout)), config.text
     shards, stripes = layout.count(axes.ROWS), layout.count(axes.STRIPES)
     page = math.gcd(text.chunk // stripes, 128)
     shapes, names = declare_parameters(dataclasses.replace(config, vision=None), dtype)

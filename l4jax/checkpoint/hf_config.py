@@ -143,13 +143,13 @@ def _check_quantization(config: Any) -> None:
     """
     if not isinstance(config, Mapping):
         if config is not None:
-            raise ConfigError(f"quantization_config is {config!r:.100}: it must be an object.")
+            raise ConfigError(f"quantization_config is {quote(config)}: it must be an object.")
         return
     keys = cast(Mapping[str, Any], config)
     method = keys.get("quant_method", "compressed-tensors")
     if method not in QUANTIZERS:
         raise ConfigError(
-            f"quantization_config.quant_method is {method!r:.100}: l4jax reads "
+            f"quantization_config.quant_method is {quote(method)}: l4jax reads "
             f"{' and '.join(QUANTIZERS)}; or take the BF16 checkpoint with --quantization int4."
         )
     if keys.get("transform_config"):

@@ -290,10 +290,10 @@ class EngineConfig:
         for name in names:
             if self.mesh is not None and getattr(self, name) is not None:
                 raise ValueError(f"mesh and {name} are two spellings of one thing: give one.")
-        tensor, seq = self.tensor_parallel_size or 1, self.decode_context_parallel_size or 1
-        if self.decode_context_parallel_size == 0 or seq < 1 or tensor % seq:
+        tensor, seq = self.tensor_parallel_size or 1, self.decode_context_parallel_size
+        if seq is not None and (seq < 1 or tensor % seq):
             raise ValueError(
-                f"decode_context_parallel_size is {self.decode_context_parallel_size}: "
+                f"decode_context_parallel_size is {seq}: "
                 f"it must divide tensor_parallel_size, which is {tensor}."
             )
         if self.load_format not in ("auto", "dummy"):

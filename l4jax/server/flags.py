@@ -15,6 +15,7 @@ from l4jax.engine.arguments import (
     parse_object,
 )
 from l4jax.engine.config import MODEL
+from l4jax.json_file import quote
 from l4jax.server.options import MediaRules, Options
 
 EXAMPLES = """examples:
@@ -58,7 +59,7 @@ def _take_temperature_tuning(parser: argparse.ArgumentParser, args: argparse.Nam
         return
     if not isinstance(value, bool):
         parser.error(
-            f"--override-generation-config: {TUNING_KEY} is {value!r:.100}: it is true or false"
+            f"--override-generation-config: {TUNING_KEY} is {quote(value)}: it is true or false"
         )
     switch = "on" if value else "off"
     if args.attn_temperature_tuning not in (None, switch):

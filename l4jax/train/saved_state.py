@@ -21,6 +21,7 @@ from l4jax.kernels.formats import Quantized, dequantize, quantize_fp8
 from l4jax.train.train_step import TrainState
 
 SHARD_BYTES = 15 * 2**20  # limit per file, without the header
+_UNFINISHED = ".unfinished"  # folder of a state that is being written
 
 Place = Callable[[tuple[str, ...]], Sharding]
 StateEncoding = Callable[[TrainState], TrainState]
@@ -85,7 +86,7 @@ def save(
     """
     saved = encode(state)
     step = int(saved.step)
-    target, unfinished = folder / f"step-{step:08}", folder / ".unfinished"
+    target, unfinished = folder / f"step-{step:08}", folder / _UNFINISHED
     shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed run
     unfinished.mkdir(parents=True)
     arrays = {name: np.asarray(leaf) for name, leaf in _flatten(saved).items()}
@@ -131,7 +132,7 @@ def restore(
         StateError: the configurations differ; names the first difference.
         CheckpointError: a file is damaged.
     """
-    shutil.rmtree(folder / ".unfinished", ignore_errors=True)  # left by a killed run
+    shutil.rmtree(folder / _UNFINISHED, ignore_errors=True)  # left by a killed run
     states = list_saved(folder)
     if not states:
         return None

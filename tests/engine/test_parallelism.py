@@ -49,10 +49,9 @@ def test_every_strategy_samples_the_reference_tokens(mesh, name):
 
 
 @pytest.mark.parametrize("mesh", tiers.every(4, STRATEGIES))
-@pytest.mark.parametrize("seed", [0])
-def test_logits_of_every_strategy_equal_one_devices(mesh, seed):
+def test_logits_of_every_strategy_equal_one_devices(mesh):
     """Float32 logits of a prompt over 12 chunks, at each position."""
-    ids = np.random.default_rng(seed).integers(4, 300, 96).astype(np.int32)
+    ids = np.random.default_rng(0).integers(4, 300, 96).astype(np.int32)
     plain, sharded = (_score(each, ids) for each in ("1", mesh))
     np.testing.assert_allclose(sharded, plain, atol=2e-4)
 
