@@ -346,3 +346,12 @@ def test_quantized_weights_that_are_not_finite_are_refused(tmp_path, scheme):
     write_safetensors(index.tensors[name].path, tensors)
     with pytest.raises(CheckpointError, match="weights that are not finite"):
         load(tmp_path, checkpoint.load_config(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+def test_accelerators_reduce_to_what_numpy_finds_on_cpu_devices(dtype):
+    array = jnp.ones((3, 5), dtype)
+    for value, is_finite in ((1.0, True), (np.nan, False)):
+        changed = array.at[2, 4].set(value)
+        assert bool(parameters._reduce_finite(changed)) is is_finite
+        assert bool(parameters._is_finite(changed)) is is_finite
