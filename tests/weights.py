@@ -272,7 +272,8 @@ def _random_tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     elif not name.endswith("embed_tokens.weight") and "_embedding" not in name.rsplit(".", 1)[-1]:
         is_fused_expert = len(shape) == 3
         values *= _gain(name) / np.sqrt(shape[1 if is_fused_expert else -1])
-    return values.astype(ml_dtypes.bfloat16).astype(np.float32)
+    # By way of float32: ml_dtypes rounded float64 twice before 0.7.0, and once since.
+    return values.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 def _gain(name: str) -> float:
